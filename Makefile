@@ -1,0 +1,36 @@
+# make quickstart   the main job on embedded data, a few minutes
+# make test         the tests
+# make lint         style
+# make ui           MLflow UI on the local store
+# make lock         compile requirements.in to requirements.txt
+PYTHON ?= python3
+PORT ?= 5000
+BIN = .venv/bin
+
+.PHONY: quickstart test lint ui lock
+
+quickstart: .venv/installed
+	for arm in init all random; do $(BIN)/composer -n 2 recipes/imp.py -f yamls/digits_$$arm.yaml || exit 1; done
+	$(BIN)/python -m analysis.curves --experiment digits -o quickstart.png
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+ui: .venv/installed
+	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --port $(PORT)
+
+lock: .venv/installed
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/uv pip compile -q --universal --python-version 3.10 --no-header requirements.in -o requirements.txt
+
+.venv/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 12) or sys.exit( \
+		f"This is Python {v[0]}.{v[1]}; lth_diet needs 3.10, 3.11 or 3.12: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-deps -e .
+	touch $@

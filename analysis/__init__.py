@@ -1,0 +1,1 @@
+"""Reads MLflow, never trains."""

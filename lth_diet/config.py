@@ -1,0 +1,363 @@
+"""YAML to a validated configuration to a run id (no torch is imported here).
+
+A configuration is plain YAML with `base:` inheritance and `key.sub=value` overrides. Its identity, the fields that
+change a result, is hashed to the run id; see `Config.identity`.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from lth_diet import datasets
+from lth_diet.errors import UserError
+
+Arm = Literal["init", "all", "random", "easy", "hard"]
+
+
+def _steps(value: Any) -> int:
+    match = re.fullmatch(r"(\d+)(ba)?", str(value)) if not isinstance(value, bool) else None
+    if match is None:
+        raise ValueError("allowed: a number of batches, such as 400 or 400ba")
+    return int(match[1])
+
+
+def _real(value: Any) -> float:
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)  # a string too: YAML 1.1 reads 1e-4 as one
+    except (TypeError, ValueError):
+        raise ValueError("allowed: a number") from None
+
+
+def _replicates(value: Any) -> tuple[int, ...]:
+    if type(value) is int and value > 0:
+        return tuple(range(value))
+    indices = value if isinstance(value, list | tuple) else []
+    if indices and all(type(index) is int and index >= 0 for index in indices) and len(set(indices)) == len(indices):
+        return tuple(indices)
+    raise ValueError("allowed: a count such as 4, or a list of different indices such as [0, 2]")
+
+
+Steps = Annotated[int, BeforeValidator(_steps)]
+Interval = Annotated[Steps, Field(gt=0)]
+Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
+Positive = Annotated[Real, Field(gt=0)]
+NotNegative = Annotated[Real, Field(ge=0)]
+Count = Annotated[int, Field(strict=True, gt=0)]
+Index = Annotated[int, Field(strict=True, ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Dataset(Section):
+    name: Literal["cifar10", "cifar100", "image_folder", "digits"]
+    root: Annotated[str, Field(strict=True, min_length=1)] = "data"
+    """Folder of the data; downloads go there. Not identity: an image folder enters by its fingerprint."""
+
+
+def _depth(value: Any) -> int:
+    if type(value) is not int or value < 8 or value % 6 != 2:
+        raise ValueError("allowed: 6n + 2, such as 20, 32 or 56")
+    return value
+
+
+class Model(Section):
+    depth: Annotated[int, BeforeValidator(_depth)]
+    width: Count = 16
+    """Channels of the first stage; the next have two and four times as many."""
+
+
+class Subset(Section):
+    size: Count
+    class_balanced: Annotated[bool, Field(strict=True)] = False
+    """Of easy and hard; a random subset is always balanced (paper, section 3)."""
+    offset: Index = 0
+    """Skip that many of the easiest or hardest."""
+
+
+class Pretrain(Section):
+    steps: Steps = 0
+    """t_r, the rewind step, in batches; it counts towards train.steps."""
+    lr: Positive = 0.4
+    subset: Subset | None = None
+    label_noise: Annotated[Real, Field(ge=0, le=1)] = 0.0
+    """Fraction of the training labels drawn anew, during pre-training only."""
+
+
+class Train(Section):
+    steps: Interval
+    """T, in batches: a level trains from t_r to T."""
+    batch_size: Count
+    lr: Positive = 0.1
+    momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NotNegative = 1e-4
+    milestones: tuple[Steps, ...] = ()
+    """Absolute steps at which the learning rate is multiplied by gamma."""
+    gamma: Positive = 0.1
+
+
+class Prune(Section):
+    fraction: Annotated[Real, Field(gt=0, lt=1)] = 0.2
+    """Share of the surviving weights that one pruning removes."""
+    levels: Index = 20
+    """N prunings, N + 1 trainings."""
+
+
+class Scores(Section):
+    networks: Count = 10
+    steps: Interval = 7800
+    file: Annotated[str, Field(strict=True)] | None = None
+
+
+class Intervals(Section):
+    log: Interval = 100
+    checkpoint: Interval = 1000
+    evaluate: Steps = 0
+    """Batches between evaluations inside a phase; 0: only at its end."""
+
+
+class Config(Section):
+    """One arm. The defaults are frozen: a run id hashes what differs from them, so changing one changes old ids."""
+
+    arm: Arm
+    dataset: Dataset
+    model: Model
+    train: Train
+    pretrain: Pretrain = Pretrain()
+    prune: Prune = Prune()
+    scores: Scores = Scores()
+    replicates: Annotated[tuple[int, ...], BeforeValidator(_replicates)] = (0, 1, 2, 3)
+    seed: Index = 42
+    threads: Count = 1
+    """CPU threads a process. Identity: sums depend on how they are split."""
+    parallelism: Literal["replicates"] = "replicates"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: fp32 on CPU, bf16 on GPU."""
+    deterministic: Annotated[bool, Field(strict=True)] = False
+    """Deterministic kernels on GPU; on CPU the same bits are promised without."""
+    intervals: Intervals = Intervals()
+    runs: Annotated[str, Field(strict=True, min_length=1)] = "runs"
+    experiment: Annotated[str, Field(strict=True, min_length=1)] | None = None
+    """MLflow experiment; the name of the dataset if none is given."""
+
+    @property
+    def rewind_steps(self) -> int:
+        """t_r: the step that a level starts from."""
+        return 0 if self.arm == "init" else self.pretrain.steps
+
+    @property
+    def subset_size(self) -> int | None:
+        """Examples seen in pre-training; None: all of them, or no pre-training."""
+        return self.pretrain.subset.size if self.arm in ("random", "easy", "hard") else None
+
+    @property
+    def label_noise(self) -> float:
+        """Fraction of labels drawn anew in pre-training."""
+        return 0.0 if self.arm == "init" else self.pretrain.label_noise
+
+    @property
+    def model_name(self) -> str:
+        return f"ResNet-{self.model.depth}" + (f" width {self.model.width}" if self.model.width != 16 else "")
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that change a result, in dotted keys, without those that the arm ignores."""
+        fields = flatten(self.model_dump(exclude={"replicates", "runs", "experiment", "intervals"}))
+        ignored = ["prune.levels", "dataset.root"]
+        if self.arm == "init":
+            ignored += ["pretrain."]
+        if self.arm not in ("easy", "hard"):
+            ignored += ["scores.", "pretrain.subset.class_balanced", "pretrain.subset.offset"]
+        if self.arm not in ("random", "easy", "hard"):
+            ignored += ["pretrain.subset"]
+        if self.parallelism == "replicates":
+            ignored += ["parallelism"]
+        fields = {key: value for key, value in fields.items() if not key.startswith(tuple(ignored))}
+        if self.dataset.name == "image_folder":
+            fields["dataset.fingerprint"] = datasets.facts(self.dataset.name, self.dataset.root).fingerprint
+        return fields
+
+    def run_id(self) -> str:
+        """Ten hexadecimal digits: the hash of the identity fields that differ from their frozen defaults."""
+        different = {key: value for key, value in self.identity().items() if DEFAULTS.get(key) != value}
+        return hashlib.sha256(json.dumps(different, sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run directory."""
+        return f"{self.dataset.name}_{self.arm}-{self.run_id()}"
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _defaults(section: type[Section], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, field in section.model_fields.items():
+        inner = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)), None)
+        if inner is not None:
+            flat |= _defaults(inner, f"{prefix}{name}.")
+        if inner is None or field.default is None:
+            flat[f"{prefix}{name}"] = None if field.is_required() else field.default
+    return flat
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+DEFAULTS = _defaults(Config)
+"""Dotted key to frozen default of every field (None: it has none)."""
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read, merge and validate a configuration.
+
+    Args:
+        path: A YAML file; its `base:` is a path relative to it, and is read first.
+        overrides: `key.sub=value`, the value in YAML.
+
+    Raises:
+        UserError: With a sentence naming file, key, value and what is allowed.
+    """
+    tree, origin = _read(Path(path), ())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"command line: {override!r} is not an override; allowed: key.sub=value")
+        value = _parse(text, f"command line: {key}")
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree, origin = _merge(tree, origin, value, "command line")
+
+    def problem(key: str, value: Any, allowed: str) -> UserError:
+        where = next((origin[k] for k in _upwards(key) if k in origin), str(path))
+        return UserError(f"{where}: {key}: {_short(value)} is not allowed; {allowed}")
+
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as errors:
+        raise _sentence(errors.errors()[0], origin, str(path), problem) from None
+    _check(config, problem)
+    return config
+
+
+def _upwards(key: str) -> Iterable[str]:
+    parts = key.split(".")
+    return (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _sentence(error: dict, origin: dict[str, str], path: str, problem: Callable[..., UserError]) -> UserError:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(Config.model_fields)}"
+        where = next((origin[k] for k in _upwards(key) if k in origin), path)
+        return UserError(f"{where}: {key} is not a known key; {hint}")
+    if error["type"] == "missing":
+        return UserError(f"{path}: {key} is missing; give it here, in the base file or as {key}=... after the file")
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return problem(key, error["input"], f"allowed: a section of keys below {key}:")
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "allowed:")
+    return problem(key, error["input"], message)
+
+
+def _check(config: Config, problem: Callable[..., UserError]) -> None:
+    """What a field alone does not tell."""
+    train, pretrain = config.train, config.pretrain
+    if list(train.milestones) != sorted(set(train.milestones)):
+        raise problem("train.milestones", list(train.milestones), "allowed: increasing steps")
+    if config.arm != "init" and not 0 < config.rewind_steps < train.steps:
+        allowed = f"allowed: 1 to {train.steps - 1} (below train.steps), for arm: {config.arm}"
+        raise problem("pretrain.steps", config.rewind_steps, allowed)
+    if config.arm in ("random", "easy", "hard") and pretrain.subset is None:
+        raise problem("pretrain.subset", None, f"allowed: {{size: M}}, for arm: {config.arm}")
+    try:
+        data = datasets.facts(config.dataset.name, config.dataset.root)
+    except UserError as error:
+        raise problem("dataset.root", config.dataset.root, str(error)) from None
+    if train.batch_size > data.train_size:
+        raise problem("train.batch_size", train.batch_size, f"allowed: up to the {data.train_size} training images")
+    if config.subset_size is not None:
+        last = data.train_size - (pretrain.subset.offset if config.arm != "random" else 0)
+        if not train.batch_size <= config.subset_size <= last:
+            allowed = f"allowed: {train.batch_size} (a batch) to {last} (the training images that can be taken)"
+            raise problem("pretrain.subset.size", config.subset_size, allowed)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}: not YAML{line}: {reason}") from None
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict, dict[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        named = f", the base of {children[-1]}," if children else ""
+        raise UserError(f"{path}{named} cannot be read: {reason}") from None
+    tree = _parse(text, str(path))
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise UserError(f"{path}: not a configuration; allowed: keys and values, as in yamls/cifar10_all.yaml")
+    base = tree.pop("base", None)
+    if base is None:
+        return _merge({}, {}, tree, str(path))
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: {_short(base)} is not allowed; allowed: a path relative to this file")
+    if path.resolve() in [child.resolve() for child in children]:
+        raise UserError(f"{path}: base: {base!r} is not allowed; the files are each other's base")
+    return _merge(*_read(path.parent / base, (*children, path)), tree, str(path))
+
+
+def _merge(base: dict, origin: dict[str, str], tree: dict, where: str, prefix: str = "") -> tuple[dict, dict]:
+    """`tree` over `base`, section by section; `origin` tells for each dotted key which file gave it."""
+    merged = dict(base)
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict):
+            below = merged.get(key) if isinstance(merged.get(key), dict) else {}
+            merged[key], origin = _merge(below, origin, value, where, f"{dotted}.")
+        else:
+            merged[key] = value
+        origin = origin | {dotted: where}
+    return merged, origin

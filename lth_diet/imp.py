@@ -1,0 +1,131 @@
+"""Iterative magnitude pruning with weight rewinding: Algorithm 1 of the paper."""
+
+import functools
+from collections.abc import Callable
+
+from composer import Algorithm
+from composer.models import ComposerClassifier
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from lth_diet import datasets, models, seeds, subsets, training
+from lth_diet.algorithms import ApplyMask, Rewind, SubsetSampling
+from lth_diet.config import Config
+from lth_diet.display import Progress
+from lth_diet.loader import EvaluationLoader, Loader
+from lth_diet.masks import Mask, prune_by_magnitude
+from lth_diet.runs import Phase, Replicate
+
+Weights = dict[str, Tensor]
+
+
+class IMP:
+    """One replicate of one arm. Every stage returns at once if its output exists.
+
+    Args:
+        config: The arm.
+        replicate: Where its results go; its index picks the random streams.
+        progress: Told of what happens.
+        track: Called whenever there is something new for MLflow in the replicate's directory.
+    """
+
+    def __init__(self, config: Config, replicate: Replicate, progress: Progress, track: Callable[[], None]):
+        self.config = config
+        self.replicate = replicate
+        self.progress = progress
+        self.track = track
+
+    def run(self) -> None:
+        """Algorithm 1 (level n is what has been pruned n times)."""
+        levels = self.config.prune.levels
+        mask = Mask.dense(self.network().module)  # lines 1 and 2
+        rewind_point = self.pretrain()  # line 3
+        for level in range(levels):  # line 4
+            weights = self.train(level, mask, rewind_point)  # line 5
+            mask = self.prune(level + 1, mask, weights)  # line 6
+        self.train(levels, mask, rewind_point)  # line 8
+
+    def pretrain(self) -> Weights:
+        """Train the dense network for t_r steps on the arm's examples; the rewind point."""
+        phase, last = self.replicate.pretrain, self.config.rewind_steps
+        if not phase.done:
+            model, rewind = self.network(), Rewind(last)
+            if last == 0:
+                result, rewind.state = {"steps": 0}, model.module.state_dict()
+            else:
+                schedule = training.Schedule(0, last, self.config.pretrain.lr)
+                result = self._train(phase, model, schedule, [rewind, *self.diet()], 100.0)
+            self._finish(phase, result, rewind.state)
+        return load_file(phase.verified("weights.safetensors"))
+
+    def diet(self) -> list[Algorithm]:
+        """What restricts pre-training to the arm's examples."""
+        if self.config.subset_size is None:
+            return []
+        labels, seed = self.data.train.labels, self._stream("subset")
+        indices = subsets.random_subset(labels, self.config.subset_size, seed)
+        return [SubsetSampling(indices, until=self.config.rewind_steps)]
+
+    def train(self, level: int, mask: Mask, rewind_point: Weights) -> Weights:
+        """Train mask ⊙ rewind point from step t_r to T."""
+        phase, train = self.replicate.level(level), self.config.train
+        if not phase.done:
+            phase.write("mask.safetensors", mask.to_bytes({"level": str(level)}))
+            algorithms = [Rewind(self.config.rewind_steps, rewind_point), ApplyMask(mask)]
+            schedule = training.Schedule(self.config.rewind_steps, train.steps, train.lr, train.milestones)
+            model, weights_remaining_percent = self.network(), 100 * mask.density
+            result = self._train(phase, model, schedule, algorithms, weights_remaining_percent)
+            result |= {"level": level, "weights_remaining_percent": weights_remaining_percent}
+            self._finish(phase, result, model.module.state_dict())
+        return load_file(phase.verified("weights.safetensors"))
+
+    def prune(self, level: int, mask: Mask, weights: Weights) -> Mask:
+        """The mask of `level`: the smallest of the trained weights that are left go."""
+        phase = self.replicate.level(level)
+        if phase.done:
+            return Mask.load(phase.verified("mask.safetensors"))
+        return prune_by_magnitude(weights, mask, self.config.prune.fraction)
+
+    def network(self) -> ComposerClassifier:
+        """The network at its random initialisation."""
+        facts = datasets.facts(self.config.dataset.name, self.config.dataset.root)
+        depth, width = self.config.model.depth, self.config.model.width
+        channels = self.data.train.images.shape[-1]
+        return models.classifier(depth, facts.classes, width, channels, seed=self._stream("init"))
+
+    @functools.cached_property
+    def data(self) -> datasets.Dataset:
+        return datasets.load(self.config.dataset.name, self.config.dataset.root)
+
+    @functools.cached_property
+    def loaders(self) -> tuple[Loader, EvaluationLoader]:
+        where = "cuda" if training.device() == "gpu" else "cpu"
+        order, augmentation = self._stream("order"), self._stream("augmentation")
+        loader = Loader(self.data, self.config.train.batch_size, order, augmentation, where)
+        return loader, EvaluationLoader(self.data, self.data.test, device=where)
+
+    def _stream(self, name: str) -> int:
+        return seeds.stream(self.config.seed, self.replicate.index, name)
+
+    def _train(
+        self,
+        phase: Phase,
+        model: ComposerClassifier,
+        schedule: training.Schedule,
+        algorithms: list[Algorithm],
+        weights_remaining_percent: float,
+    ) -> dict:
+        self.progress.begin(self.replicate.index, phase.name, weights_remaining_percent)
+        loader, evaluation = self.loaders
+        loader.indices = None
+        return training.train(
+            model, loader, evaluation, schedule, algorithms, phase, self.config, self.progress, self.track
+        )
+
+    def _finish(self, phase: Phase, result: dict, weights: Weights) -> None:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        phase.write("weights.safetensors", save(contiguous))
+        phase.finish(result)
+        if "test_accuracy_percent" in result:
+            self.progress.end(result["test_accuracy_percent"])
+        self.track()

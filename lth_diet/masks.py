@@ -1,0 +1,162 @@
+"""Which weights are left: masks, their density, global magnitude pruning, save and load."""
+
+import fractions
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lth_diet.errors import UserError
+
+
+def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The tensors that are pruned: the weight of every Conv2d and Linear, never a bias or BatchNorm."""
+    return {
+        f"{name}.weight" if name else "weight": module.weight
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+
+
+class Mask(Mapping[str, Tensor]):
+    """A boolean tensor for each prunable weight, True where the weight is left.
+
+    Args:
+        tensors: Parameter name to boolean tensor; kept on the CPU.
+
+    Raises:
+        ValueError: If a tensor is not boolean.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.bool:
+                raise ValueError(f"mask {name} is {tensor.dtype}; allowed: torch.bool")
+        self._tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+
+    @classmethod
+    def dense(cls, network: nn.Module) -> "Mask":
+        """The mask that prunes nothing."""
+        return cls({name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in prunable(network).items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return list(self) == list(other) and all(torch.equal(self[name], other[name]) for name in self)
+
+    __hash__ = None
+
+    @property
+    def remaining(self) -> int:
+        """Weights left."""
+        return sum(int(tensor.sum()) for tensor in self.values())
+
+    @property
+    def total(self) -> int:
+        """Weights there are, left or pruned."""
+        return sum(tensor.numel() for tensor in self.values())
+
+    @property
+    def density(self) -> float:
+        """Weights left as a fraction of all prunable weights, 0 to 1."""
+        return self.remaining / self.total
+
+    def table(self) -> pd.DataFrame:
+        """One row a layer: name, shape, total, remaining, density."""
+        rows = [
+            {
+                "layer": name,
+                "shape": " x ".join(map(str, tensor.shape)),
+                "total": tensor.numel(),
+                "remaining": int(tensor.sum()),
+                "density": float(tensor.double().mean()),
+            }
+            for name, tensor in self.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def check(self, network: nn.Module) -> None:
+        """Raise a ValueError that names the tensor if this is not a mask of `network`."""
+        weights = prunable(network)
+        for name in [*self, *weights]:
+            if name not in weights:
+                raise ValueError(f"the mask has {name}, which is no prunable weight of the network")
+            if name not in self:
+                raise ValueError(f"the network has {name}, which the mask lacks")
+            if self[name].shape != weights[name].shape:
+                mine, its = tuple(self[name].shape), tuple(weights[name].shape)
+                raise ValueError(f"the mask of {name} has the shape {mine}, the network's weight {its}")
+
+    def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
+        """This mask as a safetensors file, with its counts (and `metadata`) in the header."""
+        counts = {"remaining": str(self.remaining), "total": str(self.total), "order": json.dumps(list(self))}
+        return save({name: tensor.contiguous() for name, tensor in self.items()}, {**counts, **(metadata or {})})
+
+    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write `to_bytes` to a file."""
+        Path(path).write_bytes(self.to_bytes(metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Mask":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: If the file is missing, damaged or not a mask.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                names = json.loads(file.metadata()["order"])
+                mask = cls({name: file.get_tensor(name) for name in names})
+                if mask.remaining != int(file.metadata()["remaining"]):
+                    raise ValueError("its count of weights left is not that of its header")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a mask ({error}); allowed: a safetensors file that Mask.save wrote") from None
+        return mask
+
+
+def prune_by_magnitude(weights: Mapping[str, Tensor], mask: Mask, fraction: float) -> Mask:
+    """Global magnitude pruning: drop the surviving weights with the smallest absolute values, over all layers.
+
+    Exactly ceil(fraction x remaining) weights go, ties by position (layer order, then memory order), so that the
+    count of every level is known beforehand and the result is the same everywhere. (The original code takes the
+    threshold value itself with it: one weight more a level, and all that tie with it.)
+
+    Args:
+        weights: Trained weights, by the mask's names.
+        mask: What is left so far; what it has pruned stays pruned.
+        fraction: Share of the surviving weights to drop, between 0 and 1 exclusive, read as the decimal it is
+            written as (0.2 of 10 is 2, whatever binary floating point makes of it).
+
+    Returns:
+        The mask of the next level.
+
+    Raises:
+        ValueError: If fraction is out of range or a weight that is to be compared is not a number.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction {fraction}; allowed: between 0 and 1")
+    survives = np.concatenate([tensor.numpy().ravel() for tensor in mask.values()])
+    magnitude = np.concatenate([weights[name].detach().abs().cpu().float().numpy().ravel() for name in mask])
+    if np.isnan(magnitude[survives]).any():
+        raise ValueError("a weight is not a number (NaN): no order of magnitudes to prune by")
+    left = np.flatnonzero(survives)
+    goes = math.ceil(fractions.Fraction(str(fraction)) * len(left))
+    survives[left[np.argsort(magnitude[left], kind="stable")[:goes]]] = False
+    parts = torch.from_numpy(survives).split([tensor.numel() for tensor in mask.values()])
+    return Mask({name: part.view(mask[name].shape).clone() for name, part in zip(mask, parts, strict=True)})

@@ -1,0 +1,19 @@
+"""One named random stream per purpose, so that changing one thing changes nothing else.
+
+Streams depend on the configured seed, the replicate and the name only: replicate r of every arm shares its
+initialisation, data order and augmentation, which pairs the arms.
+"""
+
+import hashlib
+
+import numpy as np
+
+
+def stream(seed: int, replicate: int, name: str) -> int:
+    """The 64-bit seed of the stream `name` ("init", "order", "augmentation", "subset") of one replicate."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{replicate}/{name}".encode()).digest()[:8], "little")
+
+
+def generator(seed: int, *index: int) -> np.random.Generator:
+    """A generator that depends on a stream's seed and a position in the stream (a pass or a step) alone."""
+    return np.random.default_rng([seed, *index])

@@ -1,0 +1,21 @@
+"""Iterative magnitude pruning with rewinding, for every replicate of one arm.
+
+composer -n 4 recipes/imp.py -f yamls/cifar100_random.yaml      a replicate a GPU, or CPU process
+python recipes/imp.py -f yamls/digits_all.yaml replicates=[0]   one after another, in this process
+python recipes/imp.py -f yamls/digits_all.yaml --plan           what would run, and what exists already
+
+The same command again goes on where the last one stopped.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from lth_diet import launch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return launch.imp(argv, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
