@@ -74,9 +74,7 @@ def facts(name: str, root: str) -> Facts:
         classes = {label for label, _ in train}
         if classes != {label for label, _ in test}:
             odd = sorted(classes.symmetric_difference(label for label, _ in test))
-            raise UserError(
-                f"class {odd[0]!r} is not in both train/ and test/; allowed: the same class folders in each"
-            )
+            raise UserError(f"class {odd[0]!r} is not in both train/ and test/; allowed: the same classes in each")
         described = [f"{path.relative_to(root)} {path.stat().st_size}" for _, path in train + test]
         fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
         return Facts(len(train), len(test), len(classes), fingerprint)

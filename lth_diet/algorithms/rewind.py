@@ -2,7 +2,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from composer import Algorithm, Event, Logger, State, Time, TimeUnit
 from composer.utils import dist
 from torch import Tensor
