@@ -87,9 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     frame = summary(results)
     print("test accuracy in %, mean ± sd (replicates)\n" + table(frame))
-    models = ", ".join(
-        f"{data} / {model}" for data, model in sorted(set(zip(results.dataset, results.model, strict=True)))
-    )
+    pairs = sorted(set(zip(results.dataset, results.model, strict=True)))
     draw(frame, ", ".join(f"{dataset}, {model}" for dataset, model in pairs), arguments.output)
     print(f"picture: {arguments.output.resolve()}")
     return 0

@@ -74,6 +74,7 @@ class IMP:
             algorithms = [Rewind(self.config.rewind_steps, rewind_point), ApplyMask(mask)]
             schedule = training.Schedule(self.config.rewind_steps, train.steps, train.lr, train.milestones)
             model, weights_remaining_percent = self.network(), 100 * mask.density
+            mask.check(model.module)
             result = self._train(phase, model, schedule, algorithms, weights_remaining_percent)
             result |= {"level": level, "weights_remaining_percent": weights_remaining_percent}
             self._finish(phase, result, model.module.state_dict())

@@ -1,0 +1,66 @@
+import pytest
+import torch
+from composer import Callback, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from lth_diet.masks import prunable
+from lth_diet.models import classifier
+
+
+class Spy(Callback):
+    """Notes what it is told to look at, at an event."""
+
+    def __init__(self, **looks):
+        self.looks = looks
+        self.seen = {event: [] for event in looks}
+
+    def run_event(self, event, state, logger):
+        if event.value in self.looks:
+            self.seen[event.value].append(self.looks[event.value](state))
+
+
+@pytest.fixture
+def examples():
+    """48 examples whose label tells which they are, modulo 10."""
+    random = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(48, 3, 8, 8, generator=random), torch.arange(48) % 10)
+
+
+@pytest.fixture
+def trainer(examples):
+    """Builds an ordinary Composer Trainer with an ordinary DataLoader, 6 batches of 8 an epoch."""
+    trainers = []
+
+    def build(algorithms, steps=6, model=None, loader=None, callbacks=(), scheduler=None, **options):
+        model = model or classifier(8, 10, width=2, seed=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        loader = loader or DataLoader(examples, batch_size=8)
+        if scheduler:
+            options = {"schedulers": scheduler(optimizer), "step_schedulers_every_batch": True} | options
+        trainers.append(
+            Trainer(
+                model=model,
+                train_dataloader=loader,
+                max_duration=f"{steps}ba",
+                optimizers=optimizer,
+                algorithms=algorithms,
+                callbacks=list(callbacks),
+                device="cpu",
+                seed=0,
+                progress_bar=False,
+                **options,
+            )
+        )
+        return trainers[-1]
+
+    yield build
+    for built in trainers:
+        built.close()
+
+
+@pytest.fixture
+def half():
+    """A mask that keeps about half of the weights of `classifier(8, 10, width=2)`."""
+    random = torch.Generator().manual_seed(2)
+    weights = prunable(classifier(8, 10, width=2).module)
+    return {name: torch.rand(weight.shape, generator=random) < 0.5 for name, weight in weights.items()}

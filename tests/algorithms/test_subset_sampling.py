@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, WeightedRandomSampler
+
+from algorithms.conftest import Spy
+from lth_diet.algorithms import SubsetSampling
+from lth_diet.datasets import Dataset, Split
+from lth_diet.loader import Loader
+from lth_diet.models import classifier
+
+SUBSET = list(range(0, 48, 3))  # 16 of 48 examples: two batches of 8
+
+
+@pytest.fixture
+def numbered():
+    """48 examples whose first pixel is their number."""
+    images = torch.zeros(48, 3, 8, 8)
+    images[:, 0, 0, 0] = torch.arange(48)
+    return TensorDataset(images, torch.zeros(48, dtype=torch.long))
+
+
+def numbers(state):
+    return sorted(state.batch[0][:, 0, 0, 0].int().tolist())
+
+
+def seen_by(trainer, loader, until, steps, **options):
+    spy = Spy(batch_start=numbers)
+    trainer([SubsetSampling(SUBSET, until)], loader=loader, steps=steps, callbacks=[spy], **options).fit()
+    return spy.seen["batch_start"]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_ordinary_loader_sees_only_the_subset_in_passes_and_then_all(trainer, numbered, shuffle):
+    seen = seen_by(trainer, DataLoader(numbered, batch_size=8, shuffle=shuffle), "4ba", 10)
+    for number in range(2):
+        assert sorted(seen[2 * number] + seen[2 * number + 1]) == SUBSET
+    assert sorted(sum(seen[4:], [])) == list(range(48))
+
+
+def test_an_ordinary_loader_is_released_at_the_first_epoch_boundary_after_the_time(trainer, numbered):
+    seen = seen_by(trainer, DataLoader(numbered, batch_size=8), "3ba", 10)
+    assert all(set(batch) <= set(SUBSET) for batch in seen[:4])
+    assert sorted(sum(seen[4:], [])) == list(range(48))
+
+
+def test_the_time_may_be_in_epochs(trainer, numbered):
+    seen = seen_by(trainer, DataLoader(numbered, batch_size=8), "3ep", 8)
+    assert [set(batch) <= set(SUBSET) for batch in seen] == [True] * 6 + [False] * 2
+
+
+def our_loader(count=48):
+    images = np.zeros((count, 8, 8, 3), np.uint8)
+    data = Dataset(
+        "cifar10", Split(images, np.arange(count)), Split(images, np.arange(count)), (0.0,) * 3, (1.0,) * 3, ()
+    )
+    return Loader(data, 8, order_seed=1, augmentation_seed=2)
+
+
+def our_labels(state):
+    return state.batch[1].tolist()
+
+
+@pytest.mark.parametrize("until", [3, 4, 5])
+def test_our_loader_is_released_exactly(trainer, until):
+    loader, free = our_loader(), our_loader()
+    spy = Spy(before_forward=our_labels)
+    model = classifier(8, 48, width=2, seed=1)
+    fit = trainer(
+        [SubsetSampling(SUBSET, until)], model=model, loader=loader, steps=9, callbacks=[spy], spin_dataloaders=False
+    )
+    loader.clock = lambda: int(fit.state.timestamp.batch)
+    fit.fit()
+    seen = spy.seen["before_forward"]
+    assert all(set(labels) <= set(SUBSET) for labels in seen[:until])
+    assert seen[until:] == [free.batch(step)[1].tolist() for step in range(until, 9)]
+
+
+def test_a_training_resumed_before_the_time_is_restricted_and_after_it_is_not(trainer, numbered, place):
+    def loader():
+        return DataLoader(numbered, batch_size=8)
+
+    whole = seen_by(
+        trainer,
+        loader(),
+        "4ba",
+        10,
+        save_folder="saved",
+        save_interval="1ba",
+        save_filename="{batch}.pt",
+        save_num_checkpoints_to_keep=-1,
+    )
+    for step in (1, 2, 3, 4, 6):
+        assert seen_by(trainer, loader(), "4ba", 10, load_path=f"saved/{step}.pt") == whole[step:]
+
+
+def test_an_epoch_over_the_subset_that_outlasts_the_time_goes_on_after_a_resume(trainer, numbered, place):
+    def loader():
+        return DataLoader(numbered, batch_size=4)  # four batches a pass over the subset
+
+    whole = seen_by(trainer, loader(), "2ba", 8, save_folder="saved", save_interval="3ba", save_filename="{batch}.pt")
+    assert seen_by(trainer, loader(), "2ba", 8, load_path="saved/3.pt") == whole[3:]
+
+
+def test_a_distributed_sampler_keeps_its_share(trainer, numbered):
+    loader = DataLoader(numbered, batch_size=4, sampler=DistributedSampler(numbered, 2, 1, shuffle=False))
+    seen = seen_by(trainer, loader, "2ba", 2)
+    assert sorted(sum(seen, [])) == SUBSET[1::2]
+
+
+@pytest.mark.parametrize("until", ["0.5dur", "3sec", "never"])
+def test_another_unit_is_refused(until):
+    with pytest.raises(ValueError):
+        SubsetSampling([1], until)
+
+
+def test_a_sampler_that_cannot_be_rebuilt_is_refused(trainer, numbered):
+    loader = DataLoader(numbered, batch_size=8, sampler=WeightedRandomSampler([1.0] * 48, 48))
+    with pytest.raises(ValueError, match="WeightedRandomSampler"):
+        trainer([SubsetSampling(SUBSET, 2)], loader=loader).fit()
+
+
+def test_an_iterable_data_set_is_refused(trainer):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield torch.zeros(3, 8, 8), 0
+
+        def __len__(self):
+            return 48
+
+    with pytest.raises(ValueError, match="without an attribute `indices`"):
+        trainer([SubsetSampling(SUBSET, 2)], loader=DataLoader(Stream(), batch_size=8)).fit()
