@@ -13,7 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lth_diet import config as configuration
 from lth_diet import datasets, display
@@ -205,7 +205,6 @@ def _conclude(run: Run) -> None:
 def _be_quiet() -> None:
     """Silence what Composer, PyTorch and MLflow tell their developers."""
     warnings.filterwarnings("ignore")
-    for name in ("composer", "torch", "mlflow", "alembic"):
+    for name in ("composer", "torch", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    settings: dict[str, Any] = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "GIT_PYTHON_REFRESH": "quiet"}
-    os.environ.update(settings)
+    os.environ.update({"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_DISABLE_TELEMETRY": "true"})

@@ -1,8 +1,8 @@
 """MLflow, written from the run directory: a parent run a replicate, a child run a phase.
 
 The parent's metrics have step = level, so that the MLflow UI draws arms as curves of accuracy against level. `sync`
-may be called at any time and any number of times: a point that is sent again, with the same step and timestamp, is
-kept once.
+may be called at any time and any number of times, also for a copy of a run directory or a run that was computed anew:
+a step that has the same value already is not sent again.
 """
 
 import os
@@ -115,11 +115,17 @@ def _find_or_create(client: MlflowClient, experiment: str, name: str, tags: dict
 
 
 def _log(client: MlflowClient, run: MlflowRun, rows: list[dict[str, Any]]) -> None:
+    """Send the points that MLflow lacks; one is there if its step has its value."""
+    there = {
+        (key, point.step, point.value)
+        for key in run.data.metrics
+        for point in client.get_metric_history(run.info.run_id, key)
+    }
     metrics = [
         Metric(key, float(value), row["timestamp"], row["step"])
         for row in rows
         for key, value in row.items()
-        if key not in ("step", "timestamp")
+        if key not in ("step", "timestamp") and (key, row["step"], float(value)) not in there
     ]
     for start in range(0, len(metrics), _MOST_METRICS):
         client.log_batch(run.info.run_id, metrics=metrics[start : start + _MOST_METRICS])

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import write_image_folder
+from helpers import write_image_folder
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 

@@ -1,22 +1,10 @@
 import pytest
 import torch
-from composer import Callback, Trainer
+from composer import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lth_diet.masks import prunable
 from lth_diet.models import classifier
-
-
-class Spy(Callback):
-    """Notes what it is told to look at, at an event."""
-
-    def __init__(self, **looks):
-        self.looks = looks
-        self.seen = {event: [] for event in looks}
-
-    def run_event(self, event, state, logger):
-        if event.value in self.looks:
-            self.seen[event.value].append(self.looks[event.value](state))
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@ import pytest
 import torch
 from composer import Evaluator
 from composer.algorithms import EMA, GradientClipping, LabelSmoothing
+from helpers import Spy
 from torch.utils.data import DataLoader
 
-from algorithms.conftest import Spy
 from lth_diet.algorithms import ApplyMask
 from lth_diet.models import classifier
 

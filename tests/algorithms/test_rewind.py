@@ -2,10 +2,10 @@ import pytest
 import torch
 from composer import Time
 from composer.optim import MultiStepScheduler
+from helpers import Spy
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader
 
-from algorithms.conftest import Spy
 from lth_diet.algorithms import ApplyMask, Rewind
 from lth_diet.models import classifier
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from helpers import Spy
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from algorithms.conftest import Spy
 from lth_diet.algorithms import SubsetSampling
 from lth_diet.datasets import Dataset, Split
 from lth_diet.loader import Loader

@@ -1,0 +1,46 @@
+"""What several test modules use."""
+
+from pathlib import Path
+
+import numpy as np
+from composer import Callback
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+TINY = """
+arm: {arm}
+dataset: {{name: digits}}
+model: {{depth: 8, width: 2}}
+train: {{steps: 12ba, batch_size: 64, milestones: [6ba, 9ba]}}
+pretrain: {{steps: 4ba, lr: 0.1, subset: {{size: 128}}}}
+prune: {{levels: 2}}
+intervals: {{log: 2ba, checkpoint: 3ba}}
+replicates: 1
+experiment: tiny
+"""
+
+
+def write_image_folder(root, sizes=None, shape=(8, 8), suffix=".png", seed=0):
+    """Images of noise in the true layout: `root/<part>/<class>/NNNN<suffix>`."""
+    random = np.random.default_rng(seed)
+    for part, count in (sizes or {"train": 6, "test": 2}).items():
+        for label in ("ant", "bee"):
+            folder = root / part / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 256, (*shape, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index:04d}{suffix}")
+    return root
+
+
+class Spy(Callback):
+    """Notes what it is told to look at, at an event."""
+
+    def __init__(self, **looks):
+        self.looks = looks
+        self.seen = {event: [] for event in looks}
+
+    def run_event(self, event, state, logger):
+        if event.value in self.looks:
+            self.seen[event.value].append(self.looks[event.value](state))

@@ -1,0 +1,247 @@
+import json
+import string
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, TINY, write_image_folder
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lth_diet import config, datasets
+from lth_diet.errors import UserError
+
+
+def load(tiny, *overrides, arm="random"):
+    return config.load(tiny(arm), overrides)
+
+
+def test_a_file_is_merged_over_its_base_and_overrides_over_both(place):
+    (place / "base").mkdir()
+    (place / "base/b.yaml").write_text(
+        "dataset: {name: digits}\nmodel: {depth: 8}\ntrain: {steps: 50, batch_size: 64}\n"
+    )
+    (place / "a.yaml").write_text("base: base/b.yaml\narm: all\npretrain: {steps: 5ba}\ntrain: {lr: 0.2}\n")
+    loaded = config.load("a.yaml", ["train.batch_size=32", "replicates=[1, 3]"])
+    assert (loaded.train.steps, loaded.train.batch_size, loaded.train.lr) == (50, 32, 0.2)
+    assert loaded.replicates == (1, 3)
+    assert loaded.pretrain.steps == 5
+
+
+def test_batches_are_a_number_with_or_without_unit(tiny):
+    assert load(tiny, "train.steps=20ba").train.steps == load(tiny, "train.steps=20").train.steps == 20
+
+
+def test_a_number_without_a_point_is_one(tiny):
+    assert load(tiny, "train.weight_decay=5e-4").train.weight_decay == 5e-4
+
+
+FREE = ["replicates=7", "prune.levels=9", "runs=elsewhere", "experiment=other", "dataset.root=x", "intervals.log=7"]
+
+
+@pytest.mark.parametrize("override", FREE)
+def test_what_does_not_change_a_result_does_not_change_the_id(tiny, override):
+    assert load(tiny, override).run_id() == load(tiny).run_id()
+
+
+TOLD = ["seed=1", "threads=2", "train.lr=0.3", "pretrain.steps=5", "pretrain.subset.size=64", "precision=fp32"]
+
+
+@pytest.mark.parametrize("override", [*TOLD, "prune.fraction=0.3", "model.width=3", "deterministic=true"])
+def test_what_changes_a_result_changes_the_id(tiny, override):
+    assert load(tiny, override).run_id() != load(tiny).run_id()
+
+
+@pytest.mark.parametrize(
+    ("arm", "override"),
+    [
+        ("init", "pretrain.lr=0.9"),
+        ("init", "pretrain.steps=9"),
+        ("init", "pretrain.label_noise=0.5"),
+        ("init", "pretrain.subset.size=65"),
+        ("all", "pretrain.subset.size=65"),
+        ("all", "scores.networks=3"),
+        ("random", "scores.networks=3"),
+        ("random", "pretrain.subset.class_balanced=true"),
+        ("random", "pretrain.subset.offset=3"),
+    ],
+)
+def test_fields_that_an_arm_ignores_do_not_change_its_id(tiny, arm, override):
+    assert load(tiny, override, arm=arm).run_id() == load(tiny, arm=arm).run_id()
+
+
+@pytest.mark.parametrize(
+    "override", ["pretrain.subset.class_balanced=true", "pretrain.subset.offset=3", "scores.networks=3"]
+)
+def test_easy_and_hard_heed_scores_balance_and_offset(tiny, override):
+    ids = {load(tiny, *chosen, arm=arm).run_id() for arm in ("easy", "hard") for chosen in ((), (override,))}
+    assert len(ids) == 4
+
+
+def test_a_default_that_is_written_out_does_not_change_the_id(tiny):
+    written = ["train.momentum=0.9", "scores.steps=7800", "seed=42", "prune.fraction=0.2"]
+    assert load(tiny, *written, arm="easy").run_id() == load(tiny, arm="easy").run_id()
+
+
+def test_an_image_folder_enters_by_its_content_and_not_by_its_place(tiny, place):
+    datasets.facts.cache_clear()
+    for name, sizes in (("a", None), ("b", None), ("c", {"train": 7, "test": 2})):
+        write_image_folder(place / name, sizes)
+    few = ["dataset.name=image_folder", "train.batch_size=2", "pretrain.subset.size=4"]
+    ids = [load(tiny, *few, f"dataset.root={name}").run_id() for name in "abc"]
+    assert ids[0] == ids[1] != ids[2]
+
+
+# A run id names work that has been done: these must not change, whatever is added to the schema.
+IDS = {
+    "cifar100_all": "cifar100_all-8dc5322229",
+    "cifar100_all_half": "cifar100_all-12d51972ca",
+    "cifar100_init": "cifar100_init-980ff62193",
+    "cifar100_random": "cifar100_random-fc04e4568e",
+    "cifar10_all": "cifar10_all-8236c9693b",
+    "cifar10_all_half": "cifar10_all-84b72b6b29",
+    "cifar10_init": "cifar10_init-6a027a3dfc",
+    "cifar10_random": "cifar10_random-c4c74dc415",
+    "digits_all": "digits_all-ccc3a7902e",
+    "digits_all_half": "digits_all-77cd5ea0aa",
+    "digits_init": "digits_init-3bab17aadb",
+    "digits_random": "digits_random-d70d781e75",
+}
+
+
+def test_run_ids_are_frozen():
+    ids = {path.stem: config.load(path).run_name for path in sorted((ROOT / "yamls").glob("*.yaml"))}
+    assert ids == IDS
+
+
+def test_the_id_of_an_arm_that_uses_scores_is_frozen(tiny):
+    assert load(tiny, "pretrain.label_noise=0.1", arm="easy").run_id() == "2858869c85"
+
+
+TABLE_1 = {
+    "cifar10": {"depth": 20, "batch": 128, "pretrain": 0.4, "milestones": (31_200, 46_800), "steps": 62_400, "t": 400},
+    "cifar100": {"depth": 32, "batch": 128, "pretrain": 0.4, "milestones": (31_200, 46_800), "steps": 62_400, "t": 800},
+}
+
+
+@pytest.mark.parametrize("dataset", TABLE_1)
+def test_the_files_of_the_paper_hold_table_1(dataset):
+    row = TABLE_1[dataset]
+    arms = {"init": 0, "all": row["t"], "all_half": row["t"] // 2, "random": row["t"] // 2}
+    for arm, rewind_steps in arms.items():
+        loaded = config.load(ROOT / "yamls" / f"{dataset}_{arm}.yaml")
+        train = loaded.train
+        assert loaded.dataset.name == dataset
+        assert (loaded.model.depth, loaded.model.width) == (row["depth"], 16)
+        assert (train.batch_size, train.steps, train.milestones) == (row["batch"], row["steps"], row["milestones"])
+        assert (train.lr, train.momentum, train.weight_decay, train.gamma) == (0.1, 0.9, 1e-4, 0.1)
+        assert loaded.pretrain.lr == row["pretrain"]
+        assert (loaded.prune.fraction, loaded.prune.levels) == (0.2, 20)
+        assert loaded.rewind_steps == rewind_steps
+        assert loaded.replicates == (0, 1, 2, 3)
+        assert (loaded.scores.networks, loaded.scores.steps) == (10, 7800)
+        assert loaded.arm == arm.removesuffix("_half")
+
+
+def test_the_head_of_every_file_names_its_own_command():
+    for path in (ROOT / "yamls").glob("*.yaml"):
+        assert f"recipes/imp.py -f yamls/{path.name}\n" in path.read_text()
+
+
+def test_the_schema_has_a_place_for_scores_and_noise(tiny):
+    loaded = load(tiny, "pretrain.label_noise=0.1", "scores.file=a.safetensors", "pretrain.subset.offset=2", arm="easy")
+    assert (loaded.label_noise, loaded.scores.file, loaded.pretrain.subset.offset) == (0.1, "a.safetensors", 2)
+
+
+BAD = {
+    "train.lrr=1": r"command line: train.lrr is not a known key; did you mean train.lr?",
+    "trian.lr=1": r"command line: trian is not a known key; did you mean train.lr",
+    "zzzzzz=1": r"zzzzzz is not a known key; known are arm, dataset",
+    "train.lr=fast": r"command line: train.lr: 'fast' is not allowed; allowed: a number",
+    "train.lr=true": r"train.lr: True is not allowed; allowed: a number",
+    "train.lr=.nan": r"train.lr: nan is not allowed; allowed: a finite number",
+    "train.lr=0": r"train.lr: 0 is not allowed; allowed: greater than 0",
+    "train=5": r"command line: train: 5 is not allowed; allowed: a section of keys below train:",
+    "train.batch_size=12.5": r"train.batch_size: 12.5 is not allowed; allowed: a valid integer",
+    "train.batch_size=9999": r"train.batch_size: 9999 is not allowed; allowed: up to the 1442 training images",
+    "train.steps=10ep": r"train.steps: '10ep' is not allowed; allowed: a number of batches, such as 400",
+    "train.steps=4": r"tiny.yaml: pretrain.steps: 4 is not allowed; allowed: 1 to 3 \(below train.steps\)",
+    "pretrain.steps=12": r"command line: pretrain.steps: 12 is not allowed; allowed: 1 to 11 \(below train.steps\)",
+    "pretrain.steps=0": r"pretrain.steps: 0 is not allowed; allowed: 1 to 11",
+    "train.milestones=[9, 6]": r"train.milestones: \[9, 6\] is not allowed; allowed: increasing steps",
+    "train.milestones=[x]": r"train.milestones.0: 'x' is not allowed",
+    "pretrain.subset.size=2000": r"pretrain.subset.size: 2000 is not allowed; allowed: 64 \(a batch\) to 1442",
+    "pretrain.subset.size=63": r"pretrain.subset.size: 63 is not allowed; allowed: 64 \(a batch\) to 1442",
+    "pretrain.subset=": r"pretrain.subset: None is not allowed; allowed: {size: M}, for arm: random",
+    "prune.fraction=0": r"prune.fraction: 0 is not allowed; allowed: greater than 0",
+    "prune.fraction=1.0": r"prune.fraction: 1.0 is not allowed; allowed: less than 1",
+    "prune.levels=-1": r"prune.levels: -1 is not allowed; allowed: greater than or equal to 0",
+    "model.depth=21": r"model.depth: 21 is not allowed; allowed: 6n \+ 2, such as 20, 32 or 56",
+    "dataset.name=imagenet": r"dataset.name: 'imagenet' is not allowed; allowed: 'cifar10', 'cifar100'",
+    "arm=medium": r"arm: 'medium' is not allowed; allowed: 'init', 'all', 'random', 'easy' or 'hard'",
+    "replicates=0": r"replicates: 0 is not allowed; allowed: a count such as 4, or a list of different indices",
+    "replicates=[1, 1]": r"replicates: \[1, 1\] is not allowed",
+    "seed=-1": r"seed: -1 is not allowed",
+    "parallelism=pipeline": r"parallelism: 'pipeline' is not allowed; allowed: 'replicates'",
+    "train.lr": r"command line: 'train.lr' is not an override; allowed: key.sub=value",
+    "=3": r"command line: '=3' is not an override",
+    "train.lr=[": r"command line: train.lr: not YAML",
+    "dataset.name=image_folder": r"command line: dataset.root: 'data' is not allowed; data holds no folder train/",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_input_is_one_sentence_with_file_key_value_and_what_is_allowed(tiny, override):
+    with pytest.raises(UserError, match=BAD[override]) as error:
+        load(tiny, override)
+    assert "\n" not in str(error.value)
+
+
+BAD_FILES = {
+    "a: [1": r"bad.yaml: not YAML in line 1",
+    "- a list": r"bad.yaml: not a configuration",
+    "": r"bad.yaml: not a configuration",
+    "arm: all\narm: init": r"bad.yaml: not YAML in line 1: the key 'arm' stands twice",
+    "arm: !!python/object/apply:os.mkdir [trap]": r"bad.yaml: not YAML in line 1",
+    "base: missing.yaml\narm: all": r"missing.yaml, the base of bad.yaml, cannot be read: No such file or directory",
+    "base: bad.yaml\narm: all": r"bad.yaml: base: 'bad.yaml' is not allowed; the files are each other's base",
+    "base: 3": r"bad.yaml: base: 3 is not allowed; allowed: a path",
+    "arm: all": r"bad.yaml: dataset is missing",
+    "3: 4": r"bad.yaml: not a configuration",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_a_bad_file_is_refused_by_name(place, text):
+    (place / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=BAD_FILES[text]):
+        config.load("bad.yaml")
+    assert not (place / "trap").exists()
+
+
+def test_a_missing_file_and_a_binary_file_are_refused_by_name(place):
+    with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read: No such file or directory"):
+        config.load("nowhere.yaml")
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"binary\.yaml cannot be read: not text"):
+        config.load("binary.yaml")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 300) | st.floats() | st.text(string.printable, max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(string.ascii_lowercase, max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(sorted(config.DEFAULTS) + [key.rpartition(".")[0] for key in config.DEFAULTS if "." in key])
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=4))
+def test_any_value_of_any_key_is_taken_or_refused_in_one_sentence(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("fuzz") / "fuzz.yaml"
+    path.write_text(TINY.format(arm="random"))
+    try:
+        loaded = config.load(path, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+        assert len(loaded.run_id()) == 10
+    except UserError as error:
+        assert "\n" not in str(error)

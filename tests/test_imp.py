@@ -1,0 +1,188 @@
+import json
+
+import pytest
+import torch
+from composer import Algorithm, Event
+from safetensors.torch import load_file
+
+from lth_diet import config, datasets, imp, subsets
+from lth_diet.algorithms import ApplyMask, Rewind, SubsetSampling
+from lth_diet.display import Progress
+from lth_diet.errors import UserError
+from lth_diet.masks import Mask, prune_by_magnitude
+from lth_diet.runs import Run
+
+
+@pytest.fixture
+def run(tiny):
+    """Runs the first replicate of a small configuration; returns its directory."""
+
+    def start(*overrides, arm="random"):
+        made = Run(config.load(tiny(arm), overrides))
+        made.create()
+        replicate = made.replicate(0)
+        imp.IMP(made.config, replicate, Progress(0), lambda: None).run()
+        return replicate
+
+    return start
+
+
+def weights(phase):
+    return load_file(phase.path / "weights.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_each_level_starts_at_mask_times_rewind_point_bit_for_bit(run, monkeypatch):
+    starts = []
+
+    class Watched(ApplyMask):
+        def match(self, event, state):
+            if event == Event.BEFORE_FORWARD and state.timestamp.batch == 4:
+                starts.append({name: tensor.clone() for name, tensor in state.model.module.state_dict().items()})
+            return super().match(event, state)
+
+    monkeypatch.setattr(imp, "ApplyMask", Watched)
+    replicate = run()
+    rewind_point = weights(replicate.pretrain)
+    assert float(rewind_point["bn1.running_mean"].abs().sum()) > 0
+    for level, start in enumerate(starts):
+        mask = Mask.load(replicate.level(level).path / "mask.safetensors")
+        assert equal(start, {name: tensor * mask.get(name, 1) for name, tensor in rewind_point.items()})
+    assert len(starts) == 3
+
+
+def test_each_mask_prunes_the_weights_trained_at_the_level_before(run):
+    replicate = run()
+    masks = [Mask.load(replicate.level(level).path / "mask.safetensors") for level in range(3)]
+    assert masks[0].density == 1
+    for level in range(2):
+        assert masks[level + 1] == prune_by_magnitude(weights(replicate.level(level)), masks[level], 0.2)
+    for level in range(3):
+        trained = weights(replicate.level(level))
+        assert all(bool((trained[name][~left] == 0).all()) for name, left in masks[level].items())
+        assert replicate.level(level).result()["weights_remaining_percent"] == 100 * masks[level].density
+
+
+def test_levels_train_from_the_rewind_step_to_the_end(run):
+    replicate = run()
+    assert replicate.pretrain.result()["steps"] == 4
+    assert [replicate.level(level).result()["steps"] for level in range(3)] == [8, 8, 8]
+
+
+def test_init_rewinds_to_the_initialisation(run):
+    replicate = run(arm="init")
+    network = imp.IMP(config.load("tiny.yaml"), replicate, Progress(0), lambda: None).network().module
+    assert equal(weights(replicate.pretrain), network.state_dict())
+    assert replicate.level(0).result()["steps"] == 12
+
+
+def examples_seen(monkeypatch, run, **options):
+    """Label lists of the batches of each phase, through the loader that it really used."""
+    seen, original = [], imp.training.train
+
+    def watched(model, loader, *rest):
+        batches = []
+        seen.append(batches)
+        real = loader.batch
+        loader.batch = lambda step: batches.append(loader.examples(step)) or real(step)
+        try:
+            return original(model, loader, *rest)
+        finally:
+            loader.batch = real
+
+    monkeypatch.setattr(imp.training, "train", watched)
+    run(**options)
+    return seen
+
+
+def test_pretraining_sees_the_random_subset_in_passes_and_levels_see_all(run, monkeypatch):
+    seen = examples_seen(monkeypatch, run)
+    labels = datasets.load("digits", "unused").train.labels
+    subset = subsets.random_subset(labels, 128, imp.seeds.stream(42, 0, "subset"))
+    pretraining = seen[0]
+    assert len(pretraining) == 4
+    for number in range(2):  # 128 examples are two batches of 64
+        assert sorted([*pretraining[2 * number], *pretraining[2 * number + 1]]) == subset.tolist()
+    for level in seen[1:]:
+        assert len(level) == 8
+        assert not {int(i) for batch in level for i in batch} <= set(subset.tolist())
+
+
+def test_arms_of_a_replicate_share_initialisation_and_data_order(run, monkeypatch):
+    everything = examples_seen(monkeypatch, run, arm="all")
+    fresh = examples_seen(monkeypatch, run, arm="init")
+    order = [batch.tolist() for batch in fresh[0]]
+    assert [batch.tolist() for batch in everything[0] + everything[1]] == order
+
+
+class Nothing(Algorithm):
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def match(self, event, state):
+        return False
+
+    def apply(self, event, state, logger):
+        pass
+
+
+class KeepsButDoesNotRewind(Rewind):
+    def match(self, event, state):
+        return event != Event.FIT_START and super().match(event, state)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "removed"),
+    [(SubsetSampling, Nothing), (ApplyMask, Nothing), (Rewind, KeepsButDoesNotRewind)],
+)
+def test_a_run_without_one_of_the_algorithms_is_another_run(run, monkeypatch, algorithm, removed):
+    with_it = weights(run("runs=with", "prune.levels=1").level(1))
+    monkeypatch.setattr(imp, algorithm.__name__, removed)
+    without = weights(run("runs=without", "prune.levels=1").level(1))
+    assert not equal(with_it, without)
+
+
+def test_a_finished_run_is_not_computed_again(run, monkeypatch):
+    replicate = run()
+    before = {path: path.stat().st_mtime_ns for path in replicate.path.rglob("*")}
+
+    def trained_again(*args):
+        raise AssertionError("a finished phase was trained again")
+
+    monkeypatch.setattr(imp.training, "train", trained_again)
+    run()
+    assert {path: path.stat().st_mtime_ns for path in replicate.path.rglob("*")} == before
+
+
+def test_more_levels_extend_a_run_to_what_it_would_have_been(run):
+    run("prune.levels=1")
+    extended = run("prune.levels=2")
+    whole = run("prune.levels=2", "runs=whole")
+    assert extended.path.parent.name == whole.path.parent.name
+    assert equal(weights(extended.level(2)), weights(whole.level(2)))
+
+
+def test_a_damaged_file_is_refused_by_name(run):
+    replicate = run("prune.levels=1")
+    path = replicate.level(1).path / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00\x00")
+    with pytest.raises(UserError, match=r"level_1/weights.safetensors: "):
+        run("prune.levels=2")
+
+
+def test_results_say_what_was_measured(run):
+    result = json.loads((run().level(2).path / "result.json").read_text())
+    assert set(result) == {
+        "test_accuracy_percent",
+        "test_loss",
+        "steps",
+        "seconds",
+        "timestamp",
+        "level",
+        "weights_remaining_percent",
+        "sha256",
+    }
+    assert set(result["sha256"]) == {"mask.safetensors", "weights.safetensors", "curve.jsonl"}

@@ -1,0 +1,143 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, write_image_folder
+from PIL import Image
+
+from lth_diet import config, display, launch
+from lth_diet.runs import Run
+from recipes import imp
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """The launcher's variables, restored after each test."""
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    return monkeypatch
+
+
+def files(place):
+    return sorted(path for path in place.rglob("*"))
+
+
+BAD = {
+    "yaml": (["train.lr=["], "command line: train.lr: not YAML"),
+    "unknown key": (["train.lrr=1"], "did you mean train.lr?"),
+    "type": (["train.lr=fast"], "train.lr: 'fast' is not allowed; allowed: a number"),
+    "t_r": (["pretrain.steps=12"], "pretrain.steps: 12 is not allowed; allowed: 1 to 11"),
+    "subset": (
+        ["pretrain.subset.size=2000"],
+        "pretrain.subset.size: 2000 is not allowed; allowed: 64 (a batch) to 1442",
+    ),
+    "small subset": (
+        ["pretrain.subset.size=8"],
+        "pretrain.subset.size: 8 is not allowed; allowed: 64 (a batch) to 1442",
+    ),
+    "fraction": (["prune.fraction=1.5"], "prune.fraction: 1.5 is not allowed; allowed: less than 1"),
+    "folder": (["dataset.name=image_folder", "dataset.root=nowhere"], "dataset.root: 'nowhere' is not allowed"),
+    "depth": (["model.depth=19"], "model.depth: 19 is not allowed; allowed: 6n + 2"),
+    "easy": (["arm=easy"], "arm: 'easy' needs EL2N scores, which are not built yet; allowed: init, all, random"),
+    "noise": (["pretrain.label_noise=0.1"], "pretrain.label_noise: 0.1 is not built yet; allowed: 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_exits_with_2_after_one_sentence_and_writes_nothing(tiny, place, capsys, case):
+    overrides, sentence = BAD[case]
+    path = tiny()
+    before = files(place)
+    assert imp.main(["-f", str(path), *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert sentence in err
+    assert files(place) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["-f"], ["-f", "x.yaml", "--plam"], ["-f", "missing.yaml"]])
+def test_a_bad_command_line_is_one_sentence_too(arguments, capsys):
+    assert imp.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_an_image_of_another_size_is_refused_before_anything_is_written(tiny, place, capsys):
+    root = write_image_folder(place / "data", {"train": 40, "test": 2})
+    Image.new("RGB", (9, 9)).save(root / "train/ant/0001.png")
+    path = tiny("all")
+    before = files(place)
+    assert imp.main(["-f", str(path), "dataset.name=image_folder"]) == 2
+    assert "train/ant/0001.png: 9 x 9 pixels, colour; allowed: 8 x 8 pixels, colour" in capsys.readouterr().err
+    assert files(place) == before
+
+
+def test_a_run_directory_of_another_configuration_is_refused(tiny, capsys):
+    run = Run(config.load(tiny()))
+    run.create()
+    other = Run(config.load(tiny(), ["seed=1"]))
+    run.path.rename(other.path)
+    assert imp.main(["-f", "tiny.yaml", "seed=1"]) == 2
+    assert "was made by another configuration: seed: 42 there, 1 here" in capsys.readouterr().err
+
+
+def test_more_ranks_than_replicates_are_refused(tiny, environment, capsys):
+    environment.setenv("WORLD_SIZE", "3")
+    assert imp.main(["-f", str(tiny()), "replicates=2"]) == 2
+    assert "3 ranks for 2 replicates; allowed: composer -n 2 or fewer" in capsys.readouterr().err
+
+
+def test_bad_input_is_found_before_torch_or_composer_is_imported(tiny):
+    script = (
+        "import sys; from recipes import imp; code = imp.main(sys.argv[1:])\n"
+        "assert not {'torch', 'composer', 'mlflow'} & set(sys.modules), 'imported'; sys.exit(code)"
+    )
+    command = [sys.executable, "-c", script, "-f", str(tiny()), "train.lr=fast"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_the_plan_tells_phases_steps_and_what_exists_and_writes_nothing(tiny, place, capsys):
+    path = tiny()
+    before = files(place)
+    assert imp.main(["-f", str(path), "replicates=2", "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("level 2    64.0 % of weights  steps 4 to 12  to do") == 2
+    assert "replicate 1: 28 steps to train" in out and "total: 56 steps to train" in out
+    assert files(place) == before
+
+
+def test_the_plan_counts_from_done_phases_and_checkpoints(tiny):
+    run = Run(config.load(tiny()))
+    replicate = run.replicate(0)
+    replicate.pretrain.write("curve.jsonl", b"")
+    replicate.pretrain.finish({})
+    level = replicate.level(0)
+    level.write("curve.jsonl", b"")
+    level.checkpoint_path(9).write_text("state")
+    level.commit_checkpoint(9)
+    assert display.steps_left(run, replicate) == 3 + 8 + 8
+    assert "pretrain  100.0 % of weights  steps 0 to 4  done" in display.plan(run)
+    assert "level 0   100.0 % of weights  steps 4 to 12  goes on at step 9" in display.plan(run)
+
+
+@pytest.mark.parametrize(
+    ("size", "shares"), [(1, [[0, 1, 2, 3, 4]]), (2, [[0, 2, 4], [1, 3]]), (4, [[0, 4], [1], [2], [3]])]
+)
+def test_replicates_are_dealt_to_ranks(size, shares):
+    worlds = [launch.World(rank, size, rank, "127.0.0.1", 0) for rank in range(size)]
+    assert [world.deal(range(5)) for world in worlds] == shares
+
+
+def test_each_rank_becomes_a_world_of_its_own_with_one_device(environment):
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK"):
+        environment.setenv(key, "3")
+    environment.setenv("MASTER_PORT", "1234")
+    environment.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    launch.World.from_environment().leave()
+    values = {
+        key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    }
+    assert values == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": None}
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"

@@ -1,0 +1,153 @@
+"""The recipes as a user runs them, through `composer` and `python`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from lth_diet import tracking
+from lth_diet.masks import Mask
+
+COMPOSER = Path(sys.executable).with_name("composer")
+RECIPE = str(ROOT / "recipes/imp.py")
+
+
+def start(*arguments, ranks=None):
+    """Starts the recipe in the test's folder: with python, or with composer on some ranks."""
+    launcher = [str(COMPOSER), "-n", str(ranks)] if ranks else [sys.executable]
+    return subprocess.Popen(
+        [*launcher, RECIPE, "-f", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments, ranks=None):
+    process = start(*arguments, ranks=ranks)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def bits(root):
+    """Every mask and weight, and every measured number, below a runs directory."""
+    found = {}
+    for path in sorted(Path(root).rglob("*.safetensors")):
+        tensors = load_file(path)
+        found[str(path.relative_to(root))] = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    assert found
+    return found
+
+
+def test_two_ranks_give_the_bits_of_one_and_the_same_command_computes_nothing_again(tiny):
+    path = tiny()
+    code, out, err = run(path, "replicates=2", ranks=2)
+    assert code == 0, err
+    assert "replicate 0  level 2    64.0 % of weights  test accuracy" in out
+    assert "weights remaining" in out and out.count("\n    2             64.0 %") == 1
+    assert out.count("  2\n") == 3, "the table counts both replicates at each of three levels"
+    assert "runs/digits_random-" in out and "make ui" not in err
+    code, _, err = run(path, "replicates=2", "runs=alone")
+    assert code == 0, err
+    assert "Warning" not in err and "INFO" not in err
+    assert bits("runs") == bits("alone")
+
+    before = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.safetensors")}
+    code, again, err = run(path, "replicates=2", ranks=2)
+    assert code == 0, err
+    assert "steps/s" not in again
+    assert {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.safetensors")} == before
+
+    client = MlflowClient(tracking.tracking_uri())
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    parents = client.search_runs([experiment], "tags.phase = 'all'")
+    assert sorted(parent.data.tags["replicate"] for parent in parents) == ["0", "1"]
+    for parent in parents:
+        history = client.get_metric_history(parent.info.run_id, "test_accuracy_percent")
+        assert [metric.step for metric in history] == [0, 1, 2]
+
+
+def test_a_run_killed_in_the_middle_of_a_level_ends_with_the_same_bits(tiny):
+    path = tiny()
+    longer = ["train.steps=300", "intervals.checkpoint=10", "prune.levels=1"]
+    code, _, err = run(path, *longer, "runs=whole")
+    assert code == 0, err
+    process = start(path, *longer)
+    name = next(Path("whole").iterdir()).name
+    level = Path("runs") / name / "replicate_0/level_1"
+    while not (level / "checkpoint.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (level / "result.json").exists()
+    code, out, err = run(path, *longer)
+    assert code == 0, err
+    assert "level 0" not in out.split("\n\n")[0]
+    assert bits("runs") == bits("whole")
+    assert Mask.load(level / "mask.safetensors").density < 1
+
+    client = MlflowClient(tracking.tracking_uri())
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    children = client.search_runs([experiment], "tags.phase = 'level_1'")
+    assert len(children) == 1
+    steps = [metric.step for metric in client.get_metric_history(children[0].info.run_id, "train_loss")]
+    assert steps == list(range(6, 301, 2))
+
+
+def test_a_replicate_that_fails_leaves_word_and_does_not_stop_the_others(tiny):
+    path = tiny("init")
+    code, out, _ = run(path, "--plan")
+    obstacle = Path(out.split(":")[0]) / "replicate_0/level_1/mask.safetensors"
+    run(path, "replicates=[1]", "prune.levels=0")
+    obstacle.mkdir(parents=True)
+    code, out, err = run(path, "replicates=2", ranks=2)
+    assert code != 0
+    assert "error: replicate 0: IsADirectoryError" in err
+    failed = obstacle.parents[1] / "failed.json"
+    assert "IsADirectoryError" in failed.read_text()
+    assert str(failed) in out
+    assert (obstacle.parents[2] / "replicate_1/level_2/result.json").exists()
+    obstacle.rmdir()
+    code, out, err = run(path, "replicates=2")
+    assert code == 0, err
+    assert not failed.exists()
+
+
+def test_bad_input_under_composer_is_the_same_sentence_and_a_failure(tiny, place):
+    path = tiny()
+    before = sorted(place.rglob("*"))
+    code, out, err = run(path, "train.lr=fast", "replicates=2", ranks=2)
+    assert code != 0
+    assert "error: command line: train.lr: 'fast' is not allowed; allowed: a number" in out + err
+    assert "Traceback" not in out + err
+    assert sorted(place.rglob("*")) == before
+
+
+def test_without_a_tracking_uri_the_store_is_in_the_working_folder(tiny, place, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    code, out, err = run(tiny("init"), "prune.levels=0")
+    assert code == 0, err
+    assert (place / "mlflow.db").exists()
+    assert "compare in MLflow: make ui" in out
+
+
+@pytest.mark.parametrize("version", ["3.9", "3.13"])
+def test_make_refuses_another_python_with_a_sentence(place, version):
+    other = place / "python"
+    major, minor = version.split(".")
+    other.write_text(f"#!{sys.executable}\nimport sys\nsys.version_info = ({major}, {minor}, 0)\nexec(sys.argv[2])\n")
+    other.chmod(0o755)
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        (place / name).write_bytes((ROOT / name).read_bytes())
+    done = subprocess.run(["make", "lint", f"PYTHON={other}"], capture_output=True, text=True, env=os.environ)
+    assert done.returncode != 0
+    assert f"This is Python {version}; lth_diet needs 3.10, 3.11 or 3.12" in done.stderr
+    assert not (place / ".venv").exists()

@@ -1,0 +1,200 @@
+import json
+import multiprocessing
+import shutil
+
+import pytest
+from mlflow import MlflowClient
+
+from lth_diet import config, launch, tracking
+from lth_diet.masks import Mask
+from lth_diet.models import ResNet
+from lth_diet.runs import Run
+
+
+@pytest.fixture
+def run(tiny):
+    """The directory of a small run, as training leaves it, without training."""
+    made = Run(config.load(tiny(), ["replicates=2", "prune.levels=1"]))
+    made.create()
+    return made
+
+
+def finish(phase, number, level=None):
+    rows = "".join(
+        f'{{"step": {step}, "timestamp": {1000 * number + step}, "train_loss": {step / 2}, "learning_rate": 0.1}}\n'
+        for step in (2, 4, 6)
+    )
+    phase.write("curve.jsonl", rows.encode())
+    result = {"steps": 6, "timestamp": 1000 * number + 7, "test_accuracy_percent": 90.0 + number}
+    if level is not None:
+        mask = Mask.dense(ResNet(8, 10, width=2))
+        phase.write("mask.safetensors", mask.to_bytes())
+        result |= {"level": level, "weights_remaining_percent": 100 * 0.8**level}
+    phase.finish(result)
+
+
+def stored():
+    """Every run of the store by name: (status, tags, params, metrics as {name: [(step, value)]})."""
+    client = MlflowClient(tracking.tracking_uri())
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    runs = client.search_runs([experiment])
+    assert len({run.info.run_name for run in runs}) == len(runs)
+    return {
+        run.info.run_name: (
+            run.info.status,
+            run.data.tags,
+            run.data.params,
+            {
+                name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
+                for name in run.data.metrics
+            },
+        )
+        for run in runs
+    }
+
+
+def test_a_replicate_is_a_parent_run_whose_steps_are_levels(run):
+    replicate = run.replicate(1)
+    finish(replicate.pretrain, 0)
+    finish(replicate.level(0), 1, level=0)
+    finish(replicate.level(1), 2, level=1)
+    tracking.sync(replicate)
+    status, tags, params, metrics = stored()[f"{run.path.name}/replicate_1"]
+    assert status == "FINISHED"
+    assert metrics["test_accuracy_percent"] == [(0, 91.0), (1, 92.0)]
+    assert metrics["weights_remaining_percent"] == [(0, 100.0), (1, 80.0)]
+    expected = {
+        "dataset": "digits",
+        "model": "ResNet-8 width 2",
+        "arm": "random",
+        "subset_size": "128",
+        "rewind_steps": "4",
+        "label_noise": "0.0",
+        "replicate": "1",
+        "seed": "42",
+        "run_id": run.config.run_id(),
+        "planned_levels": "1",
+        "train_steps": "12",
+    }
+    assert expected.items() <= tags.items()
+    assert params == {key: str(value) for key, value in replicate.about["identity"].items()}
+
+
+def test_a_phase_is_a_child_run_with_its_curve(run):
+    replicate = run.replicate(0)
+    finish(replicate.pretrain, 0)
+    finish(replicate.level(0), 1, level=0)
+    tracking.sync(replicate)
+    runs = stored()
+    status, tags, _, metrics = runs[f"{run.path.name}/replicate_0/level_0"]
+    assert status == "FINISHED"
+    assert metrics["train_loss"] == [(2, 1.0), (4, 2.0), (6, 3.0)]
+    assert metrics["learning_rate"] == [(2, 0.1), (4, 0.1), (6, 0.1)]
+    assert tags["phase"] == "level_0"
+    assert runs[f"{run.path.name}/replicate_0"][0] == "RUNNING"
+
+
+def test_syncing_again_changes_nothing(run):
+    replicate = run.replicate(0)
+    finish(replicate.pretrain, 0)
+    finish(replicate.level(0), 1, level=0)
+    tracking.sync(replicate)
+    before = stored()
+    tracking.sync(replicate)
+    assert stored() == before
+
+
+def test_of_a_running_phase_only_rows_up_to_the_checkpoint_are_sent(run):
+    replicate = run.replicate(0)
+    finish(replicate.pretrain, 0)
+    phase = replicate.level(0)
+    phase.write(
+        "curve.jsonl", b'{"step": 2, "timestamp": 1, "train_loss": 1}\n{"step": 4, "timestamp": 2, "train_loss": 2}\n'
+    )
+    phase.checkpoint_path(3).write_text("state")
+    phase.commit_checkpoint(3)
+    tracking.sync(replicate)
+    assert stored()[f"{run.path.name}/replicate_0/level_0"][3] == {"train_loss": [(2, 1.0)]}
+
+
+def test_a_resumed_phase_has_every_point_once(run):
+    replicate = run.replicate(0)
+    phase = replicate.level(0)
+    phase.write("curve.jsonl", b'{"step": 2, "timestamp": 1, "train_loss": 1}\n')
+    phase.checkpoint_path(3).write_text("state")
+    phase.commit_checkpoint(3)
+    tracking.sync(replicate)
+    phase.write(
+        "curve.jsonl", b'{"step": 2, "timestamp": 1, "train_loss": 1}\n{"step": 4, "timestamp": 9, "train_loss": 2}\n'
+    )
+    phase.write("mask.safetensors", Mask.dense(ResNet(8, 10, width=2)).to_bytes())
+    phase.finish({"level": 0, "weights_remaining_percent": 100.0, "test_accuracy_percent": 1.0, "timestamp": 10})
+    tracking.sync(replicate)
+    assert stored()[f"{run.path.name}/replicate_0/level_0"][3]["train_loss"] == [(2, 1.0), (4, 2.0)]
+
+
+def test_more_levels_open_a_finished_run_again(run, tiny):
+    replicate = run.replicate(0)
+    finish(replicate.level(0), 1, level=0)
+    finish(replicate.level(1), 2, level=1)
+    tracking.sync(replicate)
+    Run(config.load(tiny(), ["prune.levels=2"])).create()
+    tracking.sync(replicate)
+    assert stored()[f"{run.path.name}/replicate_0"][0] == "RUNNING"
+    finish(replicate.level(2), 3, level=2)
+    tracking.sync(replicate)
+    status, _, _, metrics = stored()[f"{run.path.name}/replicate_0"]
+    assert (status, len(metrics["test_accuracy_percent"])) == ("FINISHED", 3)
+
+
+def test_a_lost_store_is_rewritten_from_the_run_directory(run, place, monkeypatch):
+    replicate = run.replicate(0)
+    finish(replicate.level(0), 1, level=0)
+    tracking.sync(replicate)
+    before = {name: metrics for name, (_, _, _, metrics) in stored().items()}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/new.db")
+    tracking.sync(replicate)
+    assert {name: metrics for name, (_, _, _, metrics) in stored().items()} == before
+
+
+def test_a_run_that_is_computed_again_has_every_point_once(run, place):
+    replicate = run.replicate(0)
+    finish(replicate.level(0), 1, level=0)
+    tracking.sync(replicate)
+    before = stored()
+    shutil.rmtree(replicate.path)
+    finish(replicate.level(0), 1, level=0)
+    result = json.loads((replicate.level(0).path / "result.json").read_text())
+    (replicate.level(0).path / "result.json").write_text(json.dumps(result | {"timestamp": 99_999}))
+    tracking.sync(replicate)
+    assert stored() == before
+
+
+def _sync(path, barrier):
+    from lth_diet.runs import Replicate
+
+    barrier.wait()
+    tracking.sync(Replicate(path))
+
+
+def test_processes_that_create_one_store_at_once_lose_nothing(run):
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    for index in (0, 1):
+        finish(run.replicate(index).level(0), index, level=0)
+    processes = [context.Process(target=_sync, args=(run.replicate(i).path, barrier)) for i in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(stored()) == 4
+
+
+def test_a_store_that_cannot_be_reached_is_one_warning(run, monkeypatch, capsys):
+    finish(run.replicate(0).level(0), 0, level=0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/no/such/place.db")
+    track = launch.Tracker(run.replicate(0))
+    track()
+    track()
+    assert capsys.readouterr().err.count("warning: MLflow is not up to date") == 1

@@ -1,0 +1,128 @@
+import pytest
+import torch
+from composer import Algorithm, Event
+
+from lth_diet import config, datasets, training
+from lth_diet.algorithms import Rewind
+from lth_diet.display import Progress
+from lth_diet.loader import EvaluationLoader, Loader
+from lth_diet.models import classifier
+from lth_diet.runs import Phase
+
+
+class Look(Algorithm):
+    """Notes step and learning rate in every forward."""
+
+    def __init__(self):
+        self.seen = []
+
+    def match(self, event, state):
+        return event == Event.BEFORE_FORWARD
+
+    def apply(self, event, state, logger):
+        self.seen.append((int(state.timestamp.batch), state.optimizers[0].param_groups[0]["lr"]))
+
+
+@pytest.fixture
+def phase(place):
+    return Phase(place / "level_0")
+
+
+@pytest.fixture
+def train(phase, tiny):
+    """Trains a small classifier through `training.train`."""
+
+    def run(schedule, algorithms=(), overrides=(), model=None, on_checkpoint=lambda: None):
+        settings = config.load(tiny(), overrides)
+        data = datasets.load("digits", "unused")
+        model = model or classifier(8, 10, width=2, channels=1, seed=1)
+        loader, evaluation = Loader(data, 8, 1, 2), EvaluationLoader(data, data.test)
+        return training.train(
+            model, loader, evaluation, schedule, algorithms, phase, settings, Progress(0), on_checkpoint
+        )
+
+    return run
+
+
+def weights_of_table_1(step):
+    """Table 1, CIFAR-10 and CIFAR-100: 0.1, divided by ten at 31,200 and at 46,800 steps."""
+    return 0.1 if step < 31_200 else 0.01 if step < 46_800 else 0.001
+
+
+@pytest.mark.parametrize("first", [0, 400, 31_195, 31_200, 46_795, 62_390])
+def test_the_learning_rate_of_a_rewound_level_is_that_of_table_1_at_every_step(train, first):
+    look = Look()
+    state = classifier(8, 10, width=2, channels=1, seed=1).module.state_dict()
+    train(training.Schedule(first, first + 10, 0.1, (31_200, 46_800)), [Rewind(first, state), look])
+    expected = [(step, pytest.approx(weights_of_table_1(step))) for step in range(first, first + 10)]
+    assert look.seen == expected
+
+
+def test_a_resumed_training_ends_with_the_same_bits_curve_and_learning_rates(train, phase):
+    whole, first, second = (classifier(8, 10, width=2, channels=1, seed=1) for _ in range(3))
+    schedule = training.Schedule(0, 8, 0.1, (5,))
+    overrides = ["intervals.evaluate=4", "intervals.log=4"]
+    train(schedule, overrides=overrides, model=whole)
+    curve = [{**row, "timestamp": 0} for row in phase.curve()]
+    (phase.path / "curve.jsonl").unlink()
+    phase._keep_only_checkpoint(None)
+
+    class Killed(Exception):
+        pass
+
+    def die_after_the_second():
+        if phase.checkpoint()[1] == 6:
+            with open(phase.path / "curve.jsonl", "a") as file:
+                file.write('{"step": 7, "timestamp": 1, "train_loss": 0}\n{"step": 8, "ti')
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(schedule, overrides=overrides, model=first, on_checkpoint=die_after_the_second)
+    look = Look()
+    train(schedule, [look], overrides, model=second)
+    assert [step for step, _ in look.seen] == [6, 7]
+    assert [{**row, "timestamp": 0} for row in phase.curve()] == curve
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_the_curve_has_mean_loss_learning_rate_and_evaluations_at_their_intervals(train, phase):
+    result = train(training.Schedule(0, 8, 0.1, (5,)), overrides=["intervals.log=3", "intervals.evaluate=4"])
+    rows = phase.curve()
+    assert [(row["step"], sorted(set(row) - {"step", "timestamp"})) for row in rows] == [
+        (3, ["learning_rate", "train_loss"]),
+        (4, ["test_accuracy_percent", "test_loss"]),
+        (6, ["learning_rate", "train_loss"]),
+        (8, ["test_accuracy_percent", "test_loss"]),
+    ]
+    assert [row["learning_rate"] for row in rows if "learning_rate" in row] == pytest.approx([0.1, 0.01])
+    assert result["test_accuracy_percent"] == rows[-1]["test_accuracy_percent"]
+
+
+def test_accuracy_is_measured_after_the_last_step_on_the_test_images(train):
+    model = classifier(8, 10, width=2, channels=1, seed=1)
+    result = train(training.Schedule(0, 20, 0.1), model=model)
+    data = datasets.load("digits", "unused")
+    model.eval()
+    hits = 0
+    with torch.no_grad():
+        for batch in EvaluationLoader(data, data.test, batch_size=50):
+            hits += int((model(batch).argmax(1) == batch[1]).sum())
+    assert result["test_accuracy_percent"] == pytest.approx(100 * hits / 355, abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_learning_rate(train, phase):
+    with pytest.raises(training.TrainingError, match=r"level_0: the loss is (nan|inf) at step \d+ with learning rate"):
+        train(training.Schedule(0, 8, 1e30))
+
+
+def test_a_closed_trainer_is_not_kept_alive(train):
+    import gc
+    import weakref
+
+    model = classifier(8, 10, width=2, channels=1, seed=1)
+    train(training.Schedule(0, 2, 0.1), model=model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
