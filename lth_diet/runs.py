@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lth_diet.config import Config
+from lth_diet.config import DEFAULTS, Config
 from lth_diet.errors import UserError
 
 
@@ -34,12 +34,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Phase:
@@ -211,7 +206,8 @@ class Run:
             there = json.loads(path.read_text())["identity"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{path}: not the config.json of a run; move it away or choose other runs=...") from None
-        mine = json.loads(json.dumps(self._about["identity"]))
+        # a field that did not exist when the run was made had its default
+        there, mine = (json.loads(json.dumps(DEFAULTS | identity)) for identity in (there, self._about["identity"]))
         for key in sorted({*there, *mine}):
             if there.get(key) != mine.get(key):
                 raise UserError(

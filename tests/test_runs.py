@@ -84,6 +84,16 @@ def test_a_directory_of_another_configuration_is_refused_with_the_key_named(tiny
         Run(config.load(tiny()))
 
 
+def test_a_run_made_before_a_field_existed_is_taken_as_having_its_default(tiny):
+    run = Run(config.load(tiny()))
+    run.create()
+    path = run.path / "config.json"
+    about = json.loads(path.read_text())
+    del about["identity"]["deterministic"]
+    path.write_text(json.dumps(about))
+    assert Run(config.load(tiny())).path == run.path
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"x": 1}'])
 def test_a_config_that_is_not_one_is_refused(tiny, content):
     run = Run(config.load(tiny()))
