@@ -60,7 +60,7 @@ class Section(BaseModel):
 
 
 class Dataset(Section):
-    name: Literal["cifar10", "cifar100", "image_folder", "digits"]
+    name: Literal["cifar10", "cifar100", "cinic10", "image_folder", "digits"]
     root: Annotated[str, Field(strict=True, min_length=1)] = "data"
     """Folder of the data; downloads go there. Not identity: an image folder enters by its fingerprint."""
 

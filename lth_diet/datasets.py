@@ -1,6 +1,6 @@
-"""cifar10, cifar100, image_folder, digits: decoded once into a memory-mapped cache of uint8 images.
+"""cifar10, cifar100, cinic10, image_folder, digits: decoded once into a memory-mapped cache of uint8 images.
 
-To add a data set: write `_decode_<name>`, enter it in `_DECODERS` and `facts`, and name it in `config.Dataset`.
+To add a data set: write `_decode_<name>`, enter it in `_DECODERS` and `_SIZES`, and name it in `config.Dataset`.
 """
 
 import dataclasses
@@ -23,8 +23,15 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "cinic10": ((0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587)),
 }
-_DIGITS_TRAIN, _DIGITS_TEST = 1442, 355
+# Sizes of training and test set, and number of classes, of what is not a folder of the user's.
+_SIZES = {
+    "cifar10": (50_000, 10_000, 10),
+    "cifar100": (50_000, 10_000, 100),
+    "cinic10": (180_000, 90_000, 10),  # train and valid merged, as in the paper
+    "digits": (1442, 355, 10),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +85,7 @@ def facts(name: str, root: str) -> Facts:
         described = [f"{path.relative_to(root)} {path.stat().st_size}" for _, path in train + test]
         fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
         return Facts(len(train), len(test), len(classes), fingerprint)
-    if name == "digits":
-        return Facts(_DIGITS_TRAIN, _DIGITS_TEST, 10, "digits")
-    return Facts(50_000, 10_000, 10 if name == "cifar10" else 100, name)
+    return Facts(*_SIZES[name], fingerprint=name)
 
 
 def load(name: str, root: str) -> Dataset:
@@ -118,7 +123,7 @@ def _cache_folder(name: str, root: str) -> Path:
     if name == "image_folder":  # a file rewritten at the same size keeps the fingerprint; its time changes
         times = [path.stat().st_mtime_ns for part in ("train", "valid", "test") for path in _files(Path(root) / part)]
         key += "-" + hashlib.sha256(repr(times).encode()).hexdigest()[:8]
-    return Path(home).expanduser() / (key if key.startswith(name) else f"{name}-{key}")
+    return Path(home).expanduser() / (name if key == name else f"{name}-{key}")
 
 
 def _build(name: str, root: str, folder: Path) -> None:
@@ -177,6 +182,15 @@ def parts_name(kind: str) -> str:
     return {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}[kind]
 
 
+def _decode_cinic10(root: str) -> tuple[Split, Split, list[str]]:
+    from lth_diet import cinic10
+
+    path = cinic10.archive(Path(root))
+    *train, class_names = cinic10.read(path, ("train", "valid"))
+    *test, _ = cinic10.read(path, ("test",))
+    return Split(*train), Split(*test), class_names
+
+
 def _decode_image_folder(root: str) -> tuple[Split, Split, list[str]]:
     train, test = (_listing(Path(root), parts) for parts in (("train", "valid"), ("test",)))
     class_names = sorted({label for label, _ in train})
@@ -230,6 +244,7 @@ def _files(part: Path) -> Iterator[Path]:
 _DECODERS = {
     "cifar10": functools.partial(_decode_cifar, "CIFAR10"),
     "cifar100": functools.partial(_decode_cifar, "CIFAR100"),
+    "cinic10": _decode_cinic10,
     "digits": _decode_digits,
     "image_folder": _decode_image_folder,
 }

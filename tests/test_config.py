@@ -101,6 +101,10 @@ IDS = {
     "cifar10_all_half": "cifar10_all-84b72b6b29",
     "cifar10_init": "cifar10_init-6a027a3dfc",
     "cifar10_random": "cifar10_random-c4c74dc415",
+    "cinic10_all": "cinic10_all-d7b570b9ed",
+    "cinic10_all_half": "cinic10_all-6306d45db1",
+    "cinic10_init": "cinic10_init-8051fbde8e",
+    "cinic10_random": "cinic10_random-acbf5d4856",
     "digits_all": "digits_all-ccc3a7902e",
     "digits_all_half": "digits_all-77cd5ea0aa",
     "digits_init": "digits_init-3bab17aadb",
@@ -119,6 +123,7 @@ def test_the_id_of_an_arm_that_uses_scores_is_frozen(tiny):
 
 TABLE_1 = {
     "cifar10": {"depth": 20, "batch": 128, "pretrain": 0.4, "milestones": (31_200, 46_800), "steps": 62_400, "t": 400},
+    "cinic10": {"depth": 56, "batch": 256, "pretrain": 0.1, "milestones": (15_625, 23_440), "steps": 31_250, "t": 800},
     "cifar100": {"depth": 32, "batch": 128, "pretrain": 0.4, "milestones": (31_200, 46_800), "steps": 62_400, "t": 800},
 }
 
@@ -135,10 +140,10 @@ def test_the_files_of_the_paper_hold_table_1(dataset):
         assert (train.batch_size, train.steps, train.milestones) == (row["batch"], row["steps"], row["milestones"])
         assert (train.lr, train.momentum, train.weight_decay, train.gamma) == (0.1, 0.9, 1e-4, 0.1)
         assert loaded.pretrain.lr == row["pretrain"]
-        assert (loaded.prune.fraction, loaded.prune.levels) == (0.2, 20)
+        assert (loaded.prune.fraction, loaded.prune.levels) == (0.2, 16 if dataset == "cinic10" else 20)
         assert loaded.rewind_steps == rewind_steps
         assert loaded.replicates == (0, 1, 2, 3)
-        assert (loaded.scores.networks, loaded.scores.steps) == (10, 7800)
+        assert (loaded.scores.networks, loaded.scores.steps) == (10, 8000 if dataset == "cinic10" else 7800)
         assert loaded.arm == arm.removesuffix("_half")
 
 
