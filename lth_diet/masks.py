@@ -1,9 +1,11 @@
 """Which weights are left: masks, their density, global magnitude pruning, save and load."""
 
+import argparse
 import fractions
 import json
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +162,37 @@ def prune_by_magnitude(weights: Mapping[str, Tensor], mask: Mask, fraction: floa
     survives[left[np.argsort(magnitude[left], kind="stable")[:goes]]] = False
     parts = torch.from_numpy(survives).split([tensor.numel() for tensor in mask.values()])
     return Mask({name: part.view(mask[name].shape).clone() for name, part in zip(mask, parts, strict=True)})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`show` a level's per-layer table, or `export` its ticket."""
+    from lth_diet import tickets  # which needs this module
+
+    parser = argparse.ArgumentParser(prog="python -m lth_diet.masks", description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("show", "export"):
+        command = commands.add_parser(name)
+        command.add_argument("replicate", type=Path, help="runs/<run>/replicate_<r>")
+        command.add_argument("level", type=int)
+    command.add_argument("-o", "--output", type=Path, required=True, help="folder to make")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "show":
+            _, phase = tickets.finished_level(arguments.replicate, arguments.level)
+            mask = Mask.load(phase.verified("mask.safetensors"))
+            print(mask.table().to_string(index=False, formatters={"density": "{:.4f}".format}))
+            print(f"{mask.remaining:,} of {mask.total:,} weights remain, {100 * mask.density:.2f} %")
+        else:
+            card = tickets.export(arguments.replicate, arguments.level, arguments.output)
+            print(
+                f"{arguments.output}: {card['model']} on {card['dataset']}, arm {card['arm']}, level {card['level']}, "
+                f"{card['weights_remaining_percent']:.1f} % of weights, {card['test_accuracy_percent']:.2f} %"
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""A ticket (mask and rewind point) as a folder that plain PyTorch can load."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lth_diet.errors import UserError
+from lth_diet.masks import Mask
+from lth_diet.runs import Phase, Replicate
+
+
+def finished_level(path: Path, level: int) -> tuple[Replicate, Phase]:
+    """A level that is done, of a replicate's directory.
+
+    Raises:
+        UserError: If `path` is no replicate's directory or the level is not done.
+    """
+    if not (path.parent / "config.json").exists() or not path.name.startswith("replicate_"):
+        raise UserError(f"{path}: not a replicate's directory; allowed: runs/<run>/replicate_<r>")
+    replicate = Replicate(path)
+    done = [number for number, phase in replicate.levels() if phase.done]
+    if level not in done:
+        raise UserError(f"{path}: level {level} is not done; allowed: {', '.join(map(str, done)) or 'none yet'}")
+    return replicate, replicate.level(level)
+
+
+def export(path: Path, level: int, output: Path) -> dict[str, Any]:
+    """Write `mask`, `rewind_point` and `weights` as safetensors, and `card.json`, to a new folder.
+
+    Args:
+        path: `runs/<run>/replicate_<r>`.
+        level: Which level's mask and trained weights.
+        output: Made whole or not at all.
+
+    Returns:
+        The card: what the ticket is, its accuracy, and the sha256 of each file.
+
+    Raises:
+        UserError: If the level is not done, a file is damaged, or `output` exists.
+    """
+    replicate, phase = finished_level(path, level)
+    if output.exists():
+        raise UserError(f"{output}: exists already; allowed: a new folder")
+    files = {
+        "mask.safetensors": phase.verified("mask.safetensors"),
+        "rewind_point.safetensors": replicate.pretrain.verified("weights.safetensors"),
+        "weights.safetensors": phase.verified("weights.safetensors"),
+    }
+    about, result = replicate.about, phase.result()
+    hashes = result["sha256"] | {
+        "rewind_point.safetensors": replicate.pretrain.result()["sha256"]["weights.safetensors"]
+    }
+    keys = ("run_id", "dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "train_steps")
+    card = {
+        **{key: about[key] for key in keys},
+        "replicate": replicate.index,
+        "level": level,
+        "weights_remaining_percent": result["weights_remaining_percent"],
+        "test_accuracy_percent": result["test_accuracy_percent"],
+        "layers": Mask.load(files["mask.safetensors"]).table().to_dict("records"),
+        "identity": about["identity"],
+        "sha256": {name: hashes[name] for name in files},
+    }
+    part = output.with_name(f".{output.name}.part-{os.getpid()}")
+    part.mkdir(parents=True)
+    for name, source in files.items():
+        shutil.copyfile(source, part / name)
+    (part / "card.json").write_text(json.dumps(card, indent=2))
+    part.rename(output)
+    return card
