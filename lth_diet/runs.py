@@ -199,7 +199,8 @@ class Run:
     def _check(self) -> None:
         path = self.path / "config.json"
         if not path.exists():
-            if self.path.exists() and any(self.path.iterdir()):
+            # another rank may be writing config.json at this moment
+            if self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
                 raise UserError(f"{self.path}: not a run directory (it has no config.json); allowed: an empty place")
             return
         try:

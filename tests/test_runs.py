@@ -111,6 +111,13 @@ def test_a_full_directory_that_is_no_run_is_refused(tiny):
         Run(config.load(tiny()))
 
 
+def test_a_directory_that_another_rank_is_creating_is_taken(tiny):
+    run = Run(config.load(tiny()))
+    run.path.mkdir(parents=True)
+    (run.path / ".config.json.part-123").write_text("{")
+    assert Run(config.load(tiny())).path == run.path
+
+
 def test_replicates_and_levels_may_be_asked_for_later(tiny):
     Run(config.load(tiny(), ["prune.levels=1"])).create()
     more = Run(config.load(tiny(), ["prune.levels=5", "replicates=[3]"]))
