@@ -118,7 +118,7 @@ class Benchmark:
             phase = Phase(Path(folder))
             schedule = training.Schedule(0, self.last, 0.1)
             training.train(
-                model, loader, evaluation, schedule, algorithms, phase, config, Progress(0, every=1e9), lambda: None
+                model, loader, evaluation, schedule, algorithms, phase, config, Progress([], 0), lambda: None
             )
         return clock.seconds
 

@@ -140,7 +140,8 @@ class Config(Section):
     seed: Index = 42
     threads: Count = 1
     """CPU threads a process. Identity: sums depend on how they are split."""
-    parallelism: Literal["replicates"] = "replicates"
+    parallelism: Literal["replicates", "data"] = "replicates"
+    """replicates: a rank trains replicates of its own. data: all ranks train each replicate together (DDP)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: fp32 on CPU, bf16 on GPU."""
     deterministic: Annotated[bool, Field(strict=True)] = False

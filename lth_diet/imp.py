@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from composer import Algorithm
 from composer.models import ComposerClassifier
+from composer.utils import dist
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -21,6 +22,8 @@ Weights = dict[str, Tensor]
 
 class IMP:
     """One replicate of one arm. Every stage returns at once if its output exists.
+
+    With several ranks all of them come here, train together and read the same files; rank 0 writes them.
 
     Args:
         config: The arm.
@@ -56,6 +59,7 @@ class IMP:
                 schedule = training.Schedule(0, last, self.config.pretrain.lr)
                 result = self._train(phase, model, schedule, [rewind, *self.diet()], 100.0)
             self._finish(phase, result, rewind.state)
+        dist.barrier()
         return load_file(phase.verified("weights.safetensors"))
 
     def diet(self) -> list[Algorithm]:
@@ -70,7 +74,8 @@ class IMP:
         """Train mask ⊙ rewind point from step t_r to T."""
         phase, train = self.replicate.level(level), self.config.train
         if not phase.done:
-            phase.write("mask.safetensors", mask.to_bytes({"level": str(level)}))
+            if self.writes:
+                phase.write("mask.safetensors", mask.to_bytes({"level": str(level)}))
             algorithms = [Rewind(self.config.rewind_steps, rewind_point), ApplyMask(mask)]
             schedule = training.Schedule(self.config.rewind_steps, train.steps, train.lr, train.milestones)
             model, weights_remaining_percent = self.network(), 100 * mask.density
@@ -78,6 +83,11 @@ class IMP:
             result = self._train(phase, model, schedule, algorithms, weights_remaining_percent)
             result |= {"level": level, "weights_remaining_percent": weights_remaining_percent}
             self._finish(phase, result, model.module.state_dict())
+        dist.barrier()
+        result = phase.result()
+        self.progress.measured(
+            self.replicate.index, level, result["test_accuracy_percent"], result["weights_remaining_percent"]
+        )
         return load_file(phase.verified("weights.safetensors"))
 
     def prune(self, level: int, mask: Mask, weights: Weights) -> Mask:
@@ -102,8 +112,14 @@ class IMP:
     def loaders(self) -> tuple[Loader, EvaluationLoader]:
         where = "cuda" if training.device() == "gpu" else "cpu"
         order, augmentation = self._stream("order"), self._stream("augmentation")
-        loader = Loader(self.data, self.config.train.batch_size, order, augmentation, where)
-        return loader, EvaluationLoader(self.data, self.data.test, device=where)
+        share = {"device": where, "rank": dist.get_global_rank(), "ranks": dist.get_world_size()}
+        loader = Loader(self.data, self.config.train.batch_size, order, augmentation, **share)
+        return loader, EvaluationLoader(self.data, self.data.test, **share)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the results."""
+        return dist.get_global_rank() == 0
 
     def _stream(self, name: str) -> int:
         return seeds.stream(self.config.seed, self.replicate.index, name)
@@ -124,9 +140,8 @@ class IMP:
         )
 
     def _finish(self, phase: Phase, result: dict, weights: Weights) -> None:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        phase.write("weights.safetensors", save(contiguous))
-        phase.finish(result)
-        if "test_accuracy_percent" in result:
-            self.progress.end(result["test_accuracy_percent"])
-        self.track()
+        if self.writes:
+            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+            phase.write("weights.safetensors", save(contiguous))
+            phase.finish(result)
+            self.track()

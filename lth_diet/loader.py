@@ -40,12 +40,14 @@ class Loader:
 
     Args:
         dataset: Its train split is copied to `device` (on the CPU it stays mapped from the cache).
-        batch_size: Images a batch.
+        batch_size: Images a batch, over all ranks.
         order_seed: Of the order of examples.
         augmentation_seed: Of crops and mirrors.
         device: Where batches are made.
+        rank, ranks: With several ranks each makes its share of the same batches: every `ranks`-th image.
 
     Attributes:
+        batch_size: Images of a batch that this rank makes.
         indices: Positions of the examples in use, None for all; may be set at any time, acts on the next batch.
         clock: Function of no arguments to the step at which iteration begins.
     """
@@ -57,9 +59,14 @@ class Loader:
         order_seed: int,
         augmentation_seed: int,
         device: torch.device | str = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
     ):
+        if batch_size % ranks:
+            raise ValueError(f"a batch of {batch_size} cannot be shared by {ranks} ranks")
         self.images, self.labels = _on_device(dataset.train, device)
-        self.batch_size = batch_size
+        self.global_batch_size, self.batch_size = batch_size, batch_size // ranks
+        self._share = slice(rank, None, ranks)
         self.order_seed, self.augmentation_seed = order_seed, augmentation_seed
         self.flip = dataset.flip
         self.padding = self.images.shape[1] // 8
@@ -74,13 +81,13 @@ class Loader:
     @indices.setter
     def indices(self, indices: Sequence[int] | None) -> None:
         examples = np.arange(len(self.labels)) if indices is None else np.asarray(indices)
-        if len(examples) < self.batch_size:
-            raise ValueError(f"{len(examples)} examples do not fill a batch of {self.batch_size}")
+        if len(examples) < self.global_batch_size:
+            raise ValueError(f"{len(examples)} examples do not fill a batch of {self.global_batch_size}")
         self._indices, self._examples, self._pass = indices, examples, None
 
     def __len__(self) -> int:
         """Batches in a pass."""
-        return len(self._examples) // self.batch_size
+        return len(self._examples) // self.global_batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         step = self.clock()
@@ -91,21 +98,21 @@ class Loader:
                 return
 
     def examples(self, step: int) -> np.ndarray:
-        """Positions in the data set of the examples of batch `step`, shape (batch_size,)."""
+        """Positions in the data set of the examples of batch `step`, of all ranks."""
         number, place = divmod(step, len(self))
         if self._pass is None or self._pass[0] != number:
             self._pass = number, generator(self.order_seed, number).permutation(self._examples)
-        return self._pass[1][place * self.batch_size : (place + 1) * self.batch_size]
+        return self._pass[1][place * self.global_batch_size : (place + 1) * self.global_batch_size]
 
     def augmentation(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each image of batch `step`: top and left edge of the crop, 0 to 2 x padding, and whether mirrored."""
         random = generator(self.augmentation_seed, step)
-        top, left = random.integers(0, 2 * self.padding + 1, (2, self.batch_size))
-        return top, left, random.integers(0, 2, self.batch_size).astype(bool) & self.flip
+        top, left = random.integers(0, 2 * self.padding + 1, (2, self.global_batch_size))
+        return top, left, random.integers(0, 2, self.global_batch_size).astype(bool) & self.flip
 
     def batch(self, step: int) -> Batch:
-        """Images, float32 (B, C, H, W), and labels, int64 (B,), of batch `step`."""
-        numbers = np.stack([self.examples(step), *self.augmentation(step)])
+        """This rank's images, float32 (B, C, H, W), and labels, int64 (B,), of batch `step`."""
+        numbers = np.stack([self.examples(step), *self.augmentation(step)])[:, self._share]
         numbers = torch.from_numpy(numbers).to(self.images.device, non_blocking=True)
         examples, top, left, mirrored = numbers
         images = crop(self.images[examples], self.padding, top, left, mirrored.bool())
@@ -137,21 +144,32 @@ class EvaluationLoader:
     Args:
         dataset: Gives mean and standard deviation.
         split: The images to go through.
-        batch_size: Images a batch; the last may have fewer.
+        batch_size: Images a batch, at most; batches are of equal size, to within one image.
         device: Where batches are made.
+        rank, ranks: With several ranks each takes every `ranks`-th image of each batch.
     """
 
-    def __init__(self, dataset: Dataset, split: Split, batch_size: int = 500, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        batch_size: int = 500,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
+    ):
         self.images, self.labels = _on_device(split, device)
         self.batch_size = batch_size
+        self._share = slice(rank, None, ranks)
         self._normalise = _Normalise(dataset, device)
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
-            yield self._normalise(images), labels
+        for batch in torch.arange(len(self.labels), device=self.labels.device).tensor_split(len(self)):
+            share = batch[self._share]
+            yield self._normalise(self.images[share]), self.labels[share]
 
 
 def _on_device(split: Split, device: torch.device | str) -> tuple[Tensor, Tensor]:

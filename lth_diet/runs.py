@@ -174,11 +174,15 @@ class Replicate:
 class Run:
     """The directory of one arm: `runs/<dataset>_<arm>-<run id>`; nothing is written until `create`.
 
+    Args:
+        config: The arm.
+        ranks: How many train a replicate together, with `parallelism: data`.
+
     Raises:
         UserError: If the directory is there but another configuration made it.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, ranks: int = 1):
         self.config = config
         self.path = Path(config.runs) / config.run_name
         self._about = {
@@ -193,18 +197,21 @@ class Run:
             "seed": config.seed,
             "train_steps": config.train.steps,
             "experiment": config.experiment or config.dataset.name,
+            "ranks": ranks if config.parallelism == "data" else 1,
         }
         self._check()
 
     def _check(self) -> None:
         path = self.path / "config.json"
+        # listed first: another rank may be creating the directory, and writes config.json before anything else
+        names = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
         if not path.exists():
-            # another rank may be writing config.json at this moment
-            if self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
+            if any(not name.startswith(".") for name in names):
                 raise UserError(f"{self.path}: not a run directory (it has no config.json); allowed: an empty place")
             return
         try:
-            there = json.loads(path.read_text())["identity"]
+            about = json.loads(path.read_text())
+            there, ranks = about["identity"], about["ranks"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{path}: not the config.json of a run; move it away or choose other runs=...") from None
         # a field that did not exist when the run was made had its default
@@ -215,6 +222,11 @@ class Run:
                     f"{self.path} was made by another configuration: {key}: {there.get(key)!r} there, "
                     f"{mine.get(key)!r} here; move it away or choose other runs=..."
                 )
+        if ranks != self._about["ranks"]:  # BatchNorm saw other batches
+            raise UserError(
+                f"{self.path} was made by {ranks} ranks with parallelism: data, and these are {self._about['ranks']}; "
+                f"allowed: composer -n {ranks}, or other runs=..."
+            )
 
     def create(self) -> None:
         """Make the directory and say in it what it is."""

@@ -12,10 +12,11 @@ import torch
 from composer import Algorithm, Callback, Evaluator, Event, Logger, State, Trainer
 from composer.core import Engine
 from composer.models import ComposerClassifier
-from composer.utils import checkpoint
+from composer.utils import checkpoint, dist
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
+from lth_diet.algorithms.network import bare_network
 from lth_diet.config import Config
 from lth_diet.display import Progress
 from lth_diet.loader import EvaluationLoader, Loader
@@ -72,7 +73,8 @@ def train(
         TrainingError: If the loss is not finite.
     """
     resume = phase.checkpoint()
-    phase.cut_curve(resume[1] if resume else -1)
+    if dist.get_global_rank() == 0:
+        phase.cut_curve(resume[1] if resume else -1)
     optimizer = SGD(
         model.parameters(),
         lr=schedule.lr,
@@ -169,6 +171,11 @@ class _Recorder(Callback):
             self.losses, self.batches = 0.0, 0
         self.progress.step(step)
 
+    def eval_start(self, state: State, logger: Logger) -> None:
+        if dist.get_world_size() > 1:  # each rank's BatchNorm has seen its own images; rank 0's is what is saved
+            for buffer in bare_network(state.model).buffers():
+                dist.broadcast(buffer, src=0)
+
     def eval_end(self, state: State, logger: Logger) -> None:
         metrics = state.eval_metrics["test"]
         row = {
@@ -179,8 +186,9 @@ class _Recorder(Callback):
 
     def _append(self, step: int, metrics: dict[str, float]) -> None:
         row = {"step": step, "timestamp": time.time_ns() // 1_000_000, **metrics}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if dist.get_global_rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses, "batches": self.batches}
@@ -202,5 +210,6 @@ class _Checkpointer(Callback):
         if step % self.interval == 0 and step < state.max_duration.value:
             literal = str(self.phase.checkpoint_path(step)).replace("{", "{{").replace("}", "}}")
             checkpoint.save_checkpoint(state, literal)
-            self.phase.commit_checkpoint(step)
-            self.on_checkpoint()
+            if dist.get_global_rank() == 0:
+                self.phase.commit_checkpoint(step)
+                self.on_checkpoint()

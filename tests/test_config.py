@@ -186,7 +186,7 @@ BAD = {
     "replicates=0": r"replicates: 0 is not allowed; allowed: a count such as 4, or a list of different indices",
     "replicates=[1, 1]": r"replicates: \[1, 1\] is not allowed",
     "seed=-1": r"seed: -1 is not allowed",
-    "parallelism=pipeline": r"parallelism: 'pipeline' is not allowed; allowed: 'replicates'",
+    "parallelism=pipeline": r"parallelism: 'pipeline' is not allowed; allowed: 'replicates' or 'data'",
     "train.lr": r"command line: 'train.lr' is not an override; allowed: key.sub=value",
     "=3": r"command line: '=3' is not an override",
     "train.lr=[": r"command line: train.lr: not YAML",

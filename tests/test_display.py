@@ -1,25 +1,89 @@
+import io
 import re
+
+import pytest
+from rich.console import Console
 
 from lth_diet import config, display
 from lth_diet.runs import Run
 
 
-def test_progress_tells_replicate_level_weights_step_rate_and_time_left(capsys, monkeypatch):
-    clock = iter([0.0, 0.0, 2.0, 6.0, 10.0])
-    monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
-    progress = display.Progress(steps=100, every=5.0)
-    progress.begin(2, "level_3", 51.2)
-    progress.step_from(0, 50)
-    progress.step(10)  # too early for a line
-    progress.step(30)
-    progress.step(50)
-    progress.end(91.25)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "replicate 2  level 3    51.2 % of weights  step 30/50     5.0 steps/s  ETA 0:00:14",
-        "replicate 2  level 3    51.2 % of weights  step 50/50     5.0 steps/s  ETA 0:00:10",
-        "replicate 2  level 3    51.2 % of weights  test accuracy 91.25 %",
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that tells what it is set to."""
+    times = [100.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: times[0])
+    return times
+
+
+def two_ranks(clock):
+    """Accounts of two ranks: one in the middle of level 1, one not begun."""
+    notices = {}
+    first = display.Progress([0, 2], 300, lambda notice: notices.update({0: notice}))
+    second = display.Progress([1], 200, lambda notice: notices.update({1: notice}))
+    first.measured(0, 0, 91.254, 100.0)
+    first.begin(0, "level_1", 80.0)
+    first.step_from(10, 110)
+    clock[0] += 5
+    first.step(60)
+    return notices, first, second
+
+
+def screen(notices, **console):
+    out = io.StringIO()
+    return out, display.Screen(lambda: notices, "run", Console(file=out, width=140, highlight=False, **console))
+
+
+def test_plain_lines_tell_replicate_level_weights_step_pace_and_times_left(clock):
+    notices, first, _ = two_ranks(clock)
+    out, shown = screen(notices)
+    shown.refresh()
+    shown.refresh()
+    first.measured(0, 1, 90.0, 80.0)
+    shown.refresh()
+    assert out.getvalue().splitlines() == [
+        "replicate 0  level 0   100.0 % of weights  test accuracy 91.25 %",
+        "replicate 0  level 1    80.0 % of weights  step 60/110  10.0 steps/s  ETA level 0:00:05, run 0:00:25",
+        "replicate 0  level 1    80.0 % of weights  test accuracy 90.00 %",
     ]
+
+
+def test_the_table_on_a_terminal_has_the_replicates_of_all_ranks(clock):
+    notices, _, second = two_ranks(clock)
+    second.end(1, "failed")
+    out, shown = screen(notices, force_terminal=True, color_system=None)
+    with shown:
+        pass
+    lines = [re.sub("[ │┃]+", " ", line).strip() for line in out.getvalue().splitlines()]
+    assert "0 level 1 80.0 % 60/110 10.0 0:00:05 91.3" in lines
+    assert "1 failed" in lines
+    assert "2 waiting" in lines
+    assert "ETA of the run 0:00:25" in lines
+
+
+def test_messages_of_every_rank_are_shown_once_on_standard_error(clock, capsys):
+    notices, first, second = two_ranks(clock)
+    second.say("warning: from rank 1")
+    _, shown = screen(notices)
+    shown.refresh()
+    first.say("from rank [0]")
+    shown.refresh()
+    assert capsys.readouterr().err == "warning: from rank 1\nfrom rank [0]\n"
+
+
+def test_a_rank_posts_at_intervals_and_at_the_end_of_a_phase(clock):
+    posts = []
+    progress = display.Progress([0], 20, posts.append)
+    progress.begin(0, "level_0", 100.0)
+    progress.step_from(0, 20)
+    before = len(posts)
+    for step in range(1, 20):
+        clock[0] += 0.1
+        progress.step(step)
+    assert 2 <= len(posts) - before <= 4
+    progress.step(20)
+    assert posts[-1]["rows"][0]["step"] == 20
+    assert posts[-1]["left"] == 0
 
 
 def test_the_table_has_mean_and_standard_deviation_over_the_replicates_so_far(tiny):

@@ -21,7 +21,7 @@ def run(tiny):
         made = Run(config.load(tiny(arm), overrides))
         made.create()
         replicate = made.replicate(0)
-        imp.IMP(made.config, replicate, Progress(0), lambda: None).run()
+        imp.IMP(made.config, replicate, Progress([0], 0), lambda: None).run()
         return replicate
 
     return start
@@ -74,7 +74,7 @@ def test_levels_train_from_the_rewind_step_to_the_end(run):
 
 def test_init_rewinds_to_the_initialisation(run):
     replicate = run(arm="init")
-    network = imp.IMP(config.load("tiny.yaml"), replicate, Progress(0), lambda: None).network().module
+    network = imp.IMP(config.load("tiny.yaml"), replicate, Progress([0], 0), lambda: None).network().module
     assert equal(weights(replicate.pretrain), network.state_dict())
     assert replicate.level(0).result()["steps"] == 12
 

@@ -6,7 +6,8 @@ import pytest
 from helpers import ROOT, write_image_folder
 from PIL import Image
 
-from lth_diet import config, display, launch
+from lth_diet import config, display
+from lth_diet.ranks import Ranks
 from lth_diet.runs import Run
 from recipes import imp
 
@@ -88,6 +89,22 @@ def test_more_ranks_than_replicates_are_refused(tiny, environment, capsys):
     assert "3 ranks for 2 replicates; allowed: composer -n 2 or fewer" in capsys.readouterr().err
 
 
+def test_a_batch_that_ranks_cannot_share_is_refused(tiny, environment, capsys):
+    environment.setenv("WORLD_SIZE", "3")
+    assert imp.main(["-f", str(tiny()), "parallelism=data"]) == 2
+    assert "train.batch_size: 64 is not allowed with parallelism: data; allowed: a multiple of the 3 ranks" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_run_of_two_ranks_together_is_not_continued_by_one(tiny, capsys):
+    Run(config.load(tiny(), ["parallelism=data"]), ranks=2).create()
+    assert imp.main(["-f", "tiny.yaml", "parallelism=data"]) == 2
+    assert (
+        "was made by 2 ranks with parallelism: data, and these are 1; allowed: composer -n 2" in capsys.readouterr().err
+    )
+
+
 def test_bad_input_is_found_before_torch_or_composer_is_imported(tiny):
     script = (
         "import sys; from recipes import imp; code = imp.main(sys.argv[1:])\n"
@@ -126,8 +143,8 @@ def test_the_plan_counts_from_done_phases_and_checkpoints(tiny):
     ("size", "shares"), [(1, [[0, 1, 2, 3, 4]]), (2, [[0, 2, 4], [1, 3]]), (4, [[0, 4], [1], [2], [3]])]
 )
 def test_replicates_are_dealt_to_ranks(size, shares):
-    worlds = [launch.World(rank, size, rank, "127.0.0.1", 0) for rank in range(size)]
-    assert [world.deal(range(5)) for world in worlds] == shares
+    ranks = [Ranks(rank, size, rank, "127.0.0.1", 0) for rank in range(size)]
+    assert [rank.deal(range(5)) for rank in ranks] == shares
 
 
 def test_each_rank_becomes_a_world_of_its_own_with_one_device(environment):
@@ -135,7 +152,7 @@ def test_each_rank_becomes_a_world_of_its_own_with_one_device(environment):
         environment.setenv(key, "3")
     environment.setenv("MASTER_PORT", "1234")
     environment.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    launch.World.from_environment().leave()
+    Ranks.from_environment().leave()
     values = {
         key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
     }

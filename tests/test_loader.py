@@ -138,9 +138,34 @@ def test_fewer_examples_than_a_batch_are_refused():
 def test_evaluation_goes_through_all_images_in_order_without_augmentation():
     data = dataset()
     batches = list(EvaluationLoader(data, data.test, batch_size=16))
-    assert [len(labels) for _, labels in batches] == [16, 16, 16, 2]
+    assert [len(labels) for _, labels in batches] == [13, 13, 12, 12]
     assert len(EvaluationLoader(data, data.test, batch_size=16)) == 4
     images = torch.cat([images for images, _ in batches])
     expected = (torch.from_numpy(data.test.images).permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.25
     assert torch.allclose(images.double(), expected, atol=1e-5)
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(50))
+
+
+@given(st.integers(1, 4), st.integers(0, 30))
+def test_the_shares_of_the_ranks_are_together_the_batch_of_one_rank(ranks, step):
+    whole = Loader(dataset(), 12, 1, 2).batch(step)
+    for rank in range(ranks):
+        share = Loader(dataset(), 12, 1, 2, rank=rank, ranks=ranks)
+        assert share.batch_size == 12 // ranks
+        for mine, all_of_it in zip(share.batch(step), whole, strict=True):
+            assert torch.equal(mine, all_of_it[rank::ranks])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_evaluate_each_image_once_in_as_many_batches(ranks):
+    data = dataset()
+    loaders = [EvaluationLoader(data, data.test, 16, rank=rank, ranks=ranks) for rank in range(ranks)]
+    batches = [list(loader) for loader in loaders]
+    assert {len(of_rank) for of_rank in batches} == {4}
+    labels = torch.cat([labels for of_rank in batches for _, labels in of_rank])
+    assert sorted(labels.tolist()) == list(range(50))
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="a batch of 7 cannot be shared by 2 ranks"):
+        Loader(dataset(), 7, 1, 2, ranks=2)

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers import ROOT
 from mlflow import MlflowClient
@@ -100,6 +101,27 @@ def test_a_run_killed_in_the_middle_of_a_level_ends_with_the_same_bits(tiny):
     assert len(children) == 1
     steps = [metric.step for metric in client.get_metric_history(children[0].info.run_id, "train_loss")]
     assert steps == list(range(6, 301, 2))
+
+
+def test_ranks_that_train_together_resume_to_the_same_bits(tiny):
+    path = tiny()
+    together = ["parallelism=data", "train.steps=150", "intervals.checkpoint=10", "prune.levels=1"]
+    code, out, err = run(path, *together, "runs=whole", ranks=2)
+    assert code == 0, err
+    assert "replicate 0  level 1    80.0 % of weights  test accuracy" in out
+    process = start(path, *together, ranks=2)
+    level = Path("runs") / next(Path("whole").iterdir()).name / "replicate_0/level_1"
+    while not (level / "checkpoint.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    for rank in ranks:
+        rank.kill()
+    process.communicate()
+    assert not (level / "result.json").exists()
+    code, _, err = run(path, *together, ranks=2)
+    assert code == 0, err
+    assert bits("runs") == bits("whole")
 
 
 def test_a_replicate_that_fails_leaves_word_and_does_not_stop_the_others(tiny):

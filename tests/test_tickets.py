@@ -17,7 +17,7 @@ from lth_diet.runs import Run
 def replicate(tiny):
     run = Run(config.load(tiny(), ["prune.levels=1"]))
     run.create()
-    imp.IMP(run.config, run.replicate(0), Progress(0), lambda: None).run()
+    imp.IMP(run.config, run.replicate(0), Progress([0], 0), lambda: None).run()
     return run.replicate(0)
 
 

@@ -6,6 +6,7 @@ import pytest
 from mlflow import MlflowClient
 
 from lth_diet import config, launch, tracking
+from lth_diet.display import Progress
 from lth_diet.masks import Mask
 from lth_diet.models import ResNet
 from lth_diet.runs import Run
@@ -191,10 +192,12 @@ def test_processes_that_create_one_store_at_once_lose_nothing(run):
     assert len(stored()) == 4
 
 
-def test_a_store_that_cannot_be_reached_is_one_warning(run, monkeypatch, capsys):
+def test_a_store_that_cannot_be_reached_is_one_warning(run, monkeypatch):
     finish(run.replicate(0).level(0), 0, level=0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/no/such/place.db")
-    track = launch.Tracker(run.replicate(0))
+    progress = Progress([0], 0)
+    track = launch.Tracker(run.replicate(0), progress)
     track()
     track()
-    assert capsys.readouterr().err.count("warning: MLflow is not up to date") == 1
+    (message,) = progress.messages
+    assert message.startswith("warning: MLflow is not up to date") and "tracking sync runs" in message

@@ -38,7 +38,7 @@ def train(phase, tiny):
         model = model or classifier(8, 10, width=2, channels=1, seed=1)
         loader, evaluation = Loader(data, 8, 1, 2), EvaluationLoader(data, data.test)
         return training.train(
-            model, loader, evaluation, schedule, algorithms, phase, settings, Progress(0), on_checkpoint
+            model, loader, evaluation, schedule, algorithms, phase, settings, Progress([0], 0), on_checkpoint
         )
 
     return run

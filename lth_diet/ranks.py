@@ -1,0 +1,110 @@
+"""The processes of one launch: who this one is, which replicates are its own, and what the ranks tell each other."""
+
+import dataclasses
+import datetime
+import json
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+_VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
+_TIMEOUT = datetime.timedelta(hours=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """What the launcher's environment says of this process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        number = {key: int(os.environ.get(key, default)) for key, default in _VARIABLES.items()}
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        return cls(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], address, number["MASTER_PORT"])
+
+    def deal(self, items: Sequence[Item]) -> list[Item]:
+        """This rank's share."""
+        return list(items[self.rank :: self.size])
+
+    def board(self) -> "Board":
+        """The board of this launch; rank 0 holds it."""
+        return Board(self)
+
+    def leave(self) -> None:
+        """Make this process a world of one, with one device, before Composer is imported."""
+        import torch
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+        if devices:
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[self.local_rank % len(devices)]
+        one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": "0"}
+        os.environ.update(one)
+        for key in ("MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(key, None)
+
+
+class Board:
+    """Where ranks leave notices and wait for each other, whether or not they train as one world."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self._notice = ""
+        if ranks.size > 1:
+            from torch.distributed import TCPStore
+
+            self.store = TCPStore(
+                ranks.address, ranks.port, ranks.size, ranks.rank == 0, timeout=_TIMEOUT, wait_for_workers=False
+            )
+
+    def post(self, notice: Any) -> None:
+        """Replace this rank's notice, anything that JSON can hold."""
+        self._notice = json.dumps(notice)
+        if self.ranks.rank:
+            self.store.set(f"notice_{self.ranks.rank}", self._notice)
+
+    def read(self) -> dict[int, Any]:
+        """The notice of each rank that has posted one; on rank 0 only."""
+        texts = {0: self._notice} if self._notice else {}
+        for rank in range(1, self.ranks.size):
+            if self.store.check([f"notice_{rank}"]):
+                texts[rank] = self.store.get(f"notice_{rank}").decode()
+        return {rank: json.loads(text) for rank, text in texts.items()}
+
+    def join(self) -> None:
+        """Make the ranks one world, for Composer to find."""
+        import torch
+        from torch import distributed
+
+        if self.ranks.size > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(self.ranks.local_rank)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            world = distributed.PrefixStore("world", self.store)
+            distributed.init_process_group(
+                backend, store=world, rank=self.ranks.rank, world_size=self.ranks.size, timeout=_TIMEOUT
+            )
+
+    def wait(self) -> None:
+        """Return when every rank is here; rank 0, which holds the board, goes last.
+
+        The launcher ends all ranks when one has failed, so that a rank with a failure must not leave early.
+        """
+        if self.ranks.size > 1:
+            self.store.set(f"here_{self.ranks.rank}", "")
+            self._wait_for([f"here_{rank}" for rank in range(self.ranks.size)])
+            if self.ranks.rank:
+                self.store.set(f"gone_{self.ranks.rank}", "")
+            else:
+                self._wait_for([f"gone_{rank}" for rank in range(1, self.ranks.size)])
+
+    def _wait_for(self, keys: list[str]) -> None:
+        while not self.store.check(keys):
+            time.sleep(0.1)
