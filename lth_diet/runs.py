@@ -12,13 +12,18 @@ runs/<dataset>_<arm>-<run id>/
         failed.json                 why the last attempt stopped
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import platform
+import subprocess
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lth_diet import __version__
 from lth_diet.config import DEFAULTS, Config
 from lth_diet.errors import UserError
 
@@ -35,6 +40,17 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Of what trains: packages, and the commit of this repository where it is one."""
+    found = {"python": platform.python_version(), "lth_diet": __version__}
+    found |= {name: metadata.version(package) for name, package in (("torch", "torch"), ("composer", "mosaicml"))}
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        found |= {"git_commit": commit} if commit else {}
+    return found
 
 
 class Phase:
@@ -231,7 +247,7 @@ class Run:
     def create(self) -> None:
         """Make the directory and say in it what it is."""
         self.path.mkdir(parents=True, exist_ok=True)
-        about = {**self._about, "planned_levels": self.config.prune.levels}
+        about = {**self._about, "planned_levels": self.config.prune.levels, "versions": _versions()}
         write_atomically(self.path / "config.json", json.dumps(about, indent=2))
 
     def replicate(self, index: int) -> Replicate:

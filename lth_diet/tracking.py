@@ -3,18 +3,27 @@
 The parent's metrics have step = level, so that the MLflow UI draws arms as curves of accuracy against level. `sync`
 may be called at any time and any number of times, also for a copy of a run directory or a run that was computed anew:
 a step that has the same value already is not sent again.
+
+python -m lth_diet.tracking sync runs       bring MLflow up to date with every run below a folder
 """
 
+import argparse
+import contextlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 
-from lth_diet.runs import Replicate
+from lth_diet.figures import accuracy_curves
+from lth_diet.masks import Mask
+from lth_diet.runs import Phase, Replicate
 
 _MOST_METRICS = 1000  # that MLflow takes in one request
 _MOST_PARAMS = 100
@@ -33,104 +42,161 @@ def sync(replicate: Replicate) -> None:
     Raises:
         Exception: Whatever MLflow raises if its store cannot be reached.
     """
-    about = replicate.about
-    client, experiment = _open(about["experiment"])
-    name = f"{replicate.path.parent.name}/replicate_{replicate.index}"
-    parent = _find_or_create(client, experiment, name, _tags(about, replicate) | {"phase": "all"})
-    params = [Param(key, str(value)) for key, value in about["identity"].items()]
-    for start in range(0, len(params), _MOST_PARAMS):
-        client.log_batch(parent.info.run_id, params=params[start : start + _MOST_PARAMS])
-    results = [phase.result() for _, phase in replicate.levels() if phase.done]
-    rows = [
-        {key: result[key] for key in ("test_accuracy_percent", "weights_remaining_percent", "timestamp")}
-        | {"step": result["level"]}
-        for result in results
-    ]
-    _log(client, parent, rows)
-    _sync_phases(client, experiment, parent, replicate, about)
-    if replicate.finished(about["planned_levels"]):
-        _finish(client, parent, results[-1]["timestamp"])
-    elif parent.info.status == "FINISHED":  # more levels were asked for
-        client.update_run(parent.info.run_id, status="RUNNING")
-
-
-def _sync_phases(
-    client: MlflowClient, experiment: str, parent: MlflowRun, replicate: Replicate, about: dict[str, Any]
-) -> None:
-    here = f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
-    known = {run.data.tags["phase"]: run for run in _search(client, experiment, here)}
-    for phase in [replicate.pretrain, *(phase for _, phase in replicate.levels())]:
-        checkpoint = phase.checkpoint()
-        child = known.get(phase.name)
-        if (child and child.info.status == "FINISHED") or not (phase.done or checkpoint):
-            continue
-        rows = phase.curve(until=None if phase.done else checkpoint[1])
-        if child is None:
-            tags = _tags(about, replicate) | {"phase": phase.name, "mlflow.parentRunId": parent.info.run_id}
-            child = client.create_run(experiment, tags=_strings(tags), run_name=f"{parent.info.run_name}/{phase.name}")
-        _log(client, child, rows)
-        if phase.done:
-            _finish(client, child, phase.result().get("timestamp"))
-
-
-def _open(experiment: str) -> tuple[MlflowClient, str]:
     uri = tracking_uri()
-    if not uri.startswith("sqlite:///"):
-        return _with_experiment(MlflowClient(uri), experiment)
-    with FileLock(uri.removeprefix("sqlite:///") + ".lock"):  # two processes cannot create one store
-        return _with_experiment(MlflowClient(uri), experiment)
+    with _alone(uri):
+        _Sync(MlflowClient(uri), replicate).run()
 
 
-def _with_experiment(client: MlflowClient, name: str) -> tuple[MlflowClient, str]:
-    found = client.get_experiment_by_name(name)
-    return client, found.experiment_id if found else client.create_experiment(name)
+def _alone(uri: str) -> contextlib.AbstractContextManager:
+    """SQLite can neither be created nor written by two processes at once."""
+    is_file = uri.startswith("sqlite:///")
+    return FileLock(uri.removeprefix("sqlite:///") + ".lock") if is_file else contextlib.nullcontext()
 
 
-def _tags(about: dict[str, Any], replicate: Replicate) -> dict[str, Any]:
-    keys = ("dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "run_id")
-    keys += ("planned_levels", "train_steps")
-    return {key: about[key] for key in keys if about[key] is not None} | {"replicate": replicate.index}
+class _Sync:
+    """One replicate and the MLflow runs that tell of it."""
+
+    def __init__(self, client: MlflowClient, replicate: Replicate):
+        self.client = client
+        self.replicate = replicate
+        self.about = replicate.about
+        found = client.get_experiment_by_name(self.about["experiment"])
+        self.experiment = found.experiment_id if found else client.create_experiment(self.about["experiment"])
+        self.name = f"{replicate.path.parent.name}/replicate_{replicate.index}"
+
+    def run(self) -> None:
+        parent = self._parent()
+        results = [phase.result() for _, phase in self.replicate.levels() if phase.done]
+        keys = ("test_accuracy_percent", "weights_remaining_percent", "timestamp")
+        rows = [{"step": result["level"]} | {key: result[key] for key in keys} for result in results]
+        if self._log(parent, rows):
+            frame = pd.DataFrame(results).rename(columns={"test_accuracy_percent": "mean"}).assign(std=pd.NA, count=1)
+            title = f"{self.about['dataset']}, {self.about['model']}, replicate {self.replicate.index}"
+            figure = accuracy_curves({_arm_in_words(self.about): frame}, title)
+            self.client.log_figure(parent.info.run_id, figure, "accuracy.png")
+        self._phases(parent)
+        if self.replicate.finished(self.about["planned_levels"]):
+            self._finish(parent, results[-1]["timestamp"])
+        elif parent.info.status == "FINISHED":  # more levels were asked for
+            self.client.update_run(parent.info.run_id, status="RUNNING")
+
+    def _parent(self) -> MlflowRun:
+        tags = self._tags() | {"phase": "all", "mlflow.note.content": self._description()}
+        marks = {key: tags[key] for key in ("run_id", "replicate", "phase")}
+        found = list(self._search(" and ".join(f"tags.{key} = '{value}'" for key, value in marks.items())))
+        run = found[0] if found else self._create(self.name, tags)
+        params = [Param(key, str(value)) for key, value in self.about["identity"].items()]
+        for start in range(0, len(params), _MOST_PARAMS):
+            self.client.log_batch(run.info.run_id, params=params[start : start + _MOST_PARAMS])
+        if found:
+            self.client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        else:
+            self.client.log_artifact(run.info.run_id, str(self.replicate.path.parent / "config.json"))
+        return run
+
+    def _phases(self, parent: MlflowRun) -> None:
+        children = self._search(f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+        known = {run.data.tags["phase"]: run for run in children}
+        for phase in [self.replicate.pretrain, *(phase for _, phase in self.replicate.levels())]:
+            checkpoint = phase.checkpoint()
+            child = known.get(phase.name)
+            if (child and child.info.status == "FINISHED") or not (phase.done or checkpoint):
+                continue
+            if child is None:
+                tags = self._tags() | {"phase": phase.name, "mlflow.parentRunId": parent.info.run_id}
+                child = self._create(f"{self.name}/{phase.name}", tags)
+            self._log(child, phase.curve(until=None if phase.done else checkpoint[1]))
+            if phase.done:
+                self._log_mask(child, phase)
+                self._finish(child, phase.result().get("timestamp"))
+
+    def _log_mask(self, child: MlflowRun, phase: Phase) -> None:
+        path = phase.path / "mask.safetensors"
+        if path.exists():  # pre-training has none
+            self.client.log_artifact(child.info.run_id, str(path))
+            table = Mask.load(path).table().to_csv(index=False)
+            self.client.log_text(child.info.run_id, table, "density.csv")
+
+    def _tags(self) -> dict[str, str]:
+        keys = ("dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "run_id")
+        keys += ("planned_levels", "train_steps")
+        tags = {key: self.about[key] for key in keys if self.about[key] is not None}
+        versions = {f"version.{name}": version for name, version in self.about["versions"].items()}
+        return {key: str(value) for key, value in (tags | {"replicate": self.replicate.index} | versions).items()}
+
+    def _description(self) -> str:
+        about, fraction = self.about, self.about["identity"]["prune.fraction"]
+        least = 100 * (1 - fraction) ** about["planned_levels"]
+        return (
+            f"**{about['dataset']}, {about['model']}, {_arm_in_words(about)}**, replicate {self.replicate.index}. "
+            f"Iterative magnitude pruning to level {about['planned_levels']} ({least:.1f} % of weights): each level "
+            f"trains from step {about['rewind_steps']} to {about['train_steps']}, then {100 * fraction:g} % of the "
+            f"weights that are left are pruned and the rest rewound. Metrics: step = level. "
+            f"Directory: `{self.replicate.path}`."
+        )
+
+    def _create(self, name: str, tags: dict[str, str]) -> MlflowRun:
+        return self.client.create_run(self.experiment, tags=tags, run_name=name)
+
+    def _search(self, query: str) -> Iterator[MlflowRun]:
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment], query, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _log(self, run: MlflowRun, rows: list[dict[str, Any]]) -> int:
+        """Send the points that MLflow lacks, and count them; one is there if its step has its value."""
+        there = {
+            (key, point.step, point.value)
+            for key in run.data.metrics
+            for point in self.client.get_metric_history(run.info.run_id, key)
+        }
+        metrics = [
+            Metric(key, float(value), row["timestamp"], row["step"])
+            for row in rows
+            for key, value in row.items()
+            if key not in ("step", "timestamp") and (key, row["step"], float(value)) not in there
+        ]
+        for start in range(0, len(metrics), _MOST_METRICS):
+            self.client.log_batch(run.info.run_id, metrics=metrics[start : start + _MOST_METRICS])
+        return len(metrics)
+
+    def _finish(self, run: MlflowRun, timestamp: int | None) -> None:
+        if run.info.status != "FINISHED":
+            self.client.set_terminated(run.info.run_id, "FINISHED", timestamp)
 
 
-def _strings(tags: dict[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in tags.items()}
+def _arm_in_words(about: dict[str, Any]) -> str:
+    if about["arm"] == "init":
+        return "no pre-training"
+    examples = "all examples" if about["arm"] == "all" else f"the {about['subset_size']} {about['arm']} examples"
+    noise = f" with {100 * about['label_noise']:g} % label noise" if about["label_noise"] else ""
+    return f"pre-trained on {examples}{noise} for {about['rewind_steps']} steps"
 
 
-def _search(client: MlflowClient, experiment: str, query: str) -> Iterator[MlflowRun]:
-    token = None
-    while True:
-        page = client.search_runs([experiment], query, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lth_diet.tracking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("sync",))
+    parser.add_argument("runs", type=Path, help="folder of run directories, or one of them")
+    runs = parser.parse_args(argv).runs
+    configs = sorted([*runs.glob("config.json"), *runs.glob("*/config.json")])
+    if not configs:
+        print(f"error: {runs}: holds no run; allowed: a folder of run directories, or one of them", file=sys.stderr)
+        return 2
+    for path in (path for config in configs for path in sorted(config.parent.glob("replicate_*"))):
+        try:
+            sync(Replicate(path))
+        except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
+            print(f"error: {path}: MLflow cannot be reached ({type(error).__name__})", file=sys.stderr)
+            return 1
+        print(f"{path}: up to date")
+    return 0
 
 
-def _find_or_create(client: MlflowClient, experiment: str, name: str, tags: dict[str, Any]) -> MlflowRun:
-    marks = {key: tags[key] for key in ("run_id", "replicate", "phase")}
-    found = list(_search(client, experiment, " and ".join(f"tags.{key} = '{value}'" for key, value in marks.items())))
-    run = found[0] if found else client.create_run(experiment, tags=_strings(tags), run_name=name)
-    client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in _strings(tags).items()])
-    return run
-
-
-def _log(client: MlflowClient, run: MlflowRun, rows: list[dict[str, Any]]) -> None:
-    """Send the points that MLflow lacks; one is there if its step has its value."""
-    there = {
-        (key, point.step, point.value)
-        for key in run.data.metrics
-        for point in client.get_metric_history(run.info.run_id, key)
-    }
-    metrics = [
-        Metric(key, float(value), row["timestamp"], row["step"])
-        for row in rows
-        for key, value in row.items()
-        if key not in ("step", "timestamp") and (key, row["step"], float(value)) not in there
-    ]
-    for start in range(0, len(metrics), _MOST_METRICS):
-        client.log_batch(run.info.run_id, metrics=metrics[start : start + _MOST_METRICS])
-
-
-def _finish(client: MlflowClient, run: MlflowRun, timestamp: int | None) -> None:
-    if run.info.status != "FINISHED":
-        client.set_terminated(run.info.run_id, "FINISHED", timestamp)
+if __name__ == "__main__":
+    sys.exit(main())

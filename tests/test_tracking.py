@@ -1,9 +1,14 @@
 import json
-import multiprocessing
 import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from lth_diet import config, launch, tracking
 from lth_diet.display import Progress
@@ -171,25 +176,97 @@ def test_a_run_that_is_computed_again_has_every_point_once(run, place):
     assert stored() == before
 
 
-def _sync(path, barrier):
-    from lth_diet.runs import Replicate
+def artifacts(name):
+    client = MlflowClient(tracking.tracking_uri())
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    (run,) = [run for run in client.search_runs([experiment]) if run.info.run_name == name]
+    folder = client.download_artifacts(run.info.run_id, "")
+    return {path.name: path for path in Path(folder).iterdir()}
 
+
+def test_config_figure_masks_and_density_tables_are_artifacts(run):
+    replicate = run.replicate(0)
+    finish(replicate.pretrain, 0)
+    finish(replicate.level(0), 1, level=0)
+    finish(replicate.level(1), 2, level=1)
+    tracking.sync(replicate)
+    parent = artifacts(f"{run.path.name}/replicate_0")
+    assert json.loads(parent["config.json"].read_text()) == replicate.about
+    with Image.open(parent["accuracy.png"]) as figure:
+        assert figure.width > 800
+    level = artifacts(f"{run.path.name}/replicate_0/level_1")
+    assert Mask.load(level["mask.safetensors"]) == Mask.load(replicate.level(1).path / "mask.safetensors")
+    table = pd.read_csv(level["density.csv"])
+    assert list(table) == ["layer", "shape", "total", "remaining", "density"] and "fc.weight" in set(table.layer)
+
+
+def test_versions_are_tags_and_the_description_can_be_read(run):
+    finish(run.replicate(0).level(0), 1, level=0)
+    tracking.sync(run.replicate(0))
+    _, tags, _, _ = stored()[f"{run.path.name}/replicate_0"]
+    assert tags["version.torch"] == metadata.version("torch")
+    assert tags["version.composer"] == metadata.version("mosaicml")
+    assert {"version.python", "version.lth_diet"} <= set(tags)
+    note = tags["mlflow.note.content"]
+    assert note.startswith(
+        "**digits, ResNet-8 width 2, pre-trained on the 128 random examples for 4 steps**, replicate 0"
+    )
+    assert "to level 1 (80.0 % of weights): each level trains from step 4 to 12, then 20 %" in note
+
+
+SIXTEEN = """
+import multiprocessing, sys
+from pathlib import Path
+from lth_diet import tracking
+from lth_diet.runs import Replicate
+
+def sync(path, barrier):
     barrier.wait()
     tracking.sync(Replicate(path))
 
+context = multiprocessing.get_context("fork")  # each child opens the store for itself
+barrier = context.Barrier(16)
+paths = sorted(Path(sys.argv[1]).glob("replicate_*"))
+processes = [context.Process(target=sync, args=(path, barrier)) for path in paths]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+sys.exit([process.exitcode for process in processes] != [0] * 16)
+"""
 
-def test_processes_that_create_one_store_at_once_lose_nothing(run):
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(2)
+
+def test_sixteen_processes_that_create_and_write_one_store_at_once_lose_nothing(tiny):
+    run = Run(config.load(tiny(), ["replicates=16", "prune.levels=0"]))
+    run.create()
+    for index in range(16):
+        finish(run.replicate(index).level(0), index, level=0)
+    done = subprocess.run([sys.executable, "-c", SIXTEEN, str(run.path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = stored()
+    assert len(runs) == 32
+    for index in range(16):
+        status, _, _, metrics = runs[f"{run.path.name}/replicate_{index}"]
+        assert (status, metrics["test_accuracy_percent"]) == ("FINISHED", [(0, 90.0 + index)])
+
+
+def test_the_command_catches_up_with_every_run_below_a_folder(run, capsys):
     for index in (0, 1):
         finish(run.replicate(index).level(0), index, level=0)
-    processes = [context.Process(target=_sync, args=(run.replicate(i).path, barrier)) for i in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert tracking.main(["sync", "runs"]) == 0
+    assert capsys.readouterr().out.count(": up to date") == 2
     assert len(stored()) == 4
+    assert tracking.main(["sync", str(run.path)]) == 0
+    assert len(stored()) == 4
+
+
+def test_the_command_refuses_a_folder_without_runs_and_an_unreachable_store(run, place, monkeypatch, capsys):
+    assert tracking.main(["sync", str(place / "nowhere")]) == 2
+    assert "nowhere: holds no run" in capsys.readouterr().err
+    finish(run.replicate(0).level(0), 0, level=0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/no/such/place.db")
+    assert tracking.main(["sync", "runs"]) == 1
+    assert "MLflow cannot be reached" in capsys.readouterr().err
 
 
 def test_a_store_that_cannot_be_reached_is_one_warning(run, monkeypatch):

@@ -5,7 +5,11 @@ from PIL import Image
 from analysis import curves
 from analysis.collect import COLUMNS, collect
 from lth_diet import config, tracking
+from lth_diet.masks import Mask
+from lth_diet.models import ResNet
 from lth_diet.runs import Run
+
+MASK = Mask.dense(ResNet(8, 10, width=2)).to_bytes()
 
 
 @pytest.fixture
@@ -18,6 +22,7 @@ def store(tiny):
             for level in range(1 if (arm, index) == ("random", 1) else 2):
                 phase = run.replicate(index).level(level)
                 phase.write("curve.jsonl", b"")
+                phase.write("mask.safetensors", MASK)
                 accuracy = 90.0 + index - level - (arm == "init")
                 result = {"level": level, "timestamp": 7, "weights_remaining_percent": 100 * 0.8**level}
                 phase.finish({**result, "test_accuracy_percent": accuracy})
@@ -49,6 +54,19 @@ def test_the_command_prints_the_table_and_draws_the_picture(store, place, capsys
     with Image.open(place / "picture.png") as picture:
         assert picture.width > 800
         assert len(picture.convert("RGB").getcolors(1_000_000)) > 20
+
+
+def test_runs_that_share_their_words_are_told_apart_by_run_id(store, tiny):
+    run = Run(config.load(tiny("random"), ["train.lr=0.2", "prune.levels=0"]))
+    run.create()
+    phase = run.replicate(0).level(0)
+    phase.write("curve.jsonl", b"")
+    phase.write("mask.safetensors", MASK)
+    phase.finish({"level": 0, "timestamp": 7, "weights_remaining_percent": 100.0, "test_accuracy_percent": 50.0})
+    tracking.sync(run.replicate(0))
+    names = set(curves.labels(curves.summary(collect(store, "tiny"))))
+    ids = {run.config.run_id(), config.load("tiny.yaml").run_id()}
+    assert names == {"init"} | {f"random 128, t_r = 4 ({run_id})" for run_id in ids}
 
 
 def test_an_unknown_experiment_is_one_sentence(store, capsys):
