@@ -47,10 +47,10 @@ def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "lth_diet": __version__}
     found |= {name: metadata.version(package) for name, package in (("torch", "torch"), ("composer", "mosaicml"))}
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = os.environ.get("LTH_DIET_COMMIT", "")  # an image has no repository
     with contextlib.suppress(OSError):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        found |= {"git_commit": commit} if commit else {}
-    return found
+        commit = commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return found | ({"git_commit": commit} if commit else {})
 
 
 class Phase:

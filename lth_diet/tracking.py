@@ -53,6 +53,14 @@ def _alone(uri: str) -> contextlib.AbstractContextManager:
     return FileLock(uri.removeprefix("sqlite:///") + ".lock") if is_file else contextlib.nullcontext()
 
 
+def _artifact_location(experiment: str) -> str | None:
+    """Artifacts of a SQLite store lie beside it, wherever a launch was started; a server has its own place."""
+    uri = tracking_uri()
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / experiment).as_uri()
+
+
 class _Sync:
     """One replicate and the MLflow runs that tell of it."""
 
@@ -60,8 +68,9 @@ class _Sync:
         self.client = client
         self.replicate = replicate
         self.about = replicate.about
-        found = client.get_experiment_by_name(self.about["experiment"])
-        self.experiment = found.experiment_id if found else client.create_experiment(self.about["experiment"])
+        name = self.about["experiment"]
+        found = client.get_experiment_by_name(name)
+        self.experiment = found.experiment_id if found else client.create_experiment(name, _artifact_location(name))
         self.name = f"{replicate.path.parent.name}/replicate_{replicate.index}"
 
     def run(self) -> None:

@@ -1,0 +1,32 @@
+# docker build -t lth_diet --build-arg GIT_COMMIT=$(git rev-parse HEAD) .
+# docker run --gpus all -v $PWD/data:/lth_diet/data -v $PWD/runs:/lth_diet/runs lth_diet -n 4 recipes/imp.py -f yamls/cifar100_all.yaml
+#
+# torch's wheels bring CUDA with them: the image needs no CUDA of its own, the host NVIDIA's driver and container toolkit.
+FROM python:3.11.13-slim-bookworm
+
+WORKDIR /lth_diet
+
+# the requirements are a layer of their own, built again only when they change
+COPY requirements.txt .
+RUN pip install --no-cache-dir -r requirements.txt
+
+COPY pyproject.toml .
+COPY lth_diet lth_diet
+RUN pip install --no-cache-dir --no-deps -e .
+COPY analysis analysis
+COPY recipes recipes
+COPY yamls yamls
+
+# data sets and their cache; run directories and the MLflow store: writable for whoever the container runs as
+RUN mkdir -m 777 data runs
+VOLUME ["/lth_diet/data", "/lth_diet/runs"]
+
+ARG GIT_COMMIT=unknown
+ENV HOME=/tmp \
+    USER=lth_diet \
+    LTH_DIET_CACHE=/lth_diet/data/cache \
+    LTH_DIET_COMMIT=$GIT_COMMIT \
+    MLFLOW_TRACKING_URI=sqlite:////lth_diet/runs/mlflow.db
+
+USER 1000:1000
+ENTRYPOINT ["composer"]
