@@ -107,7 +107,7 @@ class Screen:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        self._said: dict[int, int] = {}
+        self._said: set[str] = set()
         self._levels: dict[int, int] = {}
         self._lines: dict[int, float] = {}
 
@@ -131,10 +131,10 @@ class Screen:
     def refresh(self) -> None:
         """Show what is new."""
         notices = self.read()
-        for rank, notice in notices.items():
-            for message in notice["messages"][self._said.get(rank, 0) :]:
+        for message in (message for notice in notices.values() for message in notice["messages"]):
+            if message not in self._said:  # what several ranks have to say is said once
                 print(message, file=sys.stderr, flush=True)  # above the table, where there is one
-            self._said[rank] = len(notice["messages"])
+                self._said.add(message)
         rows = [(row, notice["left"]) for notice in notices.values() for row in notice["rows"]]
         if self._live:
             self._live.update(self._table(rows), refresh=True)

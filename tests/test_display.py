@@ -64,6 +64,7 @@ def test_the_table_on_a_terminal_has_the_replicates_of_all_ranks(clock):
 def test_messages_of_every_rank_are_shown_once_on_standard_error(clock, capsys):
     notices, first, second = two_ranks(clock)
     second.say("warning: from rank 1")
+    first.say("warning: from rank 1")
     _, shown = screen(notices)
     shown.refresh()
     first.say("from rank [0]")
