@@ -174,9 +174,10 @@ class Screen:
                 f"{rate:.1f}" if rate else "", _duration(last - step, rate), accuracies,
             )  # fmt: skip
         rates = [(left, row["rate"]) for row, left in rows if row["state"] == "training" and row.get("rate")]
+        if all(row["state"] in ("done", "failed") for row, _ in rows):
+            return Group(table)
         slowest = max((left / rate for left, rate in rates), default=None)
-        eta = "?" if slowest is None else _duration(slowest, 1)
-        return Group(table, Text(f"ETA of the run {eta}"))
+        return Group(table, Text(f"ETA of the run {'?' if slowest is None else _duration(slowest, 1)}"))
 
 
 def _duration(steps: float, rate: float | None) -> str:
