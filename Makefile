@@ -1,5 +1,6 @@
 # make quickstart   the main job on embedded data, a few minutes
 # make test         the tests
+# make integration  the tests that take long or need a server
 # make lint         style
 # make ui           MLflow UI on the local store
 # make lock         compile requirements.in to requirements.txt
@@ -7,14 +8,17 @@ PYTHON ?= python3
 PORT ?= 5000
 BIN = .venv/bin
 
-.PHONY: quickstart test lint ui lock
+.PHONY: quickstart test integration lint ui lock
 
 quickstart: .venv/installed
 	for arm in init all random; do $(BIN)/composer -n 2 recipes/imp.py -f yamls/digits_$$arm.yaml || exit 1; done
 	$(BIN)/python -m analysis.curves --experiment digits -o quickstart.png
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not integration"
+
+integration: .venv/installed
+	$(BIN)/python -m pytest -m integration
 
 lint: .venv/installed
 	$(BIN)/ruff check .

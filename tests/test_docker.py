@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 
+import pytest
 from helpers import ROOT
 
 
@@ -43,6 +44,7 @@ def build(image, environment):
     return workdir, variables
 
 
+@pytest.mark.integration
 def test_the_image_builds_in_an_empty_folder_and_runs_the_quickstarts_recipe(place):
     # packages that are installed already count as installed, so that pip compares the pins and downloads nothing
     python = place / "python"

@@ -1,12 +1,95 @@
-import re
+"""What the README says is so: every command in it is run here, the long ones with small overrides."""
 
-from helpers import ROOT
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, write_image_folder
 
 README = (ROOT / "README.md").read_text()
+PROGRAMS = ("make", "composer", "python", "for", "docker", ".", "git")
+COMMANDS = [
+    line.strip().partition("     #")[0].strip()
+    for line in README.splitlines()
+    if line.startswith("    ") and line.split()[0] in PROGRAMS and not line.endswith(":")
+]
+SMALL = (
+    "model.depth=8 model.width=2 train.steps=6 train.milestones=[] train.batch_size=64 prune.levels=1 "
+    "intervals.checkpoint=3"
+)
+DIGITS = f"{SMALL} dataset.name=digits experiment=digits"
+PRETRAIN = "pretrain.steps=2"
+SUBSET = "pretrain.steps=2 pretrain.subset.size=128"
+
+# Command to what is added to make it small; None: another test runs it, as named there.
+RUNS = {
+    ". .venv/bin/activate": None,  # the tests run inside
+    "make quickstart": None,  # .ci/run
+    "make test": None,  # .ci/run
+    "composer -n 4 recipes/imp.py -f yamls/cifar100_random.yaml": f"{DIGITS} {SUBSET}",
+    "composer -n 2 recipes/imp.py -f yamls/cifar10_all.yaml replicates=2 prune.levels=3": f"{DIGITS} {PRETRAIN}",
+    "python recipes/imp.py -f yamls/cifar10_all.yaml --plan": "",
+    "composer -n 2 recipes/imp.py -f yamls/cifar10_all.yaml replicates=2 dataset.name=image_folder dataset.root=data/mine": f"{SMALL} {PRETRAIN}",
+    "for arm in init all all_half random; do composer -n 4 recipes/imp.py -f yamls/cifar10_$arm.yaml; done": None,  # below
+    "composer -n 4 recipes/imp.py -f yamls/cinic10_random.yaml parallelism=data": f"{DIGITS} {SUBSET} replicates=1",
+    "docker build -t lth_diet --build-arg GIT_COMMIT=$(git rev-parse HEAD) .": None,  # test_docker.py
+    "docker run --gpus all -v $PWD/data:/lth_diet/data -v $PWD/runs:/lth_diet/runs lth_diet -n 4 recipes/imp.py -f yamls/cifar100_all.yaml": None,
+    "python -m lth_diet.tracking sync runs": "",
+    "python -m analysis.curves --experiment digits -o picture.png": "",
+    "python -m lth_diet.masks show runs/digits_all-*/replicate_0 8": None,  # below
+    "python -m lth_diet.masks export runs/digits_all-*/replicate_0 8 -o ticket": None,  # below
+    "python benchmarks/step_time.py": "--depth 8 --batch-size 8 --warmup 1 --steps 2 --repeats 1",
+}
+
+
+@pytest.fixture
+def clone(place, monkeypatch):
+    """A folder with what a clone has, and the programs of this environment first on the path."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for name in ("recipes", "yamls", "analysis", "lth_diet", "benchmarks"):
+        (place / name).symlink_to(ROOT / name)
+    return place
+
+
+def run(command):
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def test_every_command_is_known_here():
+    assert set(COMMANDS) == set(RUNS)
+
+
+@pytest.mark.integration
+def test_the_commands_run(clone):
+    write_image_folder(clone / "data/mine", {"train": 64, "test": 4})
+    for command, small in RUNS.items():
+        if small is not None:
+            run(f"{command} {small}")
+    (line,) = (command for command in RUNS if command.startswith("for arm"))
+    arms = line.partition(" in ")[2].partition(";")[0].split()
+    for arm in arms:
+        run(f"python recipes/imp.py -f yamls/cifar10_{arm}.yaml --plan")
+    run("python -m lth_diet.masks show runs/digits_all-*/replicate_0 1")
+    run("python -m lth_diet.masks export runs/digits_all-*/replicate_0 1 -o ticket")
+    (block,) = re.findall(r"```python\n(import json.*?)```", README, flags=re.S)
+    assert re.search(r"ResNet-8 width 2 on digits: 80\.0 % of weights", run(f"python -c {quoted(block)}"))
+
+
+def quoted(text):
+    return "'" + text.replace("'", "'\\''") + "'"
 
 
 def test_the_algorithms_run_in_a_trainer_as_the_readme_shows(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    (block,) = re.findall(r"```python\n(import torch.*?)```", README, flags=re.S)
     names = {}
     exec(block, names)
     assert names["mask"].density == 1212 / 2368
@@ -15,8 +98,38 @@ def test_the_algorithms_run_in_a_trainer_as_the_readme_shows(capsys):
     assert "0.weight" in capsys.readouterr().out
 
 
+@pytest.mark.integration
+def test_make_ui_serves_the_store(clone):
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, clone)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    bin_folder = Path(sys.executable).parent
+    command = ["make", "-o", ".venv/installed", "ui", f"PORT={port}", f"BIN={bin_folder}"]
+    server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(120):
+            try:
+                page = urllib.request.urlopen(f"http://127.0.0.1:{port}/").read()
+                break
+            except OSError:
+                assert server.poll() is None
+                time.sleep(0.5)
+        assert b"MLflow" in page
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait()
+
+
 def test_the_readme_names_every_module_and_requirement():
     modules = {path.name for path in (ROOT / "lth_diet").glob("*.py")} - {"__init__.py", "errors.py"}
-    assert all(name in README for name in modules)
-    required = re.findall(r"^[A-Za-z0-9-]+", (ROOT / "requirements.in").read_text(), flags=re.M)
-    assert len(required) > 10 and all(name in README for name in required)
+    assert [name for name in modules if name not in README] == []
+    required = re.findall(r"^([A-Za-z0-9-]+)", (ROOT / "requirements.in").read_text(), flags=re.M)
+    assert len(required) > 10
+    assert [name for name in required if name.removesuffix("-bin") not in README] == []
+
+
+def test_the_pictures_exist():
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert pictures and all((ROOT / picture).exists() for picture in pictures)
