@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lth_diet import datasets
 from lth_diet.errors import UserError
 
+_MOST_REPLICATES = 1000
 Arm = Literal["init", "all", "random", "easy", "hard"]
 
 
@@ -38,12 +39,14 @@ def _real(value: Any) -> float:
 
 
 def _replicates(value: Any) -> tuple[int, ...]:
-    if type(value) is int and value > 0:
+    if type(value) is int and 0 < value <= _MOST_REPLICATES:
         return tuple(range(value))
     indices = value if isinstance(value, list | tuple) else []
     if indices and all(type(index) is int and index >= 0 for index in indices) and len(set(indices)) == len(indices):
         return tuple(indices)
-    raise ValueError("allowed: a count such as 4, or a list of different indices such as [0, 2]")
+    raise ValueError(
+        f"allowed: a count of 1 to {_MOST_REPLICATES}, such as 4, or a list of different indices such as [0, 2]"
+    )
 
 
 Steps = Annotated[int, BeforeValidator(_steps)]
@@ -137,7 +140,7 @@ class Config(Section):
     prune: Prune = Prune()
     scores: Scores = Scores()
     replicates: Annotated[tuple[int, ...], BeforeValidator(_replicates)] = (0, 1, 2, 3)
-    seed: Index = 42
+    seed: Annotated[Index, Field(lt=2**32)] = 42
     threads: Count = 1
     """CPU threads a process. Identity: sums depend on how they are split."""
     parallelism: Literal["replicates", "data"] = "replicates"
@@ -252,7 +255,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as errors:
-        raise _sentence(errors.errors()[0], origin, str(path), problem) from None
+        unknown = [error for error in errors.errors() if error["type"] == "extra_forbidden"]
+        raise _sentence([*unknown, *errors.errors()][0], origin, str(path), problem) from None
     _check(config, problem)
     return config
 
@@ -272,6 +276,8 @@ def _sentence(error: dict, origin: dict[str, str], path: str, problem: Callable[
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(Config.model_fields)}"
+        if key in DEFAULTS:  # written with its dot in a file
+            hint = f"write {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
         where = next((origin[k] for k in _upwards(key) if k in origin), path)
         return UserError(f"{where}: {key} is not a known key; {hint}")
     if error["type"] == "missing":

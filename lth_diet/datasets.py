@@ -3,6 +3,7 @@
 To add a data set: write `_decode_<name>`, enter it in `_DECODERS` and `_SIZES`, and name it in `config.Dataset`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,6 +19,7 @@ from filelock import FileLock
 from lth_diet.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # that convert to 8 bits without loss of range
 
 # Per-channel mean and standard deviation over the training set, in units of 0 to 1 (the paper's data sets).
 _STATISTICS = {
@@ -76,14 +78,23 @@ def facts(name: str, root: str) -> Facts:
     Raises:
         UserError: If an image folder is missing or is not laid out as one.
     """
+    try:
+        return _facts(name, root)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; allowed: files that can be read") from None
+
+
+def _facts(name: str, root: str) -> Facts:
     if name == "image_folder":
         train, test = (_listing(Path(root), parts) for parts in (("train", "valid"), ("test",)))
         classes = {label for label, _ in train}
         if classes != {label for label, _ in test}:
             odd = sorted(classes.symmetric_difference(label for label, _ in test))
             raise UserError(f"class {odd[0]!r} is not in both train/ and test/; allowed: the same classes in each")
+        if len(classes) < 2:
+            raise UserError(f"{root} has one class, {next(iter(classes))!r}; allowed: two or more")
         described = [f"{path.relative_to(root)} {path.stat().st_size}" for _, path in train + test]
-        fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
+        fingerprint = hashlib.sha256("\n".join(described).encode(errors="surrogateescape")).hexdigest()[:16]
         return Facts(len(train), len(test), len(classes), fingerprint)
     return Facts(*_SIZES[name], fingerprint=name)
 
@@ -100,10 +111,16 @@ def load(name: str, root: str) -> Dataset:
     """
     folder = _cache_folder(name, root)
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                _build(name, root, folder)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    _build(name, root, folder)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise UserError(
+                f"{folder}: the cache of {name} cannot be written ({reason}); allowed: another place in LTH_DIET_CACHE"
+            ) from None
     about = json.loads((folder / "about.json").read_text())
     # mode "c" (copy on write) maps the file as "r" does, and lets torch take the array without a copy or a warning
     arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="c") for key in ("train_x", "train_y", "test_x", "test_y")}
@@ -169,6 +186,8 @@ def _decode_cifar(kind: str, root: str) -> tuple[Split, Split, list[str]]:
         parts = [getattr(torchvision_datasets, kind)(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
+        with contextlib.suppress(OSError):
+            Path(root).rmdir()  # if the attempt made it, and left it empty
         raise UserError(
             f"dataset.root: {root!r} does not hold {kind} and the download failed ({reason}); allowed: a folder with "
             f"the extracted {parts_name(kind)}, or a network that reaches its source"
@@ -214,6 +233,8 @@ def _read_image(path: Path) -> np.ndarray:
 
     try:
         with Image.open(path) as image:
+            if image.mode not in _MODES:
+                raise UserError(f"{path}: pixels of mode {image.mode}; allowed: 8 bits a channel")
             image = image if image.mode == "L" else image.convert("RGB")
             pixels = np.asarray(image)
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:

@@ -47,6 +47,8 @@ class IMP:
             weights = self.train(level, mask, rewind_point)  # line 5
             mask = self.prune(level + 1, mask, weights)  # line 6
         self.train(levels, mask, rewind_point)  # line 8
+        if self.writes:
+            self.track()  # also what an earlier launch could not send
 
     def pretrain(self) -> Weights:
         """Train the dense network for t_r steps on the arm's examples; the rewind point."""

@@ -6,8 +6,10 @@ says what this process is.
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -19,7 +21,9 @@ from lth_diet import datasets, display
 from lth_diet.config import Config
 from lth_diet.errors import UserError
 from lth_diet.ranks import Board, Ranks
-from lth_diet.runs import Replicate, Run
+from lth_diet.runs import AnotherProcessError, Replicate, Run
+
+_PR_SET_PDEATHSIG = 1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,11 +56,14 @@ def imp(argv: Sequence[str] | None, description: str) -> int:
             print(display.plan(run))
             return 0
         datasets.load(config.dataset.name, config.dataset.root)  # decodes now, if there is no cache yet
+        _refuse_what_this_machine_cannot(config)
         run.create()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     _be_quiet()
+    if ranks.size > 1:
+        _end_with_the_launcher()
     os.environ.update({key: str(config.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
     board = ranks.board()
     replicates = run.replicates()
@@ -94,6 +101,20 @@ def _refuse_what_cannot_run(config: Config, ranks: Ranks) -> None:
         )
 
 
+def _refuse_what_this_machine_cannot(config: Config) -> None:
+    if config.precision == "bf16":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("precision: 'bf16' is not allowed without a GPU; allowed: auto, fp32")
+
+
+def _end_with_the_launcher() -> None:
+    """Ranks that outlive a killed launcher would hold their replicates against the next launch (Linux only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _train(run: Run, replicates: list[Replicate], ranks: Ranks, board: Board) -> bool:
     """Train some replicates, one after another; whether any failed."""
     import torch
@@ -109,19 +130,22 @@ def _train(run: Run, replicates: list[Replicate], ranks: Ranks, board: Board) ->
     )
     failed = False
     for replicate in replicates:
-        replicate.begin()
+        track = Tracker(replicate, progress)
         try:
-            IMP(run.config, replicate, progress, Tracker(replicate, progress)).run()
-        except (UserError, TrainingError) as error:
-            reason = told = str(error)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            told = f"{traceback.format_exc()}{reason}"
-        else:
+            with replicate.held() if reports else contextlib.nullcontext():
+                IMP(run.config, replicate, progress, track).run()
             progress.end(replicate.index, "done")
             continue
+        except AnotherProcessError as error:
+            told = str(error)
+        except Exception as error:
+            expected = isinstance(error, UserError | TrainingError)
+            reason = str(error) if expected else f"{type(error).__name__}: {error}"
+            told = reason if expected else f"{reason}\n{traceback.format_exc()}"
+            if reports:
+                replicate.fail(reason)
+                track()
         failed = True
-        replicate.fail(reason)
         progress.end(replicate.index, "failed")
         progress.say(f"error: replicate {replicate.index}: {told}")
         if ranks.rank:  # the launcher shows what other ranks print if it has to end them
@@ -156,11 +180,11 @@ class Tracker:
 def _conclude(run: Run) -> None:
     print(f"\n{run.path}\n{display.table(run)}")
     for replicate in run.replicates():
-        path = replicate.path / "failed.json"
-        if path.exists():
-            print(f"replicate {replicate.index} failed: see {path}")
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    print("compare in MLflow: " + ("at MLFLOW_TRACKING_URI" if uri else "make ui"), flush=True)
+        if replicate.failed:
+            print(f"replicate {replicate.index} failed: see {replicate.path / 'failed.json'}")
+    from lth_diet import tracking
+
+    print(f"compare in MLflow: {tracking.how_to_look()}", flush=True)
 
 
 def _be_quiet() -> None:

@@ -106,9 +106,10 @@ class Mask(Mapping[str, Tensor]):
                 raise ValueError(f"the mask of {name} has the shape {mine}, the network's weight {its}")
 
     def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
-        """This mask as a safetensors file, with its counts (and `metadata`) in the header."""
-        counts = {"remaining": str(self.remaining), "total": str(self.total), "order": json.dumps(list(self))}
-        return save({name: tensor.contiguous() for name, tensor in self.items()}, {**counts, **(metadata or {})})
+        """This mask as a safetensors file, with its counts, order (and `metadata`) in the header."""
+        about = {"remaining": self.remaining, "total": self.total, "order": list(self), **(metadata or {})}
+        # one key: safetensors writes several in random order, and equal masks are to be equal files
+        return save({name: tensor.contiguous() for name, tensor in self.items()}, {"mask": json.dumps(about)})
 
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write `to_bytes` to a file."""
@@ -123,9 +124,9 @@ class Mask(Mapping[str, Tensor]):
         """
         try:
             with safe_open(path, "pt") as file:
-                names = json.loads(file.metadata()["order"])
-                mask = cls({name: file.get_tensor(name) for name in names})
-                if mask.remaining != int(file.metadata()["remaining"]):
+                about = json.loads(file.metadata()["mask"])
+                mask = cls({name: file.get_tensor(name) for name in about["order"]})
+                if mask.remaining != about["remaining"]:
                     raise ValueError("its count of weights left is not that of its header")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a mask ({error}); allowed: a safetensors file that Mask.save wrote") from None

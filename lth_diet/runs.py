@@ -13,6 +13,7 @@ runs/<dataset>_<arm>-<run id>/
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -23,9 +24,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lth_diet import __version__
 from lth_diet.config import DEFAULTS, Config
 from lth_diet.errors import UserError
+
+
+class AnotherProcessError(UserError):
+    """Another process trains this replicate."""
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -42,6 +49,7 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     """Of what trains: packages, and the commit of this repository where it is one."""
     found = {"python": platform.python_version(), "lth_diet": __version__}
@@ -85,7 +93,8 @@ class Phase:
     def finish(self, result: dict[str, Any]) -> None:
         """Mark the phase as done and forget its checkpoint."""
         files = {name: _sha256(self.path / name) for name in self.FILES if (self.path / name).exists()}
-        write_atomically(self.path / "result.json", json.dumps({**result, "sha256": files}, indent=2))
+        result = {**result, "versions": _versions(), "sha256": files}
+        write_atomically(self.path / "result.json", json.dumps(result, indent=2))
         self._keep_only_checkpoint(None)
 
     def verified(self, name: str) -> Path:
@@ -178,13 +187,32 @@ class Replicate:
 
     def fail(self, reason: str) -> None:
         """Leave word of why this attempt stopped."""
-        self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "failed.json", json.dumps({"reason": reason}))
 
-    def begin(self) -> None:
-        """Forget an earlier failure."""
+    @property
+    def failed(self) -> bool:
+        """Whether the last attempt stopped before its end."""
+        return (self.path / "failed.json").exists()
+
+    @contextlib.contextmanager
+    def held(self, patience: float = 10.0) -> Iterator[None]:
+        """Keep other processes out; the system lets go when this one dies, however it dies.
+
+        Args:
+            patience: Seconds to wait for one that is about to end.
+
+        Raises:
+            AnotherProcessError: If another process trains this replicate.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "failed.json").unlink(missing_ok=True)
+        try:
+            with FileLock(self.path / ".lock", timeout=patience):
+                (self.path / "failed.json").unlink(missing_ok=True)
+                yield
+        except Timeout:
+            raise AnotherProcessError(
+                f"{self.path} is being trained by another process; wait for it, or end it"
+            ) from None
 
 
 class Run:
@@ -227,7 +255,7 @@ class Run:
             return
         try:
             about = json.loads(path.read_text())
-            there, ranks = about["identity"], about["ranks"]
+            there, ranks = about["identity"], about.get("ranks", 1)
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{path}: not the config.json of a run; move it away or choose other runs=...") from None
         # a field that did not exist when the run was made had its default
@@ -246,9 +274,16 @@ class Run:
 
     def create(self) -> None:
         """Make the directory and say in it what it is."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        about = {**self._about, "planned_levels": self.config.prune.levels, "versions": _versions()}
-        write_atomically(self.path / "config.json", json.dumps(about, indent=2))
+        path = self.path / "config.json"
+        planned = json.loads(path.read_text())["planned_levels"] if path.exists() else 0
+        about = {**self._about, "planned_levels": max(planned, self.config.prune.levels)}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(about, indent=2))
+        except OSError as error:
+            raise UserError(
+                f"runs: {self.config.runs!r} cannot be written ({error.strerror}); allowed: a folder that can"
+            ) from None
 
     def replicate(self, index: int) -> Replicate:
         return Replicate(self.path / f"replicate_{index}")

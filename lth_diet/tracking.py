@@ -10,6 +10,7 @@ python -m lth_diet.tracking sync runs       bring MLflow up to date with every r
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,14 @@ _MOST_PARAMS = 100
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or a SQLite store in the working folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+def how_to_look() -> str:
+    """What shows the store: a command for a local one, else its address without what is secret in it."""
+    uri = tracking_uri()
+    if uri.startswith("sqlite:///"):
+        return f"mlflow ui --backend-store-uri sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
+    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def sync(replicate: Replicate) -> None:
@@ -74,11 +83,13 @@ class _Sync:
         self.name = f"{replicate.path.parent.name}/replicate_{replicate.index}"
 
     def run(self) -> None:
-        parent = self._parent()
         results = [phase.result() for _, phase in self.replicate.levels() if phase.done]
         keys = ("test_accuracy_percent", "weights_remaining_percent", "timestamp")
         rows = [{"step": result["level"]} | {key: result[key] for key in keys} for result in results]
+        parent = self._parent(rows)
         if self._log(parent, rows):
+            versions = [RunTag(*version) for version in _versions(results[-1]).items()]
+            self.client.log_batch(parent.info.run_id, tags=versions)
             frame = pd.DataFrame(results).rename(columns={"test_accuracy_percent": "mean"}).assign(std=pd.NA, count=1)
             title = f"{self.about['dataset']}, {self.about['model']}, replicate {self.replicate.index}"
             figure = accuracy_curves({_arm_in_words(self.about): frame}, title)
@@ -86,13 +97,19 @@ class _Sync:
         self._phases(parent)
         if self.replicate.finished(self.about["planned_levels"]):
             self._finish(parent, results[-1]["timestamp"])
-        elif parent.info.status == "FINISHED":  # more levels were asked for
-            self.client.update_run(parent.info.run_id, status="RUNNING")
+        else:  # or more levels were asked for
+            status = "FAILED" if self.replicate.failed else "RUNNING"
+            if parent.info.status != status:
+                self.client.update_run(parent.info.run_id, status=status)
 
-    def _parent(self) -> MlflowRun:
+    def _parent(self, rows: list[dict[str, Any]]) -> MlflowRun:
         tags = self._tags() | {"phase": "all", "mlflow.note.content": self._description()}
         marks = {key: tags[key] for key in ("run_id", "replicate", "phase")}
         found = list(self._search(" and ".join(f"tags.{key} = '{value}'" for key, value in marks.items())))
+        if found and self._contradicts(found[0], rows):  # levels were computed anew, with another result
+            for run in [found[0], *self._search(f"tags.mlflow.parentRunId = '{found[0].info.run_id}'")]:
+                self.client.delete_run(run.info.run_id)
+            found = []
         run = found[0] if found else self._create(self.name, tags)
         params = [Param(key, str(value)) for key, value in self.about["identity"].items()]
         for start in range(0, len(params), _MOST_PARAMS):
@@ -102,6 +119,15 @@ class _Sync:
         else:
             self.client.log_artifact(run.info.run_id, str(self.replicate.path.parent / "config.json"))
         return run
+
+    def _contradicts(self, run: MlflowRun, rows: list[dict[str, Any]]) -> bool:
+        """Whether MLflow has another value for a level that is done."""
+        for key in ("test_accuracy_percent", "weights_remaining_percent"):
+            mine = {row["step"]: row[key] for row in rows}
+            history = self.client.get_metric_history(run.info.run_id, key) if key in run.data.metrics else []
+            if any(mine.get(point.step, point.value) != point.value for point in history):
+                return True
+        return False
 
     def _phases(self, parent: MlflowRun) -> None:
         children = self._search(f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
@@ -116,6 +142,8 @@ class _Sync:
                 child = self._create(f"{self.name}/{phase.name}", tags)
             self._log(child, phase.curve(until=None if phase.done else checkpoint[1]))
             if phase.done:
+                versions = [RunTag(*version) for version in _versions(phase.result()).items()]
+                self.client.log_batch(child.info.run_id, tags=versions)
                 self._log_mask(child, phase)
                 self._finish(child, phase.result().get("timestamp"))
 
@@ -130,8 +158,7 @@ class _Sync:
         keys = ("dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "run_id")
         keys += ("planned_levels", "train_steps")
         tags = {key: self.about[key] for key in keys if self.about[key] is not None}
-        versions = {f"version.{name}": version for name, version in self.about["versions"].items()}
-        return {key: str(value) for key, value in (tags | {"replicate": self.replicate.index} | versions).items()}
+        return {key: str(value) for key, value in (tags | {"replicate": self.replicate.index}).items()}
 
     def _description(self) -> str:
         about, fraction = self.about, self.about["identity"]["prune.fraction"]
@@ -178,6 +205,11 @@ class _Sync:
             self.client.set_terminated(run.info.run_id, "FINISHED", timestamp)
 
 
+def _versions(result: dict[str, Any]) -> dict[str, str]:
+    """What trained a phase, as tags."""
+    return {f"version.{name}": version for name, version in result.get("versions", {}).items()}
+
+
 def _arm_in_words(about: dict[str, Any]) -> str:
     if about["arm"] == "init":
         return "no pre-training"
@@ -201,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             sync(Replicate(path))
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
-            print(f"error: {path}: MLflow cannot be reached ({type(error).__name__})", file=sys.stderr)
+            print(f"error: {path}: MLflow is not up to date ({type(error).__name__})", file=sys.stderr)
             return 1
         print(f"{path}: up to date")
     return 0

@@ -1,11 +1,14 @@
 """The only place that builds, and closes, a Composer Trainer."""
 
 import atexit
+import contextlib
 import dataclasses
 import json
 import math
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,28 +86,29 @@ def train(
     )
     recorder = _Recorder(phase, config.intervals.log, progress)
     began = time.monotonic()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=loader,
-        eval_dataloader=Evaluator(
-            label="test", dataloader=evaluation, eval_interval=_evaluate_every(config.intervals.evaluate)
-        ),
-        max_duration=f"{schedule.last}ba",
-        optimizers=optimizer,
-        # PyTorch's scheduler counts steps itself, so that a milestone has no lag behind Composer's clock
-        schedulers=MultiStepLR(optimizer, list(schedule.milestones), config.train.gamma),
-        step_schedulers_every_batch=True,
-        algorithms=list(algorithms),
-        callbacks=[recorder, _Checkpointer(phase, config.intervals.checkpoint, on_checkpoint)],
-        device=device(),
-        precision=_precision(config),
-        deterministic_mode=config.deterministic,
-        seed=config.seed,
-        spin_dataloaders=False,  # the loader jumps to the clock's step
-        load_path=str(resume[0]) if resume else None,
-        load_progress_bar=False,
-        progress_bar=False,
-    )
+    with _plain_path(resume) as load_path:
+        trainer = Trainer(
+            model=model,
+            train_dataloader=loader,
+            eval_dataloader=Evaluator(
+                label="test", dataloader=evaluation, eval_interval=_evaluate_every(config.intervals.evaluate)
+            ),
+            max_duration=f"{schedule.last}ba",
+            optimizers=optimizer,
+            # PyTorch's scheduler counts steps itself, so that a milestone has no lag behind Composer's clock
+            schedulers=MultiStepLR(optimizer, list(schedule.milestones), config.train.gamma),
+            step_schedulers_every_batch=True,
+            algorithms=list(algorithms),
+            callbacks=[recorder, _Checkpointer(phase, config.intervals.checkpoint, on_checkpoint)],
+            device=device(),
+            precision=_precision(config),
+            deterministic_mode=config.deterministic,
+            seed=config.seed,
+            spin_dataloaders=False,  # the loader jumps to the clock's step
+            load_path=str(load_path) if load_path else None,
+            load_progress_bar=False,
+            progress_bar=False,
+        )
     try:
         loader.clock = lambda: int(trainer.state.timestamp.batch)
         progress.step_from(resume[1] if resume else schedule.first, schedule.last)
@@ -121,6 +125,18 @@ def train(
         loader.clock = lambda: 0
         trainer.close()
         atexit.unregister(Engine._close)  # it would keep model and state alive until the process ends
+
+
+@contextlib.contextmanager
+def _plain_path(resume: tuple[Path, int] | None) -> Iterator[Path | None]:
+    """A path to the checkpoint for Composer, which reads paths as URLs and format strings: #, ? and { have meaning."""
+    if resume is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "checkpoint.pt"
+        link.symlink_to(resume[0].resolve())
+        yield link
 
 
 def _precision(config: Config) -> str:

@@ -183,7 +183,9 @@ BAD = {
     "model.depth=21": r"model.depth: 21 is not allowed; allowed: 6n \+ 2, such as 20, 32 or 56",
     "dataset.name=imagenet": r"dataset.name: 'imagenet' is not allowed; allowed: 'cifar10', 'cifar100'",
     "arm=medium": r"arm: 'medium' is not allowed; allowed: 'init', 'all', 'random', 'easy' or 'hard'",
-    "replicates=0": r"replicates: 0 is not allowed; allowed: a count such as 4, or a list of different indices",
+    "replicates=0": r"replicates: 0 is not allowed; allowed: a count of 1 to 1000, such as 4, or a list of different",
+    "replicates=300000000": r"replicates: 300000000 is not allowed; allowed: a count of 1 to 1000",
+    "seed=5000000000": r"seed: 5000000000 is not allowed; allowed: less than 4294967296",
     "replicates=[1, 1]": r"replicates: \[1, 1\] is not allowed",
     "seed=-1": r"seed: -1 is not allowed",
     "parallelism=pipeline": r"parallelism: 'pipeline' is not allowed; allowed: 'replicates' or 'data'",
@@ -212,6 +214,7 @@ BAD_FILES = {
     "base: 3": r"bad.yaml: base: 3 is not allowed; allowed: a path",
     "arm: all": r"bad.yaml: dataset is missing",
     "3: 4": r"bad.yaml: not a configuration",
+    "train.lr: 0.1": r"bad.yaml: train.lr is not a known key; write train: {lr: ...}",
 }
 
 

@@ -1,5 +1,7 @@
 import hashlib
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -128,6 +130,13 @@ def test_an_altered_cifar_file_is_not_unpickled(place, monkeypatch):
     assert not (place / "cache" / "cifar10").exists()
 
 
+def test_a_failed_download_leaves_no_folder(place, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing-is-here.tar.gz")
+    with pytest.raises(UserError, match="the download failed"):
+        datasets.load("cifar10", "data")
+    assert not (place / "data").exists()
+
+
 def test_four_processes_that_ask_at_once_build_one_cache(place):
     root = write_image_folder(place / "data", {"train": 200, "test": 20})
     script = (
@@ -187,3 +196,38 @@ def test_a_broken_image_is_refused_by_name(place):
     (root / "test/ant/0000.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(UserError, match=r"test/ant/0000\.png: not a readable image"):
         datasets.load("image_folder", str(root))
+
+
+def test_an_image_of_16_bits_is_refused_by_name(place):
+    root = write_image_folder(place / "data")
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(root / "train/bee/0001.png")
+    with pytest.raises(UserError, match=r"bee/0001\.png: pixels of mode I;16; allowed: 8 bits a channel"):
+        datasets.load("image_folder", str(root))
+
+
+def test_a_folder_with_one_class_is_refused(place):
+    root = write_image_folder(place / "data")
+    for part in ("train", "test"):
+        shutil.rmtree(root / part / "bee")
+    with pytest.raises(UserError, match="data has one class, 'ant'; allowed: two or more"):
+        datasets.facts("image_folder", str(root))
+
+
+def test_a_dangling_link_is_refused_by_name(place):
+    root = write_image_folder(place / "data")
+    (root / "train/ant/0009.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=r"ant/0009\.png: No such file or directory"):
+        datasets.facts("image_folder", str(root))
+
+
+def test_a_file_name_that_is_not_utf_8_is_taken(place):
+    root = write_image_folder(place / "data")
+    (root / "train/ant/0000.png").rename(root / "train/ant" / os.fsdecode(b"\xff.png"))
+    assert datasets.facts("image_folder", str(root)).train_size == 12
+    assert len(datasets.load("image_folder", str(root)).train.images) == 12
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("LTH_DIET_CACHE", "/proc/nope")
+    with pytest.raises(UserError, match="/proc/nope/digits: the cache of digits cannot be written"):
+        datasets.load("digits", "unused")

@@ -70,7 +70,7 @@ def test_the_image_builds_in_an_empty_folder_and_runs_the_quickstarts_recipe(pla
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "weights remaining" in done.stdout
-    (config,) = (workdir / "runs").glob("digits_random-*/config.json")
-    assert '"git_commit": "abc123"' in config.read_text()
+    (result,) = (workdir / "runs").glob("digits_random-*/replicate_0/level_1/result.json")
+    assert '"git_commit": "abc123"' in result.read_text()
     assert (workdir / "runs/mlflow.db").exists() and (workdir / "runs/mlartifacts/digits").is_dir()
     assert (workdir / "data/cache/digits/about.json").exists()

@@ -111,11 +111,72 @@ def test_pretraining_sees_the_random_subset_in_passes_and_levels_see_all(run, mo
         assert not {int(i) for batch in level for i in batch} <= set(subset.tolist())
 
 
-def test_arms_of_a_replicate_share_initialisation_and_data_order(run, monkeypatch):
+def test_arms_of_a_replicate_share_the_order_of_examples(run, monkeypatch):
     everything = examples_seen(monkeypatch, run, arm="all")
     fresh = examples_seen(monkeypatch, run, arm="init")
     order = [batch.tolist() for batch in fresh[0]]
     assert [batch.tolist() for batch in everything[0] + everything[1]] == order
+
+
+class Settings(Algorithm):
+    """Notes what each phase trains with: the arguments of its Trainer, and every forward."""
+
+    def __init__(self, options):
+        self.options = options
+        self.group = {key: options["optimizers"].param_groups[0][key] for key in ("momentum", "weight_decay")}
+        self.rates, self.first = [], None
+
+    def match(self, event, state):
+        return event == Event.BEFORE_FORWARD
+
+    def apply(self, event, state, logger):
+        self.rates.append((int(state.timestamp.batch), state.optimizers[0].param_groups[0]["lr"]))
+        if self.first is None:
+            weights = {name: tensor.clone() for name, tensor in state.model.module.state_dict().items()}
+            self.first = weights, [tensor.clone() for tensor in state.batch]
+
+
+@pytest.fixture
+def phases(monkeypatch):
+    """The settings of every phase that is trained."""
+    seen, real = [], imp.training.Trainer
+
+    def build(algorithms, **options):
+        seen.append(Settings(options))
+        return real(algorithms=[*algorithms, seen[-1]], **options)
+
+    monkeypatch.setattr(imp.training, "Trainer", build)
+    return seen
+
+
+def test_each_phase_trains_with_what_the_configuration_says(run, phases):
+    given = ["train.lr=0.3", "pretrain.lr=0.2", "train.gamma=0.5", "train.momentum=0.8", "train.weight_decay=0.01"]
+    run(*given, "prune.levels=0", "deterministic=true", "precision=fp32")
+    pretraining, level = phases
+    assert pretraining.rates == [(step, 0.2) for step in range(4)]
+    expected = [0.3 * 0.5 ** ((step >= 6) + (step >= 9)) for step in range(4, 12)]
+    assert level.rates == [(step, pytest.approx(rate)) for step, rate in zip(range(4, 12), expected, strict=True)]
+    for phase in phases:
+        assert phase.group == {"momentum": 0.8, "weight_decay": 0.01}
+        assert phase.options["precision"] == "fp32" and phase.options["deterministic_mode"] is True
+
+
+def test_arms_of_a_replicate_share_initial_weights_and_augmented_images(run, phases):
+    run(arm="all")
+    run(arm="init")
+    (first_weights, first_batch), (weights_of_init, batch_of_init) = phases[0].first, phases[4].first
+    assert equal(first_weights, weights_of_init)
+    for mine, other in zip(first_batch, batch_of_init, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_replicates_differ_in_initial_weights_and_images(run, phases, tiny):
+    run(arm="init")
+    made = Run(config.load(tiny("init")))
+    imp.IMP(made.config, made.replicate(1), Progress([1], 0), lambda: None).run()
+    (weights_0, batch_0), (weights_1, batch_1) = phases[0].first, phases[3].first
+    assert not torch.equal(weights_0["conv1.weight"], weights_1["conv1.weight"])
+    assert not torch.equal(batch_0[0], batch_1[0])
 
 
 class Nothing(Algorithm):
@@ -183,6 +244,7 @@ def test_results_say_what_was_measured(run):
         "timestamp",
         "level",
         "weights_remaining_percent",
+        "versions",
         "sha256",
     }
     assert set(result["sha256"]) == {"mask.safetensors", "weights.safetensors", "curve.jsonl"}

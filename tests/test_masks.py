@@ -97,6 +97,11 @@ def test_a_saved_mask_is_loaded_as_it_was(tmp_path_factory, values):
     assert list(Mask.load(path)) == list(mask)
 
 
+def test_equal_masks_are_equal_files():
+    mask = Mask.dense(ResNet(8, 10, width=2))
+    assert len({mask.to_bytes({"level": "3", "a": "b"}) for _ in range(50)}) == 1
+
+
 def test_masks_differ_by_value_name_and_order():
     a, b = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
     assert Mask({"a": a}) == Mask({"a": a.clone()})

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -122,3 +124,32 @@ def test_replicates_and_levels_may_be_asked_for_later(tiny):
     Run(config.load(tiny(), ["prune.levels=1"])).create()
     more = Run(config.load(tiny(), ["prune.levels=5", "replicates=[3]"]))
     assert [replicate.index for replicate in more.replicates()] == [3]
+
+
+def test_a_replicate_is_held_by_one_process_at_a_time_and_free_when_it_dies(tiny):
+    run = Run(config.load(tiny()))
+    run.create()
+    script = "import sys, time; from pathlib import Path; from lth_diet.runs import Replicate\n"
+    script += "with Replicate(Path(sys.argv[1])).held():\n    print('held', flush=True)\n    time.sleep(60)"
+    command = [sys.executable, "-c", script, str(run.replicate(0).path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="replicate_0 is being trained by another process"), run.replicate(0).held(0.1):
+        pass
+    holder.kill()
+    holder.wait()
+    with run.replicate(0).held(0.1):
+        pass
+
+
+def test_fewer_levels_asked_for_later_do_not_shrink_the_plan(tiny):
+    for levels in (5, 2):
+        run = Run(config.load(tiny(), [f"prune.levels={levels}"]))
+        run.create()
+    assert run.replicate(0).about["planned_levels"] == 5
+
+
+@pytest.mark.parametrize("runs", ["/proc/nope", "tiny.yaml"])
+def test_a_place_that_cannot_be_written_is_one_sentence(tiny, runs):
+    with pytest.raises(UserError, match=r"runs: '.*' cannot be written \(.+\); allowed: a folder that can"):
+        Run(config.load(tiny(), [f"runs={runs}"])).create()

@@ -214,6 +214,36 @@ def test_versions_are_tags_and_the_description_can_be_read(run):
     assert "to level 1 (80.0 % of weights): each level trains from step 4 to 12, then 20 %" in note
 
 
+def test_levels_computed_anew_with_another_result_replace_the_old_ones(run):
+    replicate = run.replicate(0)
+    for level in (0, 1):
+        finish(replicate.level(level), level, level=level)
+    tracking.sync(replicate)
+    shutil.rmtree(replicate.level(1).path)
+    finish(replicate.level(1), 5, level=1)  # another accuracy, another curve
+    tracking.sync(replicate)
+    runs = stored()
+    assert runs[f"{run.path.name}/replicate_0"][3]["test_accuracy_percent"] == [(0, 90.0), (1, 95.0)]
+    assert len(runs) == 3
+
+
+def test_a_replicate_that_failed_is_failed_until_it_goes_on(run):
+    replicate = run.replicate(0)
+    finish(replicate.level(0), 1, level=0)
+    replicate.fail("a reason")
+    tracking.sync(replicate)
+    assert stored()[f"{run.path.name}/replicate_0"][0] == "FAILED"
+    with replicate.held():
+        tracking.sync(replicate)
+    assert stored()[f"{run.path.name}/replicate_0"][0] == "RUNNING"
+
+
+def test_how_to_look_is_a_command_for_a_local_store_and_an_address_without_secrets(monkeypatch, place):
+    assert tracking.how_to_look() == f"mlflow ui --backend-store-uri sqlite:///{place}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
+    assert tracking.how_to_look() == "http://host:5000"
+
+
 SIXTEEN = """
 import multiprocessing, sys
 from pathlib import Path
@@ -266,7 +296,7 @@ def test_the_command_refuses_a_folder_without_runs_and_an_unreachable_store(run,
     finish(run.replicate(0).level(0), 0, level=0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/no/such/place.db")
     assert tracking.main(["sync", "runs"]) == 1
-    assert "MLflow cannot be reached" in capsys.readouterr().err
+    assert "MLflow is not up to date" in capsys.readouterr().err
 
 
 def test_a_store_that_cannot_be_reached_is_one_warning(run, monkeypatch):

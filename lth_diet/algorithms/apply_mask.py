@@ -15,7 +15,8 @@ class ApplyMask(Algorithm):
     momentum of a pruned weight stays zero. It works beside Composer's own algorithms in any order: under EMA the
     averaged weights are zero too.
 
-    Runs on ``Event.FIT_START``, ``BATCH_START``, ``AFTER_BACKWARD``, ``BATCH_END`` and ``EVAL_START``.
+    Runs on ``Event.FIT_START``, ``BATCH_START``, ``AFTER_BACKWARD``, ``BATCH_END``, ``EVAL_START`` and
+    ``PREDICT_START``.
 
     Args:
         mask: Parameter name to a tensor of the parameter's shape, nonzero (True) where the weight is left. Names are
@@ -49,6 +50,7 @@ class ApplyMask(Algorithm):
 
     def __init__(self, mask: Mapping[str, Tensor]):
         self.mask = mask
+        self._model: torch.nn.Module | None = None
         self._weights: list[Tensor] = []
         self._factors: list[Tensor] = []
 
@@ -59,12 +61,15 @@ class ApplyMask(Algorithm):
             Event.AFTER_BACKWARD,
             Event.BATCH_END,
             Event.EVAL_START,
+            Event.PREDICT_START,
         )
 
     @torch.no_grad()
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        if event == Event.FIT_START or not self._weights:
+        if event == Event.FIT_START or self._model is not state.model:
             self._bind(state)
+        if not self._weights:
+            return
         if event == Event.AFTER_BACKWARD:
             pairs = [(w.grad, f) for w, f in zip(self._weights, self._factors, strict=True) if w.grad is not None]
             if pairs:
@@ -80,6 +85,7 @@ class ApplyMask(Algorithm):
             if mask.shape != parameters[name].shape:
                 shapes = f"{tuple(mask.shape)}, the parameter {tuple(parameters[name].shape)}"
                 raise ValueError(f"the mask of {name} has the shape {shapes}")
+        self._model = state.model
         self._weights = [parameters[name] for name in self.mask]
         self._factors = [
             (mask != 0).to(weight.device, weight.dtype).contiguous(memory_format=_format(weight))

@@ -1,4 +1,4 @@
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 
 import torch
 from composer import Algorithm, Event, Logger, State, Time, TimeUnit
@@ -51,6 +51,7 @@ class SubsetSampling(Algorithm):
         if self.until.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH):
             raise ValueError(f"SubsetSampling until {until!r}; allowed: batches or epochs, such as '400ba' or '2ep'")
         self._all: Iterable | None = None
+        self._all_length = -1
 
     def match(self, event: Event, state: State) -> bool:
         if event == Event.FIT_START:
@@ -63,11 +64,14 @@ class SubsetSampling(Algorithm):
         if event == Event.FIT_START:
             if not self._is_over(state, in_epoch=not _is_exact(state.dataloader)):
                 self._all = state.dataloader
-                self._use(state, self._restricted(self._all))
+                whole = len(self._all) if isinstance(self._all, Sized) else None
+                length = None if state.dataloader_len is None else int(state.dataloader_len)
+                self._all_length = -1 if length in (None, whole) else length  # the Trainer's train_subset_num_batches
+                self._use(state, self._restricted(self._all), -1)
         else:
             if _is_exact(self._all):
                 self._all.indices = None
-            self._use(state, self._all)
+            self._use(state, self._all, self._all_length)
             self._all = None
 
     def _is_over(self, state: State, in_epoch: bool = False) -> bool:
@@ -84,8 +88,8 @@ class SubsetSampling(Algorithm):
         return _over_subset(loader, self.indices)
 
     @staticmethod
-    def _use(state: State, loader: Iterable) -> None:
-        state.set_dataloader(loader, state.dataloader_label or "train")
+    def _use(state: State, loader: Iterable, length: int) -> None:
+        state.set_dataloader(loader, state.dataloader_label or "train", length)
 
 
 def _is_exact(loader: Iterable) -> bool:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from composer import Evaluator
+from composer import Algorithm, Evaluator, Event
 from composer.algorithms import EMA, GradientClipping, LabelSmoothing
 from helpers import Spy
 from torch.utils.data import DataLoader
@@ -102,3 +102,51 @@ def test_a_mask_of_another_model_is_refused_with_the_tensor_named(trainer, half)
         trainer([ApplyMask({"fc2.weight": torch.ones(2)})]).fit()
     with pytest.raises(ValueError, match=r"the mask of fc.weight has the shape \(2,\), the parameter \(10, 8\)"):
         trainer([ApplyMask({"fc.weight": torch.ones(2)})]).fit()
+
+
+def test_predictions_without_training_are_masked_too(trainer, half, examples):
+    model = classifier(8, 10, width=2, seed=1)
+    trainer([ApplyMask(half)], model=model).predict(DataLoader(examples, batch_size=16))
+    assert pruned_are_zero(half, model.module)
+
+
+def test_one_instance_masks_the_model_of_each_trainer(trainer, half, examples):
+    mask = ApplyMask(half)
+    trainer([mask]).fit()
+    second = classifier(8, 10, width=2, seed=3)
+    trainer([mask], model=second).eval(DataLoader(examples, batch_size=16))
+    assert pruned_are_zero(half, second.module)
+
+
+def test_an_empty_mask_masks_nothing(trainer):
+    fit = trainer([ApplyMask({})])
+    fit.fit()
+    assert not bool((fit.state.model.module.conv1.weight == 0).any())
+
+
+def test_zeros_hold_against_an_optimizer_with_momentum_from_elsewhere(trainer, half):
+    look = looks_at_weights(half)
+    spy = Spy(before_forward=look, batch_checkpoint=look)
+    fit = trainer([ApplyMask(half)], callbacks=[spy])
+    for parameter in fit.state.model.parameters():
+        fit.state.optimizers[0].state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
+    fit.fit()
+    assert spy.seen == {"before_forward": [True] * 6, "batch_checkpoint": [True] * 6}
+
+
+class Disturb(Algorithm):
+    """Adds to every weight when an epoch starts, as an algorithm that swaps weights might."""
+
+    def match(self, event, state):
+        return event == Event.EPOCH_START
+
+    def apply(self, event, state, logger):
+        with torch.no_grad():
+            for parameter in state.model.parameters():
+                parameter.add_(1)
+
+
+def test_zeros_hold_against_an_algorithm_that_changes_weights_between_batches(trainer, half):
+    spy = Spy(before_forward=looks_at_weights(half))
+    trainer([ApplyMask(half), Disturb()], callbacks=[spy]).fit()
+    assert spy.seen["before_forward"] == [True] * 6

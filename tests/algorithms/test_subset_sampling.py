@@ -130,3 +130,10 @@ def test_an_iterable_data_set_is_refused(trainer):
 
     with pytest.raises(ValueError, match="without an attribute `indices`"):
         trainer([SubsetSampling(SUBSET, 2)], loader=DataLoader(Stream(), batch_size=8)).fit()
+
+
+def test_batches_an_epoch_that_the_trainer_was_told_come_back_with_all_examples(trainer, numbered):
+    spy = Spy(epoch_start=lambda state: int(state.timestamp.batch))
+    options = {"train_subset_num_batches": 3, "steps": 8, "callbacks": [spy]}
+    trainer([SubsetSampling(SUBSET, "2ba")], loader=DataLoader(numbered, batch_size=8), **options).fit()
+    assert spy.seen["epoch_start"] == [0, 2, 5]
