@@ -26,7 +26,10 @@ lint: .venv/installed
 	$(BIN)/hadolint Dockerfile
 
 ui: .venv/installed
-	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --port $(PORT)
+	@case "$$MLFLOW_TRACKING_URI" in \
+	http*) echo "the store is a server with a UI of its own: open MLFLOW_TRACKING_URI in a browser";; \
+	*) exec $(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --port $(PORT);; \
+	esac
 
 lock: .venv/installed
 	$(BIN)/python -m pip install -q uv

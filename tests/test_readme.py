@@ -122,6 +122,13 @@ def test_make_ui_serves_the_store(clone):
         server.wait()
 
 
+def test_make_ui_sends_to_the_server_where_the_store_is_one(clone, monkeypatch):
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, clone)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert "open MLFLOW_TRACKING_URI in a browser" in run("make -o .venv/installed ui")
+
+
 def test_the_readme_names_every_module_and_requirement():
     modules = {path.name for path in (ROOT / "lth_diet").glob("*.py")} - {"__init__.py", "errors.py"}
     assert [name for name in modules if name not in README] == []
