@@ -37,10 +37,15 @@ def tracking_uri() -> str:
 
 def how_to_look() -> str:
     """What shows the store: a command for a local one, else its address without what is secret in it."""
+    if database := _sqlite_file():
+        return f"mlflow ui --backend-store-uri sqlite:///{database}"
+    return re.sub(r"//[^/@]*@", "//", tracking_uri())
+
+
+def _sqlite_file() -> Path | None:
+    """The file of a local store; None if the store is a server."""
     uri = tracking_uri()
-    if uri.startswith("sqlite:///"):
-        return f"mlflow ui --backend-store-uri sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
-    return re.sub(r"//[^/@]*@", "//", uri)
+    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
 
 
 def sync(replicate: Replicate) -> None:
@@ -51,23 +56,20 @@ def sync(replicate: Replicate) -> None:
     Raises:
         Exception: Whatever MLflow raises if its store cannot be reached.
     """
-    uri = tracking_uri()
-    with _alone(uri):
-        _Sync(MlflowClient(uri), replicate).run()
+    with _alone():
+        _Sync(MlflowClient(tracking_uri()), replicate).run()
 
 
-def _alone(uri: str) -> contextlib.AbstractContextManager:
+def _alone() -> contextlib.AbstractContextManager:
     """SQLite can neither be created nor written by two processes at once."""
-    is_file = uri.startswith("sqlite:///")
-    return FileLock(uri.removeprefix("sqlite:///") + ".lock") if is_file else contextlib.nullcontext()
+    database = _sqlite_file()
+    return FileLock(f"{database}.lock") if database else contextlib.nullcontext()
 
 
 def _artifact_location(experiment: str) -> str | None:
     """Artifacts of a SQLite store lie beside it, wherever a launch was started; a server has its own place."""
-    uri = tracking_uri()
-    if not uri.startswith("sqlite:///"):
-        return None
-    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / experiment).as_uri()
+    database = _sqlite_file()
+    return (database.parent / "mlartifacts" / experiment).as_uri() if database else None
 
 
 class _Sync:

@@ -113,10 +113,8 @@ def train(
         loader.clock = lambda: int(trainer.state.timestamp.batch)
         progress.step_from(resume[1] if resume else schedule.first, schedule.last)
         trainer.fit()
-        metrics = trainer.state.eval_metrics["test"]
         return {
-            "test_accuracy_percent": _percent(metrics["MulticlassAccuracy"].compute()),
-            "test_loss": float(metrics["CrossEntropy"].compute()),
+            **_measured(trainer.state),
             "steps": schedule.last - schedule.first,
             "seconds": round(time.monotonic() - began, 3),
             "timestamp": time.time_ns() // 1_000_000,
@@ -144,8 +142,13 @@ def _precision(config: Config) -> str:
     return {"fp32": "fp32", "bf16": "amp_bf16"}[automatic if config.precision == "auto" else config.precision]
 
 
-def _percent(fraction: torch.Tensor) -> float:
-    return round(100 * float(fraction), 4)
+def _measured(state: State) -> dict[str, float]:
+    """What the last evaluation found."""
+    metrics = state.eval_metrics["test"]
+    return {
+        "test_accuracy_percent": round(100 * float(metrics["MulticlassAccuracy"].compute()), 4),
+        "test_loss": float(metrics["CrossEntropy"].compute()),
+    }
 
 
 def _evaluate_every(interval: int) -> Callable[[State, Event], bool]:
@@ -193,12 +196,7 @@ class _Recorder(Callback):
                 dist.broadcast(buffer, src=0)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        metrics = state.eval_metrics["test"]
-        row = {
-            "test_accuracy_percent": _percent(metrics["MulticlassAccuracy"].compute()),
-            "test_loss": float(metrics["CrossEntropy"].compute()),
-        }
-        self._append(int(state.timestamp.batch), row)
+        self._append(int(state.timestamp.batch), _measured(state))
 
     def _append(self, step: int, metrics: dict[str, float]) -> None:
         row = {"step": step, "timestamp": time.time_ns() // 1_000_000, **metrics}
