@@ -37,7 +37,7 @@ from lth_diet.display import Progress
 from lth_diet.loader import EvaluationLoader, Loader
 from lth_diet.masks import Mask
 from lth_diet.models import ResNet, classifier, initialise
-from lth_diet.runs import Phase
+from lth_diet.phases import Phase
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

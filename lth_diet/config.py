@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from lth_diet import datasets
+from lth_diet import datasets, scores
 from lth_diet.errors import UserError
 
 _MOST_REPLICATES = 1000
@@ -117,9 +117,14 @@ class Prune(Section):
 
 
 class Scores(Section):
+    """EL2N, of the easy and hard arms; networks train as `train` says, without pre-training."""
+
     networks: Count = 10
+    """K, from different initialisations."""
     steps: Interval = 7800
+    """t, after which they are evaluated."""
     file: Annotated[str, Field(strict=True)] | None = None
+    """A scores.safetensors to use instead; it enters the identity by its sha256."""
 
 
 class Intervals(Section):
@@ -173,32 +178,62 @@ class Config(Section):
     def model_name(self) -> str:
         return f"ResNet-{self.model.depth}" + (f" width {self.model.width}" if self.model.width != 16 else "")
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the arm chooses examples by score."""
+        return self.arm in ("easy", "hard")
+
     def identity(self) -> dict[str, Any]:
         """The fields that change a result, in dotted keys, without those that the arm ignores."""
-        fields = flatten(self.model_dump(exclude={"replicates", "runs", "experiment", "intervals"}))
-        ignored = ["prune.levels", "dataset.root"]
+        fields = self._fields()
+        ignored = ["prune.levels"]
         if self.arm == "init":
             ignored += ["pretrain."]
-        if self.arm not in ("easy", "hard"):
+        if not self.needs_scores:
             ignored += ["scores.", "pretrain.subset.class_balanced", "pretrain.subset.offset"]
+        elif self.scores.file is not None:
+            ignored += ["scores.networks", "scores.steps"]
+            fields["scores.file"] = scores.manifest_of(Path(self.scores.file))["sha256"]
         if self.arm not in ("random", "easy", "hard"):
             ignored += ["pretrain.subset"]
         if self.parallelism == "replicates":
             ignored += ["parallelism"]
-        fields = {key: value for key, value in fields.items() if not key.startswith(tuple(ignored))}
+        return {key: value for key, value in fields.items() if not key.startswith(tuple(ignored))}
+
+    def scores_identity(self) -> dict[str, Any]:
+        """The fields that change the scores, in dotted keys: arms that agree in them share one artifact."""
+        fields = self._fields()
+        heeded = ("dataset.", "model.", "train.", "pretrain.label_noise", "scores.networks", "scores.steps")
+        heeded += ("seed", "threads", "precision", "deterministic")
+        milestones = tuple(step for step in self.train.milestones if step < self.scores.steps)
+        ignored = ("train.steps",) if milestones else ("train.steps", "train.gamma")
+        fields["train.milestones"] = milestones
+        return {key: value for key, value in fields.items() if key.startswith(heeded) and key not in ignored}
+
+    def _fields(self) -> dict[str, Any]:
+        fields = flatten(self.model_dump(exclude={"replicates", "runs", "experiment", "intervals"}))
+        del fields["dataset.root"]
         if self.dataset.name == "image_folder":
             fields["dataset.fingerprint"] = datasets.facts(self.dataset.name, self.dataset.root).fingerprint
         return fields
 
     def run_id(self) -> str:
         """Ten hexadecimal digits: the hash of the identity fields that differ from their frozen defaults."""
-        different = {key: value for key, value in self.identity().items() if DEFAULTS.get(key) != value}
-        return hashlib.sha256(json.dumps(different, sort_keys=True).encode()).hexdigest()[:10]
+        return _hash(self.identity())
+
+    def scores_id(self) -> str:
+        """As `run_id`, of the scores."""
+        return _hash(self.scores_identity())
 
     @property
     def run_name(self) -> str:
         """Name of the run directory."""
         return f"{self.dataset.name}_{self.arm}-{self.run_id()}"
+
+
+def _hash(fields: dict[str, Any]) -> str:
+    different = {key: value for key, value in fields.items() if DEFAULTS.get(key) != value}
+    return hashlib.sha256(json.dumps(different, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -305,10 +340,15 @@ def _check(config: Config, problem: Callable[..., UserError]) -> None:
     if train.batch_size > data.train_size:
         raise problem("train.batch_size", train.batch_size, f"allowed: up to the {data.train_size} training images")
     if config.subset_size is not None:
-        last = data.train_size - (pretrain.subset.offset if config.arm != "random" else 0)
+        last = data.train_size - (pretrain.subset.offset if config.needs_scores else 0)
         if not train.batch_size <= config.subset_size <= last:
             allowed = f"allowed: {train.batch_size} (a batch) to {last} (the training images that can be taken)"
             raise problem("pretrain.subset.size", config.subset_size, allowed)
+    if config.needs_scores and config.scores.file is not None:
+        try:
+            scores.refuse_other_data(Path(config.scores.file), config.dataset.name, data.fingerprint)
+        except UserError as error:
+            raise problem("scores.file", config.scores.file, str(error)) from None
 
 
 class _Loader(yaml.SafeLoader):

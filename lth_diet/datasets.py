@@ -65,6 +65,10 @@ class Dataset:
     std: tuple[float, ...]
     class_names: tuple[str, ...]
 
+    def with_labels(self, labels: np.ndarray) -> "Dataset":
+        """The same images with other training labels, int64 of shape (N,)."""
+        return dataclasses.replace(self, train=Split(self.train.images, labels))
+
     @property
     def flip(self) -> bool:
         """Whether a mirrored image still is of its class."""

@@ -1,4 +1,4 @@
-"""What a person sees while a launch trains, and at its end: one screen for the replicates of all ranks."""
+"""What a person sees while a launch trains, and at its end: one screen for what all ranks train."""
 
 import datetime
 import sys
@@ -14,28 +14,29 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lth_diet.runs import Phase, Replicate, Run
+from lth_diet.phases import Phase
+from lth_diet.runs import Replicate, Run, ScoreFolder
 
 Notice = dict[str, Any]
 
 
 class Progress:
-    """One rank's account of its replicates, posted for the screen.
+    """One rank's account of what it trains, posted for the screen.
 
     Args:
-        replicates: The rank's share.
+        names: Of the replicates that it will train; what else it trains is told by `begin`.
         steps: Steps that it has yet to train, over all of them.
         post: Takes the account, at most every `every` seconds and whenever a phase ends.
     """
 
     def __init__(
         self,
-        replicates: list[int],
+        names: list[str],
         steps: int,
         post: Callable[[Notice], None] = lambda notice: None,
         every: float = 0.5,
     ):
-        self.rows: dict[int, Notice] = {index: {"replicate": index, "state": "waiting"} for index in replicates}
+        self.rows: dict[str, Notice] = {name: {"name": name, "state": "waiting"} for name in names}
         self.messages: list[str] = []
         self.left = steps
         self._post, self._every = post, every
@@ -43,11 +44,11 @@ class Progress:
         self._row: Notice = {}
         self.post()
 
-    def begin(self, replicate: int, phase: str, weights_remaining_percent: float) -> None:
-        """The steps that follow are of this phase."""
-        self._row = self.rows[replicate]
+    def begin(self, name: str, phase: str, weights_remaining_percent: float = 100.0) -> None:
+        """The steps that follow are of this phase of a replicate or network, `replicate_<r>` or `network_<k>`."""
+        self._row = self.rows.setdefault(name, {"name": name})
         weights = round(weights_remaining_percent, 1)
-        self._row |= {"state": "training", "phase": phase.replace("_", " "), "weights": weights, "rate": None}
+        self._row |= {"state": "training", "phase": phase, "weights": weights, "rate": None}
 
     def step_from(self, step: int, last: int) -> None:
         """Training begins, or goes on, at `step`; it ends at `last`."""
@@ -67,16 +68,16 @@ class Progress:
             self.post()
 
     def measured(
-        self, replicate: int, level: int, test_accuracy_percent: float, weights_remaining_percent: float
+        self, name: str, phase: str, test_accuracy_percent: float, weights_remaining_percent: float = 100.0
     ) -> None:
-        """A level is done, now or in an earlier launch."""
-        levels = self.rows[replicate].setdefault("levels", {})
-        levels[str(level)] = [round(weights_remaining_percent, 1), test_accuracy_percent]
+        """A phase is done, now or in an earlier launch."""
+        results = self.rows[name].setdefault("results", {})
+        results[phase] = [round(weights_remaining_percent, 1), test_accuracy_percent]
         self.post()
 
-    def end(self, replicate: int, state: str) -> None:
-        """A replicate is "done" or has "failed"."""
-        self.rows[replicate]["state"] = state
+    def end(self, name: str, state: str) -> None:
+        """A replicate or network is "done" or has "failed"."""
+        self.rows[name]["state"] = state
         self.post()
 
     def say(self, message: str) -> None:
@@ -96,7 +97,7 @@ class Screen:
         read: The ranks' accounts.
         title: Of the table.
         console: Where to; standard output if none is given.
-        every: Seconds between two plain lines of a replicate.
+        every: Seconds between two plain lines of the same replicate or network.
     """
 
     def __init__(
@@ -108,8 +109,8 @@ class Screen:
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         self._said: set[str] = set()
-        self._levels: dict[int, int] = {}
-        self._lines: dict[int, float] = {}
+        self._results: dict[str, int] = {}
+        self._lines: dict[str, float] = {}
 
     def __enter__(self) -> "Screen":
         if self._live:
@@ -143,34 +144,34 @@ class Screen:
                 self._print(row, left)
 
     def _print(self, row: Notice, left: int) -> None:
-        index, levels = row["replicate"], row.get("levels", {})
-        for level, (weights, accuracy) in list(levels.items())[self._levels.get(index, 0) :]:
-            name = f"replicate {index}  level {level:<2}  {weights:5.1f} % of weights"
-            self.console.print(f"{name}  test accuracy {accuracy:.2f} %")
-        self._levels[index] = len(levels)
+        name, results = row["name"], row.get("results", {})
+        for phase, (weights, accuracy) in list(results.items())[self._results.get(name, 0) :]:
+            self.console.print(f"{_line(name, phase, weights)}  test accuracy {accuracy:.2f} %")
+        self._results[name] = len(results)
         now = time.monotonic()
-        if row["state"] == "training" and row.get("rate") and now - self._lines.get(index, 0) >= self.every:
-            self._lines[index] = now
-            name = f"replicate {index}  {row['phase']:<8}  {row['weights']:5.1f} % of weights"
+        if row["state"] == "training" and row.get("rate") and now - self._lines.get(name, 0) >= self.every:
+            self._lines[name] = now
             pace = f"step {row['step']}/{row['last']}  {row['rate']:.1f} steps/s"
             level_left = _duration(row["last"] - row["step"], row["rate"])
-            self.console.print(f"{name}  {pace}  ETA level {level_left}, run {_duration(left, row['rate'])}")
+            line = _line(name, row["phase"], row["weights"])
+            self.console.print(f"{line}  {pace}  ETA phase {level_left}, run {_duration(left, row['rate'])}")
 
     def _table(self, rows: list[tuple[Notice, int]]) -> Group:
         table = Table(title=self.title, title_justify="left", expand=False)
         for name, side in (
-            ("replicate", "right"), ("phase", "left"), ("weights", "right"), ("step", "right"), ("steps/s", "right"),
-            ("ETA level", "right"), ("test accuracy of levels done, %", "left"),
+            ("", "left"), ("phase", "left"), ("weights", "right"), ("step", "right"), ("steps/s", "right"),
+            ("ETA phase", "right"), ("test accuracy of what is done, %", "left"),
         ):  # fmt: skip
-            table.add_column(name, justify=side, no_wrap=name != "test accuracy of levels done, %")
-        for row, _ in sorted(rows, key=lambda pair: pair[0]["replicate"]):
-            accuracies = " ".join(f"{accuracy:.1f}" for _, accuracy in row.get("levels", {}).values())
+            table.add_column(name, justify=side, no_wrap=name != "test accuracy of what is done, %")
+        for row, _ in sorted(rows, key=lambda pair: _place(pair[0]["name"])):
+            name = _words(row["name"])
+            accuracies = " ".join(f"{accuracy:.1f}" for _, accuracy in row.get("results", {}).values())
             if row["state"] != "training":
-                table.add_row(str(row["replicate"]), row["state"], "", "", "", "", accuracies)
+                table.add_row(name, row["state"], "", "", "", "", accuracies)
                 continue
             rate, step, last = row["rate"], row.get("step", 0), row.get("last", 0)
             table.add_row(
-                str(row["replicate"]), row["phase"], f"{row['weights']:.1f} %", f"{step:,}/{last:,}",
+                name, _words(row["phase"]), f"{row['weights']:.1f} %", f"{step:,}/{last:,}",
                 f"{rate:.1f}" if rate else "", _duration(last - step, rate), accuracies,
             )  # fmt: skip
         rates = [(left, row["rate"]) for row, left in rows if row["state"] == "training" and row.get("rate")]
@@ -178,6 +179,21 @@ class Screen:
             return Group(table)
         slowest = max((left / rate for left, rate in rates), default=None)
         return Group(table, Text(f"ETA of the run {'?' if slowest is None else _duration(slowest, 1)}"))
+
+
+def _words(name: str) -> str:
+    """`level_1` as `level 1`."""
+    return name.replace("_", " ")
+
+
+def _place(name: str) -> tuple[str, int]:
+    """`network_10` after `network_9`, and replicates after networks."""
+    kind, _, number = name.partition("_")
+    return kind, int(number)
+
+
+def _line(name: str, phase: str, weights_remaining_percent: float) -> str:
+    return f"{_words(name)}  {_words(phase):<8}  {weights_remaining_percent:5.1f} % of weights"
 
 
 def _duration(steps: float, rate: float | None) -> str:
@@ -201,18 +217,41 @@ def _start(phase: Phase, first: int) -> int:
     return checkpoint[1] if checkpoint else first
 
 
-def plan(run: Run) -> str:
-    """What would run: phases, steps, what exists already."""
-    lines = [f"{run.path}: {run.config.model_name}, arm {run.config.arm}, run id {run.config.run_id()}"]
+def scoring_steps_left(folder: ScoreFolder) -> int:
+    """Steps that the networks of a scores artifact have yet to train, counted from their checkpoints."""
+    last = folder.config.scores.steps
+    return sum(last - _start(network, 0) for network in folder.networks() if not network.done)
+
+
+def plan_scores(folder: ScoreFolder) -> str:
+    """What scoring would run: networks, steps, what exists already."""
+    last = folder.config.scores.steps
+    noise = f", {100 * folder.config.pretrain.label_noise:g} % label noise" * (folder.config.pretrain.label_noise > 0)
+    lines = [f"{folder.path}: EL2N scores by {len(folder.networks())} {folder.config.model_name}{noise}"]
+    if folder.done:
+        return f"{lines[0]}  done"
+    for network in folder.networks():
+        lines.append(f"  {_words(network.name):<10} steps 0 to {last}  {_state(network, 0)}")
+    return "\n".join([*lines, f"scores: {scoring_steps_left(folder):,} steps to train"])
+
+
+def _state(phase: Phase, first: int) -> str:
+    start = _start(phase, first)
+    return "done" if phase.done else f"goes on at step {start}" if start > first else "to do"
+
+
+def plan(run: Run, scores: ScoreFolder | None = None) -> str:
+    """What would run: phases, steps, what exists already; `scores` come first, where the arm needs them."""
+    lines = [plan_scores(scores)] if scores else []
+    lines += [f"{run.path}: {run.config.model_name}, arm {run.config.arm}, run id {run.config.run_id()}"]
     for replicate in run.replicates():
         lines.append(f"replicate {replicate.index}: {steps_left(run, replicate):,} steps to train")
         for number, (phase, first, last) in enumerate(_phases(run, replicate)):
             weights = 100 * (1 - run.config.prune.fraction) ** max(number - 1, 0)
-            start = _start(phase, first)
-            state = "done" if phase.done else f"goes on at step {start}" if start > first else "to do"
-            name = phase.name.replace("_", " ")
-            lines.append(f"  {name:<9} {weights:>5.1f} % of weights  steps {first} to {last}  {state}")
+            state = _state(phase, first)
+            lines.append(f"  {_words(phase.name):<9} {weights:>5.1f} % of weights  steps {first} to {last}  {state}")
     total = sum(steps_left(run, replicate) for replicate in run.replicates())
+    total += scoring_steps_left(scores) if scores else 0
     return "\n".join([*lines, f"total: {total:,} steps to train"])
 
 

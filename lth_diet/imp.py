@@ -9,13 +9,17 @@ from composer.utils import dist
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lth_diet import datasets, models, seeds, subsets, training
+from lth_diet import subsets, training
 from lth_diet.algorithms import ApplyMask, Rewind, SubsetSampling
 from lth_diet.config import Config
 from lth_diet.display import Progress
+from lth_diet.examples import Examples, record_subset
+from lth_diet.ingredients import Ingredients
 from lth_diet.loader import EvaluationLoader, Loader
 from lth_diet.masks import Mask, prune_by_magnitude
-from lth_diet.runs import Phase, Replicate
+from lth_diet.phases import Phase
+from lth_diet.runs import Replicate, scores_file
+from lth_diet.scores import load as load_scores
 
 Weights = dict[str, Tensor]
 
@@ -37,11 +41,12 @@ class IMP:
         self.replicate = replicate
         self.progress = progress
         self.track = track
+        self.ingredients = Ingredients(config, replicate.index)
 
     def run(self) -> None:
         """Algorithm 1 (level n is what has been pruned n times)."""
         levels = self.config.prune.levels
-        mask = Mask.dense(self.network().module)  # lines 1 and 2
+        mask = Mask.dense(self.ingredients.network().module)  # lines 1 and 2
         rewind_point = self.pretrain()  # line 3
         for level in range(levels):  # line 4
             weights = self.train(level, mask, rewind_point)  # line 5
@@ -54,22 +59,34 @@ class IMP:
         """Train the dense network for t_r steps on the arm's examples; the rewind point."""
         phase, last = self.replicate.pretrain, self.config.rewind_steps
         if not phase.done:
-            model, rewind = self.network(), Rewind(last)
+            model, rewind = self.ingredients.network(), Rewind(last)
             if last == 0:
                 result, rewind.state = {"steps": 0}, model.module.state_dict()
             else:
+                loader = self.ingredients.loader(self.ingredients.noisy)
                 schedule = training.Schedule(0, last, self.config.pretrain.lr)
-                result = self._train(phase, model, schedule, [rewind, *self.diet()], 100.0)
+                result = self._train(phase, model, loader, schedule, [rewind, *self.diet()], 100.0)
             self._finish(phase, result, rewind.state)
         dist.barrier()
         return load_file(phase.verified("weights.safetensors"))
 
     def diet(self) -> list[Algorithm]:
-        """What restricts pre-training to the arm's examples."""
+        """What restricts pre-training to the arm's examples; keeps a record of them beside it."""
         if self.config.subset_size is None:
             return []
-        labels, seed = self.data.train.labels, self._stream("subset")
-        indices = subsets.random_subset(labels, self.config.subset_size, seed)
+        subset, labels = self.config.pretrain.subset, self.ingredients.noisy.train.labels
+        scores = choose = None
+        if self.config.needs_scores:
+            scores = load_scores(scores_file(self.config), labels)
+            end = {"easy": subsets.easy, "hard": subsets.hard}[self.config.arm]
+            options = {"class_balanced": subset.class_balanced, "offset": subset.offset}
+            choose = functools.partial(end, labels=labels, size=subset.size, **options)
+            indices = choose(scores.mean)
+        else:
+            indices = subsets.random_subset(labels, subset.size, self.ingredients.stream("subset"))
+        folder = self.replicate.pretrain.path
+        if self.writes and not (folder / "subset.safetensors").exists():
+            record_subset(folder, Examples(self.ingredients.data, labels, scores), indices, choose)
         return [SubsetSampling(indices, until=self.config.rewind_steps)]
 
     def train(self, level: int, mask: Mask, rewind_point: Weights) -> Weights:
@@ -80,16 +97,15 @@ class IMP:
                 phase.write("mask.safetensors", mask.to_bytes({"level": str(level)}))
             algorithms = [Rewind(self.config.rewind_steps, rewind_point), ApplyMask(mask)]
             schedule = training.Schedule(self.config.rewind_steps, train.steps, train.lr, train.milestones)
-            model, weights_remaining_percent = self.network(), 100 * mask.density
+            model, weights_remaining_percent = self.ingredients.network(), 100 * mask.density
             mask.check(model.module)
-            result = self._train(phase, model, schedule, algorithms, weights_remaining_percent)
+            result = self._train(phase, model, self.loader, schedule, algorithms, weights_remaining_percent)
             result |= {"level": level, "weights_remaining_percent": weights_remaining_percent}
             self._finish(phase, result, model.module.state_dict())
         dist.barrier()
         result = phase.result()
-        self.progress.measured(
-            self.replicate.index, level, result["test_accuracy_percent"], result["weights_remaining_percent"]
-        )
+        measured = result["test_accuracy_percent"], result["weights_remaining_percent"]
+        self.progress.measured(self.replicate.name, phase.name, *measured)
         return load_file(phase.verified("weights.safetensors"))
 
     def prune(self, level: int, mask: Mask, weights: Weights) -> Mask:
@@ -99,46 +115,32 @@ class IMP:
             return Mask.load(phase.verified("mask.safetensors"))
         return prune_by_magnitude(weights, mask, self.config.prune.fraction)
 
-    def network(self) -> ComposerClassifier:
-        """The network at its random initialisation."""
-        facts = datasets.facts(self.config.dataset.name, self.config.dataset.root)
-        depth, width = self.config.model.depth, self.config.model.width
-        channels = self.data.train.images.shape[-1]
-        return models.classifier(depth, facts.classes, width, channels, seed=self._stream("init"))
+    @functools.cached_property
+    def loader(self) -> Loader:
+        """All examples with their own labels."""
+        return self.ingredients.loader(self.ingredients.data)
 
     @functools.cached_property
-    def data(self) -> datasets.Dataset:
-        return datasets.load(self.config.dataset.name, self.config.dataset.root)
-
-    @functools.cached_property
-    def loaders(self) -> tuple[Loader, EvaluationLoader]:
-        where = "cuda" if training.device() == "gpu" else "cpu"
-        order, augmentation = self._stream("order"), self._stream("augmentation")
-        share = {"device": where, "rank": dist.get_global_rank(), "ranks": dist.get_world_size()}
-        loader = Loader(self.data, self.config.train.batch_size, order, augmentation, **share)
-        return loader, EvaluationLoader(self.data, self.data.test, **share)
+    def evaluation(self) -> EvaluationLoader:
+        return self.ingredients.evaluation(self.ingredients.data.test)
 
     @property
     def writes(self) -> bool:
         """Whether this rank writes the results."""
         return dist.get_global_rank() == 0
 
-    def _stream(self, name: str) -> int:
-        return seeds.stream(self.config.seed, self.replicate.index, name)
-
     def _train(
         self,
         phase: Phase,
         model: ComposerClassifier,
+        loader: Loader,
         schedule: training.Schedule,
         algorithms: list[Algorithm],
         weights_remaining_percent: float,
     ) -> dict:
-        self.progress.begin(self.replicate.index, phase.name, weights_remaining_percent)
-        loader, evaluation = self.loaders
-        loader.indices = None
+        self.progress.begin(self.replicate.name, phase.name, weights_remaining_percent)
         return training.train(
-            model, loader, evaluation, schedule, algorithms, phase, self.config, self.progress, self.track
+            model, loader, self.evaluation, schedule, algorithms, phase, self.config, self.progress, self.track
         )
 
     def _finish(self, phase: Phase, result: dict, weights: Weights) -> None:

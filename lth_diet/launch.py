@@ -7,21 +7,26 @@ says what this process is.
 import argparse
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from lth_diet import config as configuration
 from lth_diet import datasets, display
 from lth_diet.config import Config
 from lth_diet.errors import UserError
+from lth_diet.label_noise import noisy_labels
+from lth_diet.phases import AnotherProcessError
 from lth_diet.ranks import Board, Ranks
-from lth_diet.runs import AnotherProcessError, Replicate, Run
+from lth_diet.runs import Replicate, Run, ScoreFolder
+from lth_diet.scores import load as load_scores
 
 _PR_SET_PDEATHSIG = 1
 
@@ -41,53 +46,90 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
 
 
 def imp(argv: Sequence[str] | None, description: str) -> int:
-    """Run IMP for this rank's replicates.
+    """Run IMP for this rank's replicates, after making the scores that the arm needs.
 
     Returns:
         0; 2 after a sentence if the input is bad; 1 if a replicate failed.
     """
     ranks = Ranks.from_environment()
     try:
-        arguments = parse(argv, description)
-        config = configuration.load(arguments.file, arguments.overrides)
-        _refuse_what_cannot_run(config, ranks)
+        config, only_plan = _read(argv, description)
+        _refuse_what_these_ranks_cannot(config, ranks)
         run = Run(config, ranks.size)
-        if arguments.plan:
-            print(display.plan(run))
+        scores = _scores_to_make(run)
+        if only_plan:
+            print(display.plan(run, scores))
             return 0
-        datasets.load(config.dataset.name, config.dataset.root)  # decodes now, if there is no cache yet
-        _refuse_what_this_machine_cannot(config)
+        _prepare(config)
         run.create()
+        if scores:
+            scores.create()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _be_quiet()
-    if ranks.size > 1:
-        _end_with_the_launcher()
-    os.environ.update({key: str(config.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
-    board = ranks.board()
-    replicates = run.replicates()
-    if config.parallelism == "data":
-        board.join()
-    else:
-        ranks.leave()
-        replicates = ranks.deal(replicates)
-    is_first = ranks.rank == 0
-    with display.Screen(board.read, run.path.name) if is_first else contextlib.nullcontext():
-        failed = _train(run, replicates, ranks, board)
+    board = _begin(config, ranks)
+    replicates = run.replicates() if config.parallelism == "data" else ranks.deal(run.replicates())
+    with _screen(board, run.path.name):
+        failed = False
+        if config.parallelism == "replicates":
+            ranks.leave()
+        if scores:
+            steps = sum(display.steps_left(run, replicate) for replicate in replicates)
+            with ranks.alone() if config.parallelism == "data" else contextlib.nullcontext():
+                failed = _score(scores, ranks, board, steps)
+        if config.parallelism == "data":
+            board.join()
+        failed = failed or _train(run, replicates, ranks, board)
         if failed and config.parallelism == "data":
             return 1  # the others wait for this rank in a collective; the launcher ends them
         board.wait()
-    if is_first:
+    if ranks.rank == 0:
         _conclude(run)
     return 1 if failed else 0
 
 
-def _refuse_what_cannot_run(config: Config, ranks: Ranks) -> None:
-    if config.arm in ("easy", "hard"):
-        raise UserError(f"arm: {config.arm!r} needs EL2N scores, which are not built yet; allowed: init, all, random")
-    if config.label_noise:
-        raise UserError(f"pretrain.label_noise: {config.label_noise} is not built yet; allowed: 0")
+def score(argv: Sequence[str] | None, description: str) -> int:
+    """Make the scores of a configuration's data.
+
+    Returns:
+        0; 2 after a sentence if the input is bad; 1 if a network failed.
+    """
+    ranks = Ranks.from_environment()
+    try:
+        config, only_plan = _read(argv, description)
+        if config.scores.file is not None:
+            raise UserError(f"scores.file: {config.scores.file!r} leaves nothing to score; allowed: none")
+        if ranks.size > config.scores.networks:
+            raise UserError(
+                f"command line: {ranks.size} ranks for {config.scores.networks} networks; allowed: composer -n "
+                f"{config.scores.networks} or fewer, or more scores.networks"
+            )
+        folder = ScoreFolder(config)
+        if only_plan:
+            print(display.plan_scores(folder))
+            return 0
+        _prepare(config)
+        folder.create()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    board = _begin(config, ranks)
+    ranks.leave()
+    with _screen(board, f"scores/{folder.path.name}"):
+        failed = _score(folder, ranks, board)
+        board.wait()
+    if ranks.rank == 0 and folder.done:
+        print(f"\n{folder.path}\n{(folder.path / 'examples/summary.json').read_text()}", flush=True)
+    return 1 if failed else 0
+
+
+def _read(argv: Sequence[str] | None, description: str) -> tuple[Config, bool]:
+    """The configuration, and whether only its plan is asked for."""
+    arguments = parse(argv, description)
+    return configuration.load(arguments.file, arguments.overrides), arguments.plan
+
+
+def _refuse_what_these_ranks_cannot(config: Config, ranks: Ranks) -> None:
     if config.parallelism == "data":
         if config.train.batch_size % ranks.size:
             raise UserError(
@@ -99,6 +141,45 @@ def _refuse_what_cannot_run(config: Config, ranks: Ranks) -> None:
             f"command line: {ranks.size} ranks for {len(config.replicates)} replicates; allowed: composer -n "
             f"{len(config.replicates)} or fewer, more replicates, or parallelism=data"
         )
+
+
+def _scores_to_make(run: Run) -> ScoreFolder | None:
+    """The scores that pre-training still needs, if no file was named and none are there."""
+    config = run.config
+    if not config.needs_scores or config.scores.file is not None:
+        return None
+    folder = ScoreFolder(config)
+    waits = not all(replicate.pretrain.done for replicate in run.replicates())
+    return folder if waits and not folder.done else None
+
+
+def _prepare(config: Config) -> None:
+    """Decode the data now, if there is no cache yet, and refuse what only data and machine can tell."""
+    data = datasets.load(config.dataset.name, config.dataset.root)
+    if config.needs_scores and config.scores.file is not None:
+        labels = noisy_labels(config, data.train.labels, len(data.class_names))
+        try:
+            load_scores(Path(config.scores.file), labels)
+        except UserError as error:
+            raise UserError(f"scores.file: {error}") from None
+    _refuse_what_this_machine_cannot(config)
+
+
+def _begin(config: Config, ranks: Ranks) -> Board:
+    """What every launch does once its input is known to be good."""
+    _be_quiet()
+    if ranks.size > 1:
+        _end_with_the_launcher()
+    os.environ.update({key: str(config.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
+    board = ranks.board()
+    import torch
+
+    torch.set_num_threads(config.threads)
+    return board
+
+
+def _screen(board: Board, title: str) -> contextlib.AbstractContextManager:
+    return display.Screen(board.read, title) if board.ranks.rank == 0 else contextlib.nullcontext()
 
 
 def _refuse_what_this_machine_cannot(config: Config) -> None:
@@ -115,64 +196,89 @@ def _end_with_the_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _score(folder: ScoreFolder, ranks: Ranks, board: Board, steps_after: int = 0) -> bool:
+    """Train some of the networks and wait for the others; whether it failed."""
+    from lth_diet import tracking
+    from lth_diet.scoring import Scoring
+
+    networks = range(folder.config.scores.networks)
+    mine = ranks.deal(networks)
+    share = display.scoring_steps_left(folder) * len(mine) // len(networks)
+    progress = display.Progress([], share + steps_after, board.post)
+    track = Tracker(lambda: tracking.sync_scores(folder.path), folder.path.parents[1], progress)
+    others = [number for number in networks if number not in mine]
+    try:
+        Scoring(folder.config, progress, track, [*mine, *others]).run()
+    except Exception as error:
+        _tell(progress, "scores", ranks, _reason(error))
+        return True
+    return False
+
+
 def _train(run: Run, replicates: list[Replicate], ranks: Ranks, board: Board) -> bool:
     """Train some replicates, one after another; whether any failed."""
-    import torch
-
-    torch.set_num_threads(run.config.threads)
+    from lth_diet import tracking
     from lth_diet.imp import IMP
-    from lth_diet.training import TrainingError
 
     steps = sum(display.steps_left(run, replicate) for replicate in replicates)
     reports = ranks.rank == 0 or run.config.parallelism == "replicates"
-    progress = display.Progress(
-        [replicate.index for replicate in replicates], steps, board.post if reports else lambda notice: None
-    )
+    names = [replicate.name for replicate in replicates]
+    progress = display.Progress(names, steps, board.post if reports else lambda notice: None)
     failed = False
     for replicate in replicates:
-        track = Tracker(replicate, progress)
+        track = Tracker(functools.partial(tracking.sync, replicate), run.path.parent, progress)
         try:
             with replicate.held() if reports else contextlib.nullcontext():
                 IMP(run.config, replicate, progress, track).run()
-            progress.end(replicate.index, "done")
+            progress.end(replicate.name, "done")
             continue
         except AnotherProcessError as error:
             told = str(error)
         except Exception as error:
-            expected = isinstance(error, UserError | TrainingError)
-            reason = str(error) if expected else f"{type(error).__name__}: {error}"
-            told = reason if expected else f"{reason}\n{traceback.format_exc()}"
+            told = _reason(error)
             if reports:
-                replicate.fail(reason)
+                replicate.fail(told.splitlines()[0])
                 track()
         failed = True
-        progress.end(replicate.index, "failed")
-        progress.say(f"error: replicate {replicate.index}: {told}")
-        if ranks.rank:  # the launcher shows what other ranks print if it has to end them
-            print(f"error: replicate {replicate.index}: {told}", file=sys.stderr, flush=True)
+        progress.end(replicate.name, "failed")
+        _tell(progress, f"replicate {replicate.index}", ranks, told)
         if run.config.parallelism == "data":
             break
     return failed
 
 
+def _reason(error: Exception) -> str:
+    """A sentence for what can be expected; else the error's name, and on the lines that follow its traceback."""
+    from lth_diet.training import TrainingError
+
+    if isinstance(error, UserError | TrainingError):
+        return str(error)
+    return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"
+
+
+def _tell(progress: display.Progress, what: str, ranks: Ranks, reason: str) -> None:
+    progress.say(f"error: {what}: {reason}")
+    if ranks.rank:  # the launcher shows what other ranks print if it has to end them
+        print(f"error: {what}: {reason}", file=sys.stderr, flush=True)
+
+
 class Tracker:
     """Brings MLflow up to date when called; a store that cannot be reached is one warning, not a failure."""
 
-    def __init__(self, replicate: Replicate, progress: display.Progress):
-        self.replicate = replicate
+    def __init__(self, sync: Callable[[], None], runs: Path, progress: display.Progress):
+        self.sync = sync
+        self.runs = runs
         self.progress = progress
         self.warned = False
 
     def __call__(self) -> None:
-        from lth_diet import tracking
-
         try:
-            tracking.sync(self.replicate)
+            self.sync()
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
             if not self.warned:
                 self.progress.say(
                     f"warning: MLflow is not up to date ({type(error).__name__}); training goes on, and "
-                    f"`python -m lth_diet.tracking sync {self.replicate.path.parent.parent}` catches up later"
+                    f"`python -m lth_diet.tracking sync {self.runs}` catches up later"
                 )
             self.warned = True
 

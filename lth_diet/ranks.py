@@ -1,11 +1,12 @@
 """The processes of one launch: who this one is, which replicates are its own, and what the ranks tell each other."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -49,6 +50,27 @@ class Ranks:
         os.environ.update(one)
         for key in ("MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(key, None)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """For a while this process is a world of one, on its own device; then it can join the others."""
+        import torch
+        from torch import distributed
+
+        one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        before = {key: os.environ.get(key) for key in one}
+        os.environ.update(one)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank)
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
+            os.environ.update({key: value for key, value in before.items() if value is not None})
+            for key in (key for key, value in before.items() if value is None):
+                del os.environ[key]
 
 
 class Board:

@@ -1,157 +1,32 @@
-"""The run directory, which is the truth: where results lie, how they are written, what is done.
+"""The run directory, which is the truth: where results lie and what is done.
 
 runs/<dataset>_<arm>-<run id>/
     config.json                     what the run is
     replicate_<r>/
         pretrain/                   weights.safetensors: the rewind point, unmasked
+                                    subset.safetensors, .json, .png, images.png: what a subset arm saw
         level_<L>/                  mask.safetensors: the mask that level L trains with (level 0: all true)
-            weights.safetensors     parameters and buffers at the end of the level
-            curve.jsonl             step, timestamp (ms), metrics
-            result.json             written last, with the sha256 of the files above: the done marker
-            checkpoint.json         while the phase runs: which Composer checkpoint to resume from
+                                    weights.safetensors: parameters and buffers at the end of the level
         failed.json                 why the last attempt stopped
+runs/scores/<scores id>/
+    config.json                     what is scored, and how
+    network_<k>/                    el2n.safetensors: its scores
+    scores.safetensors              of all networks, and their mean
+    examples/                       pictures and figures of the scores
+    manifest.json                   written last, with the sha256 of the scores: the done marker
+
+A phase (pretrain, level_<L>, network_<k>) holds what `phases` says.
 """
 
 import contextlib
-import functools
-import hashlib
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from lth_diet import __version__
 from lth_diet.config import DEFAULTS, Config
 from lth_diet.errors import UserError
-
-
-class AnotherProcessError(UserError):
-    """Another process trains this replicate."""
-
-
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that it has its old content or the new one, whenever the process is killed."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    with open(part, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    """Of what trains: packages, and the commit of this repository where it is one."""
-    found = {"python": platform.python_version(), "lth_diet": __version__}
-    found |= {name: metadata.version(package) for name, package in (("torch", "torch"), ("composer", "mosaicml"))}
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = os.environ.get("LTH_DIET_COMMIT", "")  # an image has no repository
-    with contextlib.suppress(OSError):
-        commit = commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return found | ({"git_commit": commit} if commit else {})
-
-
-class Phase:
-    """The directory of one Composer training: `pretrain` or `level_<L>`.
-
-    Args:
-        path: May not exist yet.
-    """
-
-    FILES = ("mask.safetensors", "weights.safetensors", "curve.jsonl")
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def done(self) -> bool:
-        return (self.path / "result.json").exists()
-
-    def result(self) -> dict[str, Any]:
-        """The measurements of a finished phase."""
-        return json.loads((self.path / "result.json").read_text())
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write one of the phase's files, atomically."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / name, content)
-
-    def finish(self, result: dict[str, Any]) -> None:
-        """Mark the phase as done and forget its checkpoint."""
-        files = {name: _sha256(self.path / name) for name in self.FILES if (self.path / name).exists()}
-        result = {**result, "versions": _versions(), "sha256": files}
-        write_atomically(self.path / "result.json", json.dumps(result, indent=2))
-        self._keep_only_checkpoint(None)
-
-    def verified(self, name: str) -> Path:
-        """Path of a file of a finished phase.
-
-        Raises:
-            UserError: If it is missing or its content is not what was written.
-        """
-        path = self.path / name
-        if not path.exists() or _sha256(path) != self.result()["sha256"][name]:
-            raise UserError(f"{path}: missing or damaged; delete {self.path} and what follows it to compute it again")
-        return path
-
-    def checkpoint(self) -> tuple[Path, int] | None:
-        """Composer's newest whole checkpoint and its step, or None."""
-        try:
-            about = json.loads((self.path / "checkpoint.json").read_text())
-            path = self.path / about["file"]
-            return (path, about["step"]) if _sha256(path) == about["sha256"] else None
-        except (OSError, ValueError, KeyError):
-            return None
-
-    def checkpoint_path(self, step: int) -> Path:
-        """Where to write the checkpoint of a step, before `commit_checkpoint`."""
-        return self.path / f"checkpoint-{step}.pt"
-
-    def commit_checkpoint(self, step: int) -> None:
-        """Resume from this step from now on."""
-        path = self.checkpoint_path(step)
-        about = {"file": path.name, "step": step, "sha256": _sha256(path)}
-        write_atomically(self.path / "checkpoint.json", json.dumps(about))
-        self._keep_only_checkpoint(path)
-
-    def _keep_only_checkpoint(self, keep: Path | None) -> None:
-        if keep is None:
-            (self.path / "checkpoint.json").unlink(missing_ok=True)
-        for path in self.path.glob("checkpoint-*.pt"):
-            if path != keep:
-                path.unlink()
-
-    def curve(self, until: int | None = None) -> list[dict[str, float]]:
-        """Rows of the training curve, up to and with step `until`."""
-        path = self.path / "curve.jsonl"
-        rows = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                row = json.loads(line)
-            except ValueError:  # the last line of a process that was killed
-                break
-            if until is None or row["step"] <= until:
-                rows.append(row)
-        return rows
-
-    def cut_curve(self, until: int) -> None:
-        """Drop the rows after step `until`: they will be measured again."""
-        rows = self.curve(until)
-        self.write("curve.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+from lth_diet.phases import Phase, held, write_atomically
 
 
 class Replicate:
@@ -161,8 +36,12 @@ class Replicate:
         self.path = path
 
     @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
     def index(self) -> int:
-        return int(self.path.name.removeprefix("replicate_"))
+        return int(self.name.removeprefix("replicate_"))
 
     @property
     def pretrain(self) -> Phase:
@@ -196,27 +75,71 @@ class Replicate:
 
     @contextlib.contextmanager
     def held(self, patience: float = 10.0) -> Iterator[None]:
-        """Keep other processes out; the system lets go when this one dies, however it dies.
+        """Keep other processes out, as `phases.held` does, and forget why the last attempt stopped."""
+        with held(self.path, patience):
+            (self.path / "failed.json").unlink(missing_ok=True)
+            yield
 
-        Args:
-            patience: Seconds to wait for one that is about to end.
 
-        Raises:
-            AnotherProcessError: If another process trains this replicate.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
+class _Folder:
+    """A folder whose config.json tells what made it; nothing is written until `create`.
+
+    Args:
+        path: May not exist yet.
+        about: What config.json is to hold; its `identity` has to be that of the folder, if there is one.
+
+    Raises:
+        UserError: If the folder is there but another configuration made it.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]):
+        self.path = path
+        self._about = about
+        there = self._there()
+        if there is not None:
+            self._check(there)
+
+    def _there(self) -> dict[str, Any] | None:
+        """The config.json that is there."""
+        path = self.path / "config.json"
+        # listed first: another rank may be creating the directory, and writes config.json before anything else
+        names = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
+        if not path.exists():
+            if any(not name.startswith(".") for name in names):
+                raise UserError(f"{self.path}: not a run directory (it has no config.json); allowed: an empty place")
+            return None
         try:
-            with FileLock(self.path / ".lock", timeout=patience):
-                (self.path / "failed.json").unlink(missing_ok=True)
-                yield
-        except Timeout:
-            raise AnotherProcessError(
-                f"{self.path} is being trained by another process; wait for it, or end it"
+            about = json.loads(path.read_text())
+            if not isinstance(about["identity"], dict):
+                raise TypeError
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: not the config.json of a run; move it away or choose other runs=...") from None
+        return about
+
+    def _check(self, about: dict[str, Any]) -> None:
+        # a field that did not exist when the run was made had its default
+        identities = (about["identity"], self._about["identity"])
+        there, mine = (json.loads(json.dumps(DEFAULTS | identity)) for identity in identities)
+        for key in sorted({*there, *mine}):
+            if there.get(key) != mine.get(key):
+                raise UserError(
+                    f"{self.path} was made by another configuration: {key}: {there.get(key)!r} there, "
+                    f"{mine.get(key)!r} here; move it away or choose other runs=..."
+                )
+
+    def create(self) -> None:
+        """Make the folder and say in it what it is."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "config.json", json.dumps(self._about, indent=2))
+        except OSError as error:
+            raise UserError(
+                f"runs: {str(self._runs)!r} cannot be written ({error.strerror}); allowed: a folder that can"
             ) from None
 
 
-class Run:
-    """The directory of one arm: `runs/<dataset>_<arm>-<run id>`; nothing is written until `create`.
+class Run(_Folder):
+    """The directory of one arm: `runs/<dataset>_<arm>-<run id>`.
 
     Args:
         config: The arm.
@@ -228,8 +151,8 @@ class Run:
 
     def __init__(self, config: Config, ranks: int = 1):
         self.config = config
-        self.path = Path(config.runs) / config.run_name
-        self._about = {
+        self._runs = config.runs
+        about = {
             "run_id": config.run_id(),
             "identity": config.identity(),
             "dataset": config.dataset.name,
@@ -242,48 +165,24 @@ class Run:
             "train_steps": config.train.steps,
             "experiment": config.experiment or config.dataset.name,
             "ranks": ranks if config.parallelism == "data" else 1,
+            "planned_levels": config.prune.levels,
         }
-        self._check()
+        super().__init__(Path(config.runs) / config.run_name, about)
 
-    def _check(self) -> None:
-        path = self.path / "config.json"
-        # listed first: another rank may be creating the directory, and writes config.json before anything else
-        names = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
-        if not path.exists():
-            if any(not name.startswith(".") for name in names):
-                raise UserError(f"{self.path}: not a run directory (it has no config.json); allowed: an empty place")
-            return
-        try:
-            about = json.loads(path.read_text())
-            there, ranks = about["identity"], about.get("ranks", 1)
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: not the config.json of a run; move it away or choose other runs=...") from None
-        # a field that did not exist when the run was made had its default
-        there, mine = (json.loads(json.dumps(DEFAULTS | identity)) for identity in (there, self._about["identity"]))
-        for key in sorted({*there, *mine}):
-            if there.get(key) != mine.get(key):
-                raise UserError(
-                    f"{self.path} was made by another configuration: {key}: {there.get(key)!r} there, "
-                    f"{mine.get(key)!r} here; move it away or choose other runs=..."
-                )
-        if ranks != self._about["ranks"]:  # BatchNorm saw other batches
+    def _check(self, about: dict[str, Any]) -> None:
+        super()._check(about)
+        there, mine = about.get("ranks", 1), self._about["ranks"]
+        if there != mine:  # BatchNorm saw other batches
             raise UserError(
-                f"{self.path} was made by {ranks} ranks with parallelism: data, and these are {self._about['ranks']}; "
-                f"allowed: composer -n {ranks}, or other runs=..."
+                f"{self.path} was made by {there} ranks with parallelism: data, and these are {mine}; "
+                f"allowed: composer -n {there}, or other runs=..."
             )
 
     def create(self) -> None:
-        """Make the directory and say in it what it is."""
-        path = self.path / "config.json"
-        planned = json.loads(path.read_text())["planned_levels"] if path.exists() else 0
-        about = {**self._about, "planned_levels": max(planned, self.config.prune.levels)}
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(about, indent=2))
-        except OSError as error:
-            raise UserError(
-                f"runs: {self.config.runs!r} cannot be written ({error.strerror}); allowed: a folder that can"
-            ) from None
+        there = self._there()
+        planned = there["planned_levels"] if there else 0
+        self._about["planned_levels"] = max(planned, self.config.prune.levels)
+        super().create()
 
     def replicate(self, index: int) -> Replicate:
         return Replicate(self.path / f"replicate_{index}")
@@ -291,3 +190,52 @@ class Run:
     def replicates(self) -> list[Replicate]:
         """Those that the configuration asks for."""
         return [self.replicate(index) for index in self.config.replicates]
+
+
+class ScoreFolder(_Folder):
+    """The folder of a scores artifact, `runs/scores/<scores id>`, which arms with equal scoring settings share.
+
+    Args:
+        config: Of any arm; what is not a scoring setting is ignored.
+
+    Raises:
+        UserError: If the folder is there but another configuration made it.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self._runs = config.runs
+        about = {
+            "scores_id": config.scores_id(),
+            "identity": config.scores_identity(),
+            "dataset": config.dataset.name,
+            "model": config.model_name,
+            "label_noise": config.pretrain.label_noise,
+            "seed": config.seed,
+            "networks": config.scores.networks,
+            "steps": config.scores.steps,
+            "experiment": config.experiment or config.dataset.name,
+        }
+        super().__init__(Path(config.runs) / "scores" / config.scores_id(), about)
+
+    def create(self) -> None:
+        if self._there() is None:
+            super().create()
+
+    def network(self, number: int) -> Phase:
+        return Phase(self.path / f"network_{number}")
+
+    def networks(self) -> list[Phase]:
+        """All K of them."""
+        return [self.network(number) for number in range(self.config.scores.networks)]
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "manifest.json").exists()
+
+
+def scores_file(config: Config) -> Path:
+    """The scores.safetensors that an easy or hard arm uses."""
+    return (
+        Path(config.scores.file) if config.scores.file is not None else ScoreFolder(config).path / "scores.safetensors"
+    )

@@ -9,7 +9,7 @@ def random_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     """`size` examples at random, equally many of each class (paper, section 3 (i)).
 
     Args:
-        labels: Class of each example, shape (N,).
+        labels: Class of each example, as pre-training sees it, shape (N,).
         size: M, 1 to N. What does not divide by the number of classes, and what a small class lacks, is drawn at
             random from the examples left.
         seed: Of the stream "subset".
@@ -20,10 +20,61 @@ def random_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     Raises:
         ValueError: If there are fewer than `size` examples.
     """
-    if not 0 < size <= len(labels):
-        raise ValueError(f"a subset of {size} of {len(labels)} examples; allowed: 1 to {len(labels)}")
+    _check(len(labels), size, 0)
     shuffled = generator(seed).permutation(len(labels))
     classes = np.unique(labels)
     chosen = np.concatenate([shuffled[labels[shuffled] == c][: size // len(classes)] for c in classes])
     rest = shuffled[~np.isin(shuffled, chosen)]
     return np.sort(np.concatenate([chosen, rest[: size - len(chosen)]]))
+
+
+def easy(
+    scores: np.ndarray, labels: np.ndarray, size: int, class_balanced: bool = False, offset: int = 0
+) -> np.ndarray:
+    """The `size` examples with the lowest scores (paper, section 3 (ii)).
+
+    Args:
+        scores: Of each example, shape (N,); equal ones are in the order of their positions.
+        labels: Class of each example, as pre-training sees it, shape (N,).
+        size: M, 1 to N - offset.
+        class_balanced: Take the easiest of every class, then the second easiest of every class, and so on: classes
+            differ by one example at most, as long as they have enough.
+        offset: Skip as many of the easiest.
+
+    Returns:
+        Sorted indices, shape (size,); a smaller subset is part of a larger one.
+
+    Raises:
+        ValueError: If there are fewer than `size` examples after `offset`, or a score is not a number.
+    """
+    return _first(np.argsort(scores, kind="stable"), scores, labels, size, class_balanced, offset)
+
+
+def hard(
+    scores: np.ndarray, labels: np.ndarray, size: int, class_balanced: bool = False, offset: int = 0
+) -> np.ndarray:
+    """The `size` examples with the highest scores (paper, section 3 (iii)): as `easy`, from the other end.
+
+    Unless balanced, it has no example in common with an easy subset as long as both together have at most N.
+    """
+    return _first(np.argsort(scores, kind="stable")[::-1], scores, labels, size, class_balanced, offset)
+
+
+def _first(
+    order: np.ndarray, scores: np.ndarray, labels: np.ndarray, size: int, class_balanced: bool, offset: int
+) -> np.ndarray:
+    _check(len(labels), size, offset)
+    if np.isnan(scores).any():
+        raise ValueError("a score is not a number (NaN): no order to choose by")
+    if class_balanced:
+        place = np.empty(len(order), int)  # of each example of `order` within its class
+        for label in np.unique(labels):
+            members = labels[order] == label
+            place[members] = np.arange(members.sum())
+        order = order[np.argsort(place, kind="stable")]
+    return np.sort(order[offset : offset + size])
+
+
+def _check(examples: int, size: int, offset: int) -> None:
+    if not 0 < size <= examples - offset:
+        raise ValueError(f"a subset of {size} of {examples} examples; allowed: 1 to {examples - offset}")

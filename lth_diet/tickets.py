@@ -8,7 +8,8 @@ from typing import Any
 
 from lth_diet.errors import UserError
 from lth_diet.masks import Mask
-from lth_diet.runs import Phase, Replicate
+from lth_diet.phases import Phase
+from lth_diet.runs import Replicate
 
 
 def finished_level(path: Path, level: int) -> tuple[Replicate, Phase]:

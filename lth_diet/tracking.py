@@ -1,4 +1,4 @@
-"""MLflow, written from the run directory: a parent run a replicate, a child run a phase.
+"""MLflow, written from the run directory: a parent run a replicate, or scores artifact, and a child run a phase.
 
 The parent's metrics have step = level, so that the MLflow UI draws arms as curves of accuracy against level. `sync`
 may be called at any time and any number of times, also for a copy of a run directory or a run that was computed anew:
@@ -9,6 +9,7 @@ python -m lth_diet.tracking sync runs       bring MLflow up to date with every r
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import sys
@@ -24,10 +25,12 @@ from mlflow.entities import Run as MlflowRun
 
 from lth_diet.figures import accuracy_curves
 from lth_diet.masks import Mask
-from lth_diet.runs import Phase, Replicate
+from lth_diet.phases import Phase
+from lth_diet.runs import Replicate
 
 _MOST_METRICS = 1000  # that MLflow takes in one request
 _MOST_PARAMS = 100
+_ARTIFACTS = ("mask.safetensors", "subset.safetensors", "subset.json", "subset.png", "images.png")  # of a phase
 
 
 def tracking_uri() -> str:
@@ -57,7 +60,17 @@ def sync(replicate: Replicate) -> None:
         Exception: Whatever MLflow raises if its store cannot be reached.
     """
     with _alone():
-        _Sync(MlflowClient(tracking_uri()), replicate).run()
+        _ReplicateSync(MlflowClient(tracking_uri()), replicate).run()
+
+
+def sync_scores(folder: Path) -> None:
+    """Bring MLflow up to date with the folder of a scores artifact, `runs/scores/<id>`.
+
+    Raises:
+        Exception: Whatever MLflow raises if its store cannot be reached.
+    """
+    with FileLock(folder / ".mlflow.lock"), _alone():  # several ranks make one artifact
+        _ScoresSync(MlflowClient(tracking_uri()), folder).run()
 
 
 def _alone() -> contextlib.AbstractContextManager:
@@ -73,42 +86,33 @@ def _artifact_location(experiment: str) -> str | None:
 
 
 class _Sync:
-    """One replicate and the MLflow runs that tell of it."""
+    """Phases of one folder, the MLflow run that tells of them all, and its children, one a phase.
 
-    def __init__(self, client: MlflowClient, replicate: Replicate):
+    Args:
+        client: Of the store.
+        config: config.json of what trains.
+        name: Of the parent run.
+        marks: Tags that tell the parent run from all others.
+        tags: The other tags, of parent and children.
+    """
+
+    def __init__(self, client: MlflowClient, config: Path, name: str, marks: dict[str, Any], tags: dict[str, Any]):
         self.client = client
-        self.replicate = replicate
-        self.about = replicate.about
-        name = self.about["experiment"]
-        found = client.get_experiment_by_name(name)
-        self.experiment = found.experiment_id if found else client.create_experiment(name, _artifact_location(name))
-        self.name = f"{replicate.path.parent.name}/replicate_{replicate.index}"
+        self.config = config
+        self.about = json.loads(config.read_text())
+        experiment = self.about["experiment"]
+        found = client.get_experiment_by_name(experiment)
+        location = _artifact_location(experiment)
+        self.experiment = found.experiment_id if found else client.create_experiment(experiment, location)
+        self.name = name
+        self.marks = {key: str(value) for key, value in marks.items()}
+        self.tags = {key: str(value) for key, value in (tags | marks).items() if value is not None}
 
-    def run(self) -> None:
-        results = [phase.result() for _, phase in self.replicate.levels() if phase.done]
-        keys = ("test_accuracy_percent", "weights_remaining_percent", "timestamp")
-        rows = [{"step": result["level"]} | {key: result[key] for key in keys} for result in results]
-        parent = self._parent(rows)
-        if self._log(parent, rows):
-            versions = [RunTag(*version) for version in _versions(results[-1]).items()]
-            self.client.log_batch(parent.info.run_id, tags=versions)
-            frame = pd.DataFrame(results).rename(columns={"test_accuracy_percent": "mean"}).assign(std=pd.NA, count=1)
-            title = f"{self.about['dataset']}, {self.about['model']}, replicate {self.replicate.index}"
-            figure = accuracy_curves({_arm_in_words(self.about): frame}, title)
-            self.client.log_figure(parent.info.run_id, figure, "accuracy.png")
-        self._phases(parent)
-        if self.replicate.finished(self.about["planned_levels"]):
-            self._finish(parent, results[-1]["timestamp"])
-        else:  # or more levels were asked for
-            status = "FAILED" if self.replicate.failed else "RUNNING"
-            if parent.info.status != status:
-                self.client.update_run(parent.info.run_id, status=status)
-
-    def _parent(self, rows: list[dict[str, Any]]) -> MlflowRun:
-        tags = self._tags() | {"phase": "all", "mlflow.note.content": self._description()}
-        marks = {key: tags[key] for key in ("run_id", "replicate", "phase")}
-        found = list(self._search(" and ".join(f"tags.{key} = '{value}'" for key, value in marks.items())))
-        if found and self._contradicts(found[0], rows):  # levels were computed anew, with another result
+    def _parent(self, rows: list[dict[str, Any]], description: str) -> MlflowRun:
+        """The run that tells of all phases; its metrics are `rows`."""
+        tags = self.tags | {"mlflow.note.content": description}
+        found = list(self._search(" and ".join(f"tags.{key} = '{value}'" for key, value in self.marks.items())))
+        if found and self._contradicts(found[0], rows):  # phases were computed anew, with another result
             for run in [found[0], *self._search(f"tags.mlflow.parentRunId = '{found[0].info.run_id}'")]:
                 self.client.delete_run(run.info.run_id)
             found = []
@@ -119,59 +123,47 @@ class _Sync:
         if found:
             self.client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         else:
-            self.client.log_artifact(run.info.run_id, str(self.replicate.path.parent / "config.json"))
+            self.client.log_artifact(run.info.run_id, str(self.config))
         return run
 
     def _contradicts(self, run: MlflowRun, rows: list[dict[str, Any]]) -> bool:
-        """Whether MLflow has another value for a level that is done."""
-        for key in ("test_accuracy_percent", "weights_remaining_percent"):
+        """Whether MLflow has another value for what is done."""
+        for key in {key for row in rows for key in row if key not in ("step", "timestamp")}:
             mine = {row["step"]: row[key] for row in rows}
             history = self.client.get_metric_history(run.info.run_id, key) if key in run.data.metrics else []
             if any(mine.get(point.step, point.value) != point.value for point in history):
                 return True
         return False
 
-    def _phases(self, parent: MlflowRun) -> None:
+    def _phases(self, parent: MlflowRun, phases: Sequence[Phase]) -> None:
         children = self._search(f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
         known = {run.data.tags["phase"]: run for run in children}
-        for phase in [self.replicate.pretrain, *(phase for _, phase in self.replicate.levels())]:
+        for phase in phases:
             checkpoint = phase.checkpoint()
             child = known.get(phase.name)
             if (child and child.info.status == "FINISHED") or not (phase.done or checkpoint):
                 continue
             if child is None:
-                tags = self._tags() | {"phase": phase.name, "mlflow.parentRunId": parent.info.run_id}
+                tags = self.tags | {"phase": phase.name, "mlflow.parentRunId": parent.info.run_id}
                 child = self._create(f"{self.name}/{phase.name}", tags)
             self._log(child, phase.curve(until=None if phase.done else checkpoint[1]))
             if phase.done:
-                versions = [RunTag(*version) for version in _versions(phase.result()).items()]
-                self.client.log_batch(child.info.run_id, tags=versions)
-                self._log_mask(child, phase)
+                self._tag_versions(child, phase.result())
+                self._log_artifacts(child, phase)
                 self._finish(child, phase.result().get("timestamp"))
 
-    def _log_mask(self, child: MlflowRun, phase: Phase) -> None:
-        path = phase.path / "mask.safetensors"
-        if path.exists():  # pre-training has none
-            self.client.log_artifact(child.info.run_id, str(path))
-            table = Mask.load(path).table().to_csv(index=False)
+    def _log_artifacts(self, child: MlflowRun, phase: Phase) -> None:
+        for path in (phase.path / name for name in _ARTIFACTS):
+            if path.exists():
+                self.client.log_artifact(child.info.run_id, str(path))
+        if (phase.path / "mask.safetensors").exists():
+            table = Mask.load(phase.path / "mask.safetensors").table().to_csv(index=False)
             self.client.log_text(child.info.run_id, table, "density.csv")
 
-    def _tags(self) -> dict[str, str]:
-        keys = ("dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "run_id")
-        keys += ("planned_levels", "train_steps")
-        tags = {key: self.about[key] for key in keys if self.about[key] is not None}
-        return {key: str(value) for key, value in (tags | {"replicate": self.replicate.index}).items()}
-
-    def _description(self) -> str:
-        about, fraction = self.about, self.about["identity"]["prune.fraction"]
-        least = 100 * (1 - fraction) ** about["planned_levels"]
-        return (
-            f"**{about['dataset']}, {about['model']}, {_arm_in_words(about)}**, replicate {self.replicate.index}. "
-            f"Iterative magnitude pruning to level {about['planned_levels']} ({least:.1f} % of weights): each level "
-            f"trains from step {about['rewind_steps']} to {about['train_steps']}, then {100 * fraction:g} % of the "
-            f"weights that are left are pruned and the rest rewound. Metrics: step = level. "
-            f"Directory: `{self.replicate.path}`."
-        )
+    def _tag_versions(self, run: MlflowRun, result: dict[str, Any]) -> None:
+        """Tell what trained a phase."""
+        tags = [RunTag(f"version.{name}", version) for name, version in result.get("versions", {}).items()]
+        self.client.log_batch(run.info.run_id, tags=tags)
 
     def _create(self, name: str, tags: dict[str, str]) -> MlflowRun:
         return self.client.create_run(self.experiment, tags=tags, run_name=name)
@@ -207,9 +199,89 @@ class _Sync:
             self.client.set_terminated(run.info.run_id, "FINISHED", timestamp)
 
 
-def _versions(result: dict[str, Any]) -> dict[str, str]:
-    """What trained a phase, as tags."""
-    return {f"version.{name}": version for name, version in result.get("versions", {}).items()}
+class _ReplicateSync(_Sync):
+    """One replicate."""
+
+    def __init__(self, client: MlflowClient, replicate: Replicate):
+        self.replicate = replicate
+        about = replicate.about
+        keys = ("dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "planned_levels")
+        super().__init__(
+            client,
+            replicate.path.parent / "config.json",
+            f"{replicate.path.parent.name}/{replicate.name}",
+            {"run_id": about["run_id"], "replicate": replicate.index, "phase": "all"},
+            {key: about[key] for key in (*keys, "train_steps")},
+        )
+
+    def run(self) -> None:
+        results = [phase.result() for _, phase in self.replicate.levels() if phase.done]
+        keys = ("test_accuracy_percent", "weights_remaining_percent", "timestamp")
+        rows = [{"step": result["level"]} | {key: result[key] for key in keys} for result in results]
+        parent = self._parent(rows, self._description())
+        if self._log(parent, rows):
+            self._tag_versions(parent, results[-1])
+            frame = pd.DataFrame(results).rename(columns={"test_accuracy_percent": "mean"}).assign(std=pd.NA, count=1)
+            title = f"{self.about['dataset']}, {self.about['model']}, replicate {self.replicate.index}"
+            figure = accuracy_curves({_arm_in_words(self.about): frame}, title)
+            self.client.log_figure(parent.info.run_id, figure, "accuracy.png")
+        self._phases(parent, [self.replicate.pretrain, *(phase for _, phase in self.replicate.levels())])
+        if self.replicate.finished(self.about["planned_levels"]):
+            self._finish(parent, results[-1]["timestamp"])
+        else:  # or more levels were asked for
+            status = "FAILED" if self.replicate.failed else "RUNNING"
+            if parent.info.status != status:
+                self.client.update_run(parent.info.run_id, status=status)
+
+    def _description(self) -> str:
+        about, fraction = self.about, self.about["identity"]["prune.fraction"]
+        least = 100 * (1 - fraction) ** about["planned_levels"]
+        return (
+            f"**{about['dataset']}, {about['model']}, {_arm_in_words(about)}**, replicate {self.replicate.index}. "
+            f"Iterative magnitude pruning to level {about['planned_levels']} ({least:.1f} % of weights): each level "
+            f"trains from step {about['rewind_steps']} to {about['train_steps']}, then {100 * fraction:g} % of the "
+            f"weights that are left are pruned and the rest rewound. Metrics: step = level. "
+            f"Directory: `{self.replicate.path}`."
+        )
+
+
+class _ScoresSync(_Sync):
+    """One scores artifact; the metrics of its run have step = network."""
+
+    def __init__(self, client: MlflowClient, folder: Path):
+        self.folder = folder
+        about = json.loads((folder / "config.json").read_text())
+        keys = ("dataset", "model", "label_noise", "seed", "networks", "steps")
+        super().__init__(
+            client,
+            folder / "config.json",
+            f"scores/{folder.name}",
+            {"scores_id": about["scores_id"], "phase": "scores"},
+            {key: about[key] for key in keys},
+        )
+
+    def run(self) -> None:
+        networks = [Phase(self.folder / f"network_{number}") for number in range(self.about["networks"])]
+        results = [network.result() for network in networks if network.done]
+        keys = ("test_accuracy_percent", "timestamp")
+        rows = [{"step": result["network"]} | {key: result[key] for key in keys} for result in results]
+        parent = self._parent(rows, self._description())
+        self._log(parent, rows)
+        self._phases(parent, networks)
+        if (self.folder / "manifest.json").exists() and parent.info.status != "FINISHED":
+            self._tag_versions(parent, results[-1])
+            for name in ("manifest.json", "scores.safetensors"):
+                self.client.log_artifact(parent.info.run_id, str(self.folder / name))
+            self.client.log_artifacts(parent.info.run_id, str(self.folder / "examples"), "examples")
+            self._finish(parent, results[-1]["timestamp"])
+
+    def _description(self) -> str:
+        about = self.about
+        noise = f" with {100 * about['label_noise']:g} % label noise" if about["label_noise"] else ""
+        return (
+            f"**EL2N scores of {about['dataset']}{noise}**: {about['networks']} networks {about['model']}, "
+            f"{about['steps']} steps each. Metrics: step = network. Directory: `{self.folder}`."
+        )
 
 
 def _arm_in_words(about: dict[str, Any]) -> str:
@@ -227,13 +299,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=("sync",))
     parser.add_argument("runs", type=Path, help="folder of run directories, or one of them")
     runs = parser.parse_args(argv).runs
-    configs = sorted([*runs.glob("config.json"), *runs.glob("*/config.json")])
+    configs = sorted([*runs.glob("config.json"), *runs.glob("*/config.json"), *runs.glob("scores/*/config.json")])
     if not configs:
         print(f"error: {runs}: holds no run; allowed: a folder of run directories, or one of them", file=sys.stderr)
         return 2
-    for path in (path for config in configs for path in sorted(config.parent.glob("replicate_*"))):
+    folders = [config.parent for config in configs]
+    scores = [folder for folder in folders if folder.resolve().parent.name == "scores"]
+    for path in [*scores, *(path for folder in folders for path in sorted(folder.glob("replicate_*")))]:
         try:
-            sync(Replicate(path))
+            sync_scores(path) if path in scores else sync(Replicate(path))
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
             print(f"error: {path}: MLflow is not up to date ({type(error).__name__})", file=sys.stderr)
             return 1

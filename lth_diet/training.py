@@ -23,7 +23,7 @@ from lth_diet.algorithms.network import bare_network
 from lth_diet.config import Config
 from lth_diet.display import Progress
 from lth_diet.loader import EvaluationLoader, Loader
-from lth_diet.runs import Phase
+from lth_diet.phases import Phase
 
 
 class TrainingError(Exception):

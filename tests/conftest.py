@@ -28,7 +28,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny(place):
-    """Writes a small configuration (three levels of eight steps on the digits); returns its path."""
+    """Writes a small configuration (three levels of eight steps on the digits, two networks that score); its path."""
 
     def write(arm="random", name="tiny.yaml"):
         path = place / name

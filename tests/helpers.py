@@ -15,6 +15,7 @@ model: {{depth: 8, width: 2}}
 train: {{steps: 12ba, batch_size: 64, milestones: [6ba, 9ba]}}
 pretrain: {{steps: 4ba, lr: 0.1, subset: {{size: 128}}}}
 prune: {{levels: 2}}
+scores: {{networks: 2, steps: 6ba}}
 intervals: {{log: 2ba, checkpoint: 3ba}}
 replicates: 1
 experiment: tiny

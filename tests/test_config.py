@@ -2,13 +2,15 @@ import json
 import string
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT, TINY, write_image_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lth_diet import config, datasets
+from lth_diet import config, datasets, display, scores
 from lth_diet.errors import UserError
+from lth_diet.runs import Run, ScoreFolder
 
 
 def load(tiny, *overrides, arm="random"):
@@ -78,7 +80,7 @@ def test_easy_and_hard_heed_scores_balance_and_offset(tiny, override):
 
 
 def test_a_default_that_is_written_out_does_not_change_the_id(tiny):
-    written = ["train.momentum=0.9", "scores.steps=7800", "seed=42", "prune.fraction=0.2"]
+    written = ["train.momentum=0.9", "pretrain.subset.offset=0", "seed=42", "prune.fraction=0.2"]
     assert load(tiny, *written, arm="easy").run_id() == load(tiny, arm="easy").run_id()
 
 
@@ -95,19 +97,43 @@ def test_an_image_folder_enters_by_its_content_and_not_by_its_place(tiny, place)
 IDS = {
     "cifar100_all": "cifar100_all-8dc5322229",
     "cifar100_all_half": "cifar100_all-12d51972ca",
+    "cifar100_easy": "cifar100_easy-7c4954c766",
+    "cifar100_hard": "cifar100_hard-0bf45e2c25",
     "cifar100_init": "cifar100_init-980ff62193",
     "cifar100_random": "cifar100_random-fc04e4568e",
     "cifar10_all": "cifar10_all-8236c9693b",
     "cifar10_all_half": "cifar10_all-84b72b6b29",
+    "cifar10_easy": "cifar10_easy-a2e5618623",
+    "cifar10_hard": "cifar10_hard-01c49e16d9",
     "cifar10_init": "cifar10_init-6a027a3dfc",
+    "cifar10_noise10_all": "cifar10_all-415af075bd",
+    "cifar10_noise10_all_half": "cifar10_all-78c5bbbe1e",
+    "cifar10_noise10_easy": "cifar10_easy-e080697ec5",
+    "cifar10_noise10_random": "cifar10_random-e4b49234a0",
+    "cifar10_noise50_all": "cifar10_all-1550ad94d1",
+    "cifar10_noise50_all_half": "cifar10_all-ee7ea8d5f9",
+    "cifar10_noise50_easy": "cifar10_easy-c022ecccbc",
+    "cifar10_noise50_random": "cifar10_random-388ab7892f",
     "cifar10_random": "cifar10_random-c4c74dc415",
     "cinic10_all": "cinic10_all-d7b570b9ed",
     "cinic10_all_half": "cinic10_all-6306d45db1",
+    "cinic10_easy": "cinic10_easy-db12383570",
+    "cinic10_hard": "cinic10_hard-bdab87a715",
     "cinic10_init": "cinic10_init-8051fbde8e",
     "cinic10_random": "cinic10_random-acbf5d4856",
     "digits_all": "digits_all-ccc3a7902e",
     "digits_all_half": "digits_all-77cd5ea0aa",
+    "digits_easy": "digits_easy-79354952a5",
+    "digits_hard": "digits_hard-c4584712dd",
     "digits_init": "digits_init-3bab17aadb",
+    "digits_noise10_all": "digits_all-94b3ea8ff9",
+    "digits_noise10_all_half": "digits_all-69c62f3487",
+    "digits_noise10_easy": "digits_easy-250d47aa8c",
+    "digits_noise10_random": "digits_random-3e607f8bbc",
+    "digits_noise50_all": "digits_all-7ee1f607d3",
+    "digits_noise50_all_half": "digits_all-1ab47b0ed0",
+    "digits_noise50_easy": "digits_easy-035ee78245",
+    "digits_noise50_random": "digits_random-883de58a82",
     "digits_random": "digits_random-d70d781e75",
 }
 
@@ -118,7 +144,8 @@ def test_run_ids_are_frozen():
 
 
 def test_the_id_of_an_arm_that_uses_scores_is_frozen(tiny):
-    assert load(tiny, "pretrain.label_noise=0.1", arm="easy").run_id() == "2858869c85"
+    settings = ["pretrain.label_noise=0.1", "scores.networks=10", "scores.steps=7800"]
+    assert load(tiny, *settings, arm="easy").run_id() == "2858869c85"
 
 
 TABLE_1 = {
@@ -152,9 +179,76 @@ def test_the_head_of_every_file_names_its_own_command():
         assert f"recipes/imp.py -f yamls/{path.name}\n" in path.read_text()
 
 
-def test_the_schema_has_a_place_for_scores_and_noise(tiny):
-    loaded = load(tiny, "pretrain.label_noise=0.1", "scores.file=a.safetensors", "pretrain.subset.offset=2", arm="easy")
-    assert (loaded.label_noise, loaded.scores.file, loaded.pretrain.subset.offset) == (0.1, "a.safetensors", 2)
+@pytest.mark.parametrize("path", sorted((ROOT / "yamls").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_is_planned(path, place):
+    loaded = config.load(path)
+    run = Run(loaded)
+    scores = ScoreFolder(loaded) if loaded.needs_scores else None
+    planned = display.plan(run, scores)
+    levels = 8 if path.stem.startswith("digits") else loaded.prune.levels
+    assert planned.count(f"level {levels}") == len(loaded.replicates)
+    steps = len(loaded.replicates) * (loaded.rewind_steps + (levels + 1) * (loaded.train.steps - loaded.rewind_steps))
+    steps += loaded.scores.networks * loaded.scores.steps if loaded.needs_scores else 0
+    assert planned.endswith(f"total: {steps:,} steps to train")
+    assert not list(place.iterdir())
+
+
+SIZES = {"cifar10": 12_800, "cifar100": 2048, "cinic10": 51_200, "cifar10_noise10": 2048, "cifar10_noise50": 3200}
+
+
+def test_the_files_of_subset_arms_have_the_sizes_of_the_paper():
+    for family, size in SIZES.items():
+        for arm in ("random", "easy") if "noise" in family else ("random", "easy", "hard"):
+            loaded = config.load(ROOT / f"yamls/{family}_{arm}.yaml")
+            assert (loaded.arm, loaded.subset_size) == (arm, size)
+            assert loaded.rewind_steps == (200 if family.startswith("cifar10_") or family == "cifar10" else 400)
+            assert loaded.label_noise == {"10": 0.1, "50": 0.5}.get(family[-2:] if "noise" in family else "", 0)
+
+
+SHARED = ["arm=hard", "arm=all", "pretrain.steps=5", "pretrain.subset.size=64", "prune.fraction=0.3", "replicates=2"]
+
+
+@pytest.mark.parametrize(
+    "override", [*SHARED, "train.steps=20", "pretrain.lr=0.3", "train.milestones=[6, 10]", "train.gamma=0.3"]
+)
+def test_arms_with_equal_scoring_settings_share_one_artifact(tiny, override):
+    assert load(tiny, override, arm="easy").scores_id() == load(tiny, arm="easy").scores_id()
+
+
+SCORED = ["scores.networks=3", "scores.steps=8", "pretrain.label_noise=0.1", "seed=1", "threads=2", "train.lr=0.3"]
+
+
+@pytest.mark.parametrize("override", [*SCORED, "model.width=4", "train.milestones=[5]", "train.gamma=0.3"])
+def test_what_changes_the_scores_changes_their_id(tiny, override):
+    drop = "train.milestones=[4]"
+    assert load(tiny, drop, override, arm="easy").scores_id() != load(tiny, drop, arm="easy").scores_id()
+
+
+SCORES_IDS = {
+    "cifar10_easy": "677709013f",
+    "cifar10_hard": "677709013f",
+    "cifar10_noise10_easy": "c07d9c28bd",
+    "cifar10_noise50_easy": "4c9ef52eff",
+    "cifar100_easy": "340f096531",
+    "cinic10_hard": "21d3a1f4d5",
+    "digits_easy": "b697991a9a",
+}
+
+
+def test_scores_ids_are_frozen():
+    ids = {name: config.load(ROOT / f"yamls/{name}.yaml").scores_id() for name in SCORES_IDS}
+    assert ids == SCORES_IDS
+
+
+def test_a_score_file_enters_the_id_by_its_content_and_replaces_the_scoring_settings(tiny, place):
+    for name, value in (("a", 0.5), ("b", 0.5), ("c", 0.7)):
+        scores.save(place / name, np.full((1, 1442), value, np.float32), np.zeros(1442, int), "digits", "digits")
+    given = [f"scores.file={name}/scores.safetensors" for name in "abc"]
+    ids = [load(tiny, file, arm="easy").run_id() for file in given]
+    assert ids[0] == ids[1] != ids[2]
+    assert load(tiny, given[0], "scores.networks=3", arm="easy").run_id() == ids[0]
+    assert load(tiny, given[0]).run_id() == load(tiny).run_id(), "a random arm has no scores"
+    assert load(tiny, arm="easy").run_id() not in ids
 
 
 BAD = {

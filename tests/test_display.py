@@ -19,10 +19,10 @@ def clock(monkeypatch):
 def two_ranks(clock):
     """Accounts of two ranks: one in the middle of level 1, one not begun."""
     notices = {}
-    first = display.Progress([0, 2], 300, lambda notice: notices.update({0: notice}))
-    second = display.Progress([1], 200, lambda notice: notices.update({1: notice}))
-    first.measured(0, 0, 91.254, 100.0)
-    first.begin(0, "level_1", 80.0)
+    first = display.Progress(["replicate_0", "replicate_2"], 300, lambda notice: notices.update({0: notice}))
+    second = display.Progress(["replicate_1"], 200, lambda notice: notices.update({1: notice}))
+    first.measured("replicate_0", "level_0", 91.254, 100.0)
+    first.begin("replicate_0", "level_1", 80.0)
     first.step_from(10, 110)
     clock[0] += 5
     first.step(60)
@@ -39,25 +39,25 @@ def test_plain_lines_tell_replicate_level_weights_step_pace_and_times_left(clock
     out, shown = screen(notices)
     shown.refresh()
     shown.refresh()
-    first.measured(0, 1, 90.0, 80.0)
+    first.measured("replicate_0", "level_1", 90.0, 80.0)
     shown.refresh()
     assert out.getvalue().splitlines() == [
         "replicate 0  level 0   100.0 % of weights  test accuracy 91.25 %",
-        "replicate 0  level 1    80.0 % of weights  step 60/110  10.0 steps/s  ETA level 0:00:05, run 0:00:25",
+        "replicate 0  level 1    80.0 % of weights  step 60/110  10.0 steps/s  ETA phase 0:00:05, run 0:00:25",
         "replicate 0  level 1    80.0 % of weights  test accuracy 90.00 %",
     ]
 
 
 def test_the_table_on_a_terminal_has_the_replicates_of_all_ranks(clock):
     notices, _, second = two_ranks(clock)
-    second.end(1, "failed")
+    second.end("replicate_1", "failed")
     out, shown = screen(notices, force_terminal=True, color_system=None)
     with shown:
         pass
     lines = [re.sub("[ │┃]+", " ", line).strip() for line in out.getvalue().splitlines()]
-    assert "0 level 1 80.0 % 60/110 10.0 0:00:05 91.3" in lines
-    assert "1 failed" in lines
-    assert "2 waiting" in lines
+    assert "replicate 0 level 1 80.0 % 60/110 10.0 0:00:05 91.3" in lines
+    assert "replicate 1 failed" in lines
+    assert "replicate 2 waiting" in lines
     assert "ETA of the run 0:00:25" in lines
 
 
@@ -74,8 +74,8 @@ def test_messages_of_every_rank_are_shown_once_on_standard_error(clock, capsys):
 
 def test_a_rank_posts_at_intervals_and_at_the_end_of_a_phase(clock):
     posts = []
-    progress = display.Progress([0], 20, posts.append)
-    progress.begin(0, "level_0", 100.0)
+    progress = display.Progress(["replicate_0"], 20, posts.append)
+    progress.begin("replicate_0", "level_0", 100.0)
     progress.step_from(0, 20)
     before = len(posts)
     for step in range(1, 20):

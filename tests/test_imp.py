@@ -1,16 +1,19 @@
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from composer import Algorithm, Event
 from safetensors.torch import load_file
 
-from lth_diet import config, datasets, imp, subsets
+from lth_diet import config, datasets, imp, label_noise, scores, seeds, subsets
 from lth_diet.algorithms import ApplyMask, Rewind, SubsetSampling
 from lth_diet.display import Progress
 from lth_diet.errors import UserError
 from lth_diet.masks import Mask, prune_by_magnitude
 from lth_diet.runs import Run
+from lth_diet.scoring import Scoring
 
 
 @pytest.fixture
@@ -20,8 +23,12 @@ def run(tiny):
     def start(*overrides, arm="random"):
         made = Run(config.load(tiny(arm), overrides))
         made.create()
+        if made.config.needs_scores and made.config.scores.file is None:
+            scoring = Scoring(made.config, Progress([], 0), lambda: None, range(2))
+            scoring.folder.create()
+            scoring.run()
         replicate = made.replicate(0)
-        imp.IMP(made.config, replicate, Progress([0], 0), lambda: None).run()
+        imp.IMP(made.config, replicate, Progress(["replicate_0"], 0), lambda: None).run()
         return replicate
 
     return start
@@ -74,39 +81,49 @@ def test_levels_train_from_the_rewind_step_to_the_end(run):
 
 def test_init_rewinds_to_the_initialisation(run):
     replicate = run(arm="init")
-    network = imp.IMP(config.load("tiny.yaml"), replicate, Progress([0], 0), lambda: None).network().module
+    network = (
+        imp.IMP(config.load("tiny.yaml"), replicate, Progress(["replicate_0"], 0), lambda: None)
+        .ingredients.network()
+        .module
+    )
     assert equal(weights(replicate.pretrain), network.state_dict())
     assert replicate.level(0).result()["steps"] == 12
 
 
 def examples_seen(monkeypatch, run, **options):
-    """Label lists of the batches of each phase, through the loader that it really used."""
+    """The examples and labels of the batches of each phase, through the loader that it really used."""
     seen, original = [], imp.training.train
 
     def watched(model, loader, *rest):
         batches = []
         seen.append(batches)
         real = loader.batch
-        loader.batch = lambda step: batches.append(loader.examples(step)) or real(step)
+
+        def batch(step):
+            images, labels = real(step)
+            batches.append((loader.examples(step), labels.numpy()))
+            return images, labels
+
+        loader.batch = batch
         try:
             return original(model, loader, *rest)
         finally:
             loader.batch = real
 
     monkeypatch.setattr(imp.training, "train", watched)
-    run(**options)
-    return seen
+    run(*options.pop("overrides", ()), **options)
+    return [([examples for examples, _ in batches], [labels for _, labels in batches]) for batches in seen]
 
 
 def test_pretraining_sees_the_random_subset_in_passes_and_levels_see_all(run, monkeypatch):
     seen = examples_seen(monkeypatch, run)
     labels = datasets.load("digits", "unused").train.labels
-    subset = subsets.random_subset(labels, 128, imp.seeds.stream(42, 0, "subset"))
-    pretraining = seen[0]
+    subset = subsets.random_subset(labels, 128, seeds.stream(42, 0, "subset"))
+    pretraining = seen[0][0]
     assert len(pretraining) == 4
     for number in range(2):  # 128 examples are two batches of 64
         assert sorted([*pretraining[2 * number], *pretraining[2 * number + 1]]) == subset.tolist()
-    for level in seen[1:]:
+    for level, _ in seen[1:]:
         assert len(level) == 8
         assert not {int(i) for batch in level for i in batch} <= set(subset.tolist())
 
@@ -114,8 +131,53 @@ def test_pretraining_sees_the_random_subset_in_passes_and_levels_see_all(run, mo
 def test_arms_of_a_replicate_share_the_order_of_examples(run, monkeypatch):
     everything = examples_seen(monkeypatch, run, arm="all")
     fresh = examples_seen(monkeypatch, run, arm="init")
-    order = [batch.tolist() for batch in fresh[0]]
-    assert [batch.tolist() for batch in everything[0] + everything[1]] == order
+    order = [batch.tolist() for batch in fresh[0][0]]
+    assert [batch.tolist() for batch in everything[0][0] + everything[1][0]] == order
+
+
+@pytest.mark.parametrize("arm", ["all", "random", "easy", "hard"])
+def test_pretraining_sees_noisy_labels_and_every_level_the_true_ones(run, monkeypatch, arm):
+    seen = examples_seen(monkeypatch, run, arm=arm, overrides=["pretrain.label_noise=0.5"])
+    true = datasets.load("digits", "unused").train.labels
+    noisy = label_noise.randomise(true, 0.5, 10, seeds.stream(42, "all", "noise"))
+    phases = seen[2:] if arm in ("easy", "hard") else seen  # two networks score first
+    assert len(phases) == 4
+    for number, (examples, labels) in enumerate(phases):
+        for positions, given in zip(examples, labels, strict=True):
+            assert np.array_equal(given, (true if number else noisy)[positions])
+    pretraining = np.concatenate(phases[0][0])
+    assert (noisy[pretraining] != true[pretraining]).any()
+
+
+@pytest.mark.parametrize("arm", ["easy", "hard"])
+def test_pretraining_sees_the_examples_at_one_end_of_the_scores(run, monkeypatch, arm):
+    options = ["pretrain.subset.class_balanced=true", "pretrain.subset.offset=20"]
+    seen = examples_seen(monkeypatch, run, arm=arm, overrides=options)
+    labels = datasets.load("digits", "unused").train.labels
+    scored = scores.load(next(Path("runs/scores").glob("*/scores.safetensors")), labels)
+    choose = {"easy": subsets.easy, "hard": subsets.hard}[arm]
+    expected = choose(scored.mean, labels, 128, class_balanced=True, offset=20)
+    assert sorted(np.concatenate(seen[2][0][:2])) == expected.tolist()
+    record = load_file(next(Path("runs").glob(f"digits_{arm}-*/replicate_0/pretrain/subset.safetensors")))
+    assert record["indices"].tolist() == expected.tolist()
+
+
+def test_a_random_subset_under_noise_is_balanced_over_the_labels_that_pretraining_sees(run):
+    replicate = run("pretrain.label_noise=0.5", "pretrain.subset.size=130")
+    record = json.loads((replicate.pretrain.path / "subset.json").read_text())
+    assert set(record["classes"].values()) == {13}
+    assert record["wrong_labels_percent"]["subset"] > 20
+    assert "subset.safetensors" in replicate.pretrain.result()["sha256"]
+
+
+def test_a_score_file_by_hand_takes_the_place_of_scoring(run, place, monkeypatch):
+    labels = datasets.load("digits", "unused").train.labels
+    values = np.arange(1442, dtype=np.float32)[None]
+    scores.save(place / "mine", values, labels, "digits", "digits")
+    given = ["scores.file=mine/scores.safetensors"]
+    seen = examples_seen(monkeypatch, run, arm="easy", overrides=given)
+    assert len(seen) == 4 and not Path("runs/scores").exists()
+    assert sorted(np.concatenate(seen[0][0][:2])) == list(range(128))
 
 
 class Settings(Algorithm):
@@ -173,7 +235,7 @@ def test_arms_of_a_replicate_share_initial_weights_and_augmented_images(run, pha
 def test_replicates_differ_in_initial_weights_and_images(run, phases, tiny):
     run(arm="init")
     made = Run(config.load(tiny("init")))
-    imp.IMP(made.config, made.replicate(1), Progress([1], 0), lambda: None).run()
+    imp.IMP(made.config, made.replicate(1), Progress(["replicate_1"], 0), lambda: None).run()
     (weights_0, batch_0), (weights_1, batch_1) = phases[0].first, phases[3].first
     assert not torch.equal(weights_0["conv1.weight"], weights_1["conv1.weight"])
     assert not torch.equal(batch_0[0], batch_1[0])

@@ -2,14 +2,15 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers import ROOT, write_image_folder
 from PIL import Image
 
-from lth_diet import config, display
+from lth_diet import config, datasets, display, scores
 from lth_diet.ranks import Ranks
 from lth_diet.runs import Run
-from recipes import imp
+from recipes import imp, score
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +41,10 @@ BAD = {
     "fraction": (["prune.fraction=1.5"], "prune.fraction: 1.5 is not allowed; allowed: less than 1"),
     "folder": (["dataset.name=image_folder", "dataset.root=nowhere"], "dataset.root: 'nowhere' is not allowed"),
     "depth": (["model.depth=19"], "model.depth: 19 is not allowed; allowed: 6n + 2"),
-    "easy": (["arm=easy"], "arm: 'easy' needs EL2N scores, which are not built yet; allowed: init, all, random"),
-    "noise": (["pretrain.label_noise=0.1"], "pretrain.label_noise: 0.1 is not built yet; allowed: 0"),
+    "noise": (
+        ["pretrain.label_noise=1.5"],
+        "pretrain.label_noise: 1.5 is not allowed; allowed: less than or equal to 1",
+    ),
 }
 
 
@@ -103,6 +106,84 @@ def test_a_run_of_two_ranks_together_is_not_continued_by_one(tiny, capsys):
     assert (
         "was made by 2 ranks with parallelism: data, and these are 1; allowed: composer -n 2" in capsys.readouterr().err
     )
+
+
+def digits_scores(folder, labels=None, **fingerprint):
+    labels = datasets.load("digits", "unused").train.labels if labels is None else labels
+    about = {"dataset": "digits", "dataset_fingerprint": "digits"} | fingerprint
+    scores.save(folder, np.full((1, len(labels)), 0.5, np.float32), labels, **about)
+
+
+def missing(folder):
+    pass
+
+
+def altered(folder):
+    digits_scores(folder)
+    path = folder / "scores.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+
+BAD_SCORES = {
+    "missing": (missing, "mine/manifest.json cannot be read (No such file or directory)"),
+    "altered": (altered, "mine/scores.safetensors: not the bytes that its manifest.json tells of"),
+    "other data": (
+        lambda folder: digits_scores(folder, dataset="cifar10", dataset_fingerprint="cifar10"),
+        "mine/scores.safetensors: scores of cifar10 (cifar10); allowed: of digits (digits)",
+    ),
+    "other labels": (
+        lambda folder: digits_scores(folder, np.zeros(1442, int)),
+        "scores.file: mine/scores.safetensors: scores against other labels",
+    ),
+    "wrong length": (
+        lambda folder: digits_scores(folder, np.zeros(1441, int)),
+        "scores.file: mine/scores.safetensors: scores against other labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SCORES)
+def test_a_score_file_that_does_not_fit_is_refused_by_name_before_anything_is_written(tiny, place, capsys, case):
+    write, sentence = BAD_SCORES[case]
+    write(place / "mine")
+    path = tiny("hard")
+    before = files(place)
+    assert imp.main(["-f", str(path), "scores.file=mine/scores.safetensors"]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err and "scores.file" in err and err.count("\n") == 1
+    assert files(place) == before
+
+
+def test_the_labels_of_a_score_file_are_those_with_the_noise_of_the_arm(tiny, place, capsys):
+    digits_scores(place / "mine")
+    noisy = ["scores.file=mine/scores.safetensors", "pretrain.label_noise=0.1"]
+    assert imp.main(["-f", str(tiny("easy")), *noisy]) == 2
+    assert "scores against other labels (label noise unknown" in capsys.readouterr().err
+
+
+def test_scoring_refuses_a_file_and_more_ranks_than_networks(tiny, place, environment, capsys):
+    digits_scores(place / "mine")
+    assert score.main(["-f", str(tiny("easy")), "scores.file=mine/scores.safetensors"]) == 2
+    assert "scores.file: 'mine/scores.safetensors' leaves nothing to score" in capsys.readouterr().err
+    environment.setenv("WORLD_SIZE", "3")
+    assert score.main(["-f", "tiny.yaml"]) == 2
+    assert "3 ranks for 2 networks; allowed: composer -n 2 or fewer" in capsys.readouterr().err
+    assert not (place / "runs").exists()
+
+
+def test_the_plan_tells_which_scores_are_to_be_made_and_writes_nothing(tiny, place, capsys):
+    path = tiny("easy")
+    before = files(place)
+    assert score.main(["-f", str(path), "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "EL2N scores by 2 ResNet-8 width 2\n" in out
+    assert "network 1  steps 0 to 6  to do\nscores: 12 steps to train" in out
+    assert imp.main(["-f", str(path), "--plan"]) == 0
+    assert (
+        capsys.readouterr().out
+        == f"{out.strip()}\n" + display.plan(Run(config.load(path))).replace("total: 28", "total: 40") + "\n"
+    )
+    assert files(place) == before
 
 
 def test_bad_input_is_found_before_torch_or_composer_is_imported(tiny):

@@ -1,6 +1,7 @@
 """The recipes as a user runs them, through `composer` and `python`."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,22 +18,21 @@ from lth_diet import tracking
 from lth_diet.masks import Mask
 
 COMPOSER = Path(sys.executable).with_name("composer")
-RECIPE = str(ROOT / "recipes/imp.py")
 
 
-def start(*arguments, ranks=None):
-    """Starts the recipe in the test's folder: with python, or with composer on some ranks."""
+def start(*arguments, ranks=None, recipe="imp"):
+    """Starts a recipe in the test's folder: with python, or with composer on some ranks."""
     launcher = [str(COMPOSER), "-n", str(ranks)] if ranks else [sys.executable]
     return subprocess.Popen(
-        [*launcher, RECIPE, "-f", *map(str, arguments)],
+        [*launcher, str(ROOT / f"recipes/{recipe}.py"), "-f", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run(*arguments, ranks=None):
-    process = start(*arguments, ranks=ranks)
+def run(*arguments, ranks=None, recipe="imp"):
+    process = start(*arguments, ranks=ranks, recipe=recipe)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -163,6 +163,82 @@ def test_ranks_that_train_together_resume_to_the_same_bits(tiny):
     code, _, err = run(path, *together, ranks=2)
     assert code == 0, err
     assert bits("runs") == bits("whole")
+
+
+MEASURED = re.compile(r"^(network \d)  scoring .* test accuracy", re.M)
+
+
+def test_scores_that_two_launches_of_two_ranks_need_are_computed_once(tiny):
+    launches = [
+        start(tiny(arm, f"{arm}.yaml"), "replicates=2", "scores.networks=4", "prune.levels=0", ranks=2)
+        for arm in ("easy", "hard")
+    ]
+    outputs = [launch.communicate(timeout=300) for launch in launches]
+    assert [launch.returncode for launch in launches] == [0, 0], outputs
+    networks = [name for out, _ in outputs for name in MEASURED.findall(out)]
+    assert sorted(networks) == [f"network {number}" for number in range(4)]
+    assert len(list(Path("runs/scores").glob("*/manifest.json"))) == 1
+    for arm in ("easy", "hard"):
+        assert len(list(Path("runs").glob(f"digits_{arm}-*/replicate_*/level_0/result.json"))) == 2
+
+    code, _, err = run("easy.yaml", "replicates=2", "scores.networks=4", "prune.levels=0", "runs=alone")
+    assert code == 0, err
+    easy = [path for path in Path("runs").iterdir() if "hard" not in path.name]
+    assert {name: tensors for folder in easy for name, tensors in bits(folder).items()} == {
+        name: tensors for folder in Path("alone").iterdir() for name, tensors in bits(folder).items()
+    }
+
+    client = MlflowClient(tracking.tracking_uri())
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    (parent,) = client.search_runs([experiment], "tags.phase = 'scores'")
+    history = client.get_metric_history(parent.info.run_id, "test_accuracy_percent")
+    assert sorted(point.step for point in history) == [0, 1, 2, 3]
+    artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert artifacts == {"config.json", "manifest.json", "scores.safetensors", "examples"}
+    (child, *_) = client.search_runs([experiment], "tags.phase = 'pretrain'")
+    artifacts = {item.path for item in client.list_artifacts(child.info.run_id)}
+    assert artifacts == {"images.png", "subset.json", "subset.png", "subset.safetensors"}
+
+
+def test_scoring_killed_inside_a_network_ends_with_the_same_bits(tiny):
+    path = tiny("easy")
+    longer = ["scores.steps=300", "scores.networks=3", "intervals.checkpoint=10", "pretrain.label_noise=0.1"]
+    code, out, err = run(path, *longer, "runs=whole", ranks=2, recipe="score")
+    assert code == 0, err
+    assert '"wrong_labels_roc_auc"' in out
+    process = start(path, *longer, ranks=2, recipe="score")
+    while not list(Path("runs").glob("scores/*/network_1/checkpoint.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not list(Path("runs").glob("scores/*/network_1/result.json"))
+    code, out, err = run(path, *longer, ranks=2, recipe="score")
+    assert code == 0, err
+    assert bits("runs") == bits("whole")
+
+    before = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.*")}
+    code, out, err = run(path, *longer, recipe="score")
+    assert code == 0, err
+    assert not MEASURED.search(out) and '"wrong_labels_roc_auc"' in out
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_ranks_that_train_together_score_each_alone(tiny):
+    path = tiny("hard")
+    code, out, err = run(path, "parallelism=data", "prune.levels=0", ranks=2)
+    assert code == 0, err
+    assert sorted(MEASURED.findall(out)) == ["network 0", "network 1"]
+    code, _, err = run(path, "runs=alone", recipe="score")
+    assert code == 0, err
+    assert bits("runs/scores") == bits("alone/scores")
+
+
+def test_a_network_that_diverges_stops_the_launch_with_its_name(tiny):
+    code, _, err = run(tiny("easy"), "train.lr=1e30", "scores.steps=20")
+    assert code == 1
+    assert re.search(r"error: scores: runs/scores/\w+/network_0: the loss is nan at step \d+ with learning rate", err)
+    assert not list(Path("runs").glob("digits*/replicate_*"))
 
 
 def test_a_replicate_that_fails_leaves_word_and_does_not_stop_the_others(tiny):

@@ -5,16 +5,17 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from lth_diet import config, launch, tracking
+from lth_diet import config, launch, scores, tracking
 from lth_diet.display import Progress
 from lth_diet.masks import Mask
 from lth_diet.models import ResNet
-from lth_diet.runs import Run
+from lth_diet.runs import Run, ScoreFolder
 
 
 @pytest.fixture
@@ -290,6 +291,33 @@ def test_the_command_catches_up_with_every_run_below_a_folder(run, capsys):
     assert len(stored()) == 4
 
 
+def test_a_scores_artifact_is_a_parent_run_whose_steps_are_networks(tiny, capsys):
+    folder = ScoreFolder(config.load(tiny("easy"), ["pretrain.label_noise=0.1"]))
+    folder.create()
+    network_metrics = {"test_accuracy_percent": [(1, 91.0)]}
+    for number in (1, 0):
+        phase = folder.network(number)
+        phase.write("curve.jsonl", b'{"step": 2, "timestamp": 1, "train_loss": 1.5}\n')
+        phase.finish({"network": number, "timestamp": 7 + number, "test_accuracy_percent": 90.0 + number})
+        tracking.sync_scores(folder.path)
+        status, tags, params, metrics = stored()[f"scores/{folder.path.name}"]
+        assert status == "RUNNING"
+        assert {name: sorted(points) for name, points in metrics.items()} == network_metrics
+        network_metrics = {"test_accuracy_percent": [(0, 90.0), (1, 91.0)]}
+    assert (tags["phase"], tags["scores_id"], tags["label_noise"]) == ("scores", folder.path.name, "0.1")
+    assert params["scores.networks"] == "2"
+    (folder.path / "examples").mkdir()
+    (folder.path / "examples/histogram.png").write_bytes(b"a picture")
+    scores.save(folder.path, np.zeros((2, 3), np.float32), np.zeros(3, int), "digits", "digits")
+    for _ in range(2):
+        assert tracking.main(["sync", "runs"]) == 0
+        assert capsys.readouterr().out == f"{folder.path}: up to date\n"
+    runs = stored()
+    assert len(runs) == 3 and {run[0] for run in runs.values()} == {"FINISHED"}
+    assert sorted(runs[f"scores/{folder.path.name}"][3]["test_accuracy_percent"]) == [(0, 90.0), (1, 91.0)]
+    assert runs[f"scores/{folder.path.name}/network_0"][3] == {"train_loss": [(2, 1.5)]}
+
+
 def test_the_command_refuses_a_folder_without_runs_and_an_unreachable_store(run, place, monkeypatch, capsys):
     assert tracking.main(["sync", str(place / "nowhere")]) == 2
     assert "nowhere: holds no run" in capsys.readouterr().err
@@ -302,8 +330,8 @@ def test_the_command_refuses_a_folder_without_runs_and_an_unreachable_store(run,
 def test_a_store_that_cannot_be_reached_is_one_warning(run, monkeypatch):
     finish(run.replicate(0).level(0), 0, level=0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/no/such/place.db")
-    progress = Progress([0], 0)
-    track = launch.Tracker(run.replicate(0), progress)
+    progress = Progress(["replicate_0"], 0)
+    track = launch.Tracker(lambda: tracking.sync(run.replicate(0)), run.path.parent, progress)
     track()
     track()
     (message,) = progress.messages

@@ -7,7 +7,7 @@ from lth_diet.algorithms import Rewind
 from lth_diet.display import Progress
 from lth_diet.loader import EvaluationLoader, Loader
 from lth_diet.models import classifier
-from lth_diet.runs import Phase
+from lth_diet.phases import Phase
 
 
 class Look(Algorithm):

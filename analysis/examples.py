@@ -1,0 +1,74 @@
+"""Numbers and pictures of a scores artifact, and of the subset that an arm takes by it.
+
+python -m analysis.examples runs/scores/<id> -o examples
+python -m analysis.examples runs/scores/<id> --arm easy --size 3200 -o examples      and of this subset
+python -m analysis.examples runs/scores/<id> --root data/mine -o examples            images that are not in data/
+
+Writes histogram.png, easiest.png, hardest.png and summary.json, and for a subset subset.png, images.png, subset.json
+and subset.safetensors; prints the numbers.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lth_diet import datasets, label_noise, scores, seeds, subsets
+from lth_diet.errors import UserError
+from lth_diet.examples import Examples, record_scores, record_subset
+
+
+def load(artifact: Path, root: str) -> Examples:
+    """The examples that an artifact scores, with its labels.
+
+    Args:
+        artifact: Its folder.
+        root: Folder of the data.
+
+    Raises:
+        UserError: If the artifact is damaged or the data are not those that it scores.
+    """
+    path = artifact / "scores.safetensors"
+    about = scores.manifest_of(path)
+    scores.refuse_other_data(path, about["dataset"], datasets.facts(about["dataset"], root).fingerprint)
+    data = datasets.load(about["dataset"], root)
+    classes, stream = len(data.class_names), seeds.stream(about.get("seed", 0), "all", "noise")
+    labels = label_noise.randomise(data.train.labels, about.get("label_noise", 0), classes, stream)
+    return Examples(data, labels, scores.load(path, labels))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path, help="folder of scores.safetensors and manifest.json")
+    parser.add_argument("--root", default="data", help="folder of the data, as dataset.root")
+    parser.add_argument("--arm", choices=("easy", "hard"))
+    parser.add_argument("--size", type=int, help="M of the subset")
+    parser.add_argument("--offset", type=int, default=0)
+    parser.add_argument("--class-balanced", action="store_true")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder")
+    arguments = parser.parse_args(argv)
+    try:
+        if (arguments.arm is None) != (arguments.size is None):
+            raise UserError("command line: --arm and --size make a subset together; allowed: both or neither")
+        examples = load(arguments.artifact, arguments.root)
+        last = len(examples.labels) - arguments.offset
+        if arguments.arm and not (0 < arguments.size <= last and arguments.offset >= 0):
+            raise UserError(f"command line: --size {arguments.size} --offset {arguments.offset}; allowed: 1 to {last}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = {"scores": record_scores(arguments.output, examples)}
+    if arguments.arm:
+        options = {"size": arguments.size, "class_balanced": arguments.class_balanced, "offset": arguments.offset}
+        end = {"easy": subsets.easy, "hard": subsets.hard}[arguments.arm]
+        choose = functools.partial(end, labels=examples.labels, **options)
+        found["subset"] = record_subset(arguments.output, examples, choose(examples.scores.mean), choose)
+    print(json.dumps(found, indent=2))
+    print(f"pictures: {arguments.output.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""A look at training examples: numbers and pictures of scores, and of the subset that pre-training sees."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from safetensors.numpy import save as save_tensors
+
+from lth_diet.datasets import Dataset
+from lth_diet.phases import write_atomically
+from lth_diet.scores import Scores
+
+Choice = Callable[[np.ndarray], np.ndarray]
+RIGHT, WRONG, REST = "#0072B2", "#D55E00", "#BBBBBB"  # apart for the colour-blind
+_SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
+_BINS = 60
+_COLUMNS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Training examples with what is known of them.
+
+    Attributes:
+        data: Their images and true labels.
+        labels: Labels as pre-training sees them, shape (N,).
+        scores: Of the same examples and labels, if there are any.
+    """
+
+    data: Dataset
+    labels: np.ndarray
+    scores: Scores | None = None
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """Which labels are not the true ones, boolean (N,)."""
+        return self.labels != self.data.train.labels
+
+    @property
+    def order(self) -> np.ndarray:
+        """Positions from the easiest to the hardest; as they stand without scores."""
+        return np.arange(len(self.labels)) if self.scores is None else np.argsort(self.scores.mean, kind="stable")
+
+    def of_class(self, label: int, order: np.ndarray) -> np.ndarray:
+        """Those of `order` that bear a label."""
+        return order[self.labels[order] == label]
+
+    def halves(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean scores of the first and of the second half of the networks; None if there is but one."""
+        values = self.scores.el2n
+        middle = len(values) // 2
+        return (values[:middle].mean(0), values[middle:].mean(0)) if middle else None
+
+
+def describe_scores(examples: Examples) -> dict[str, Any]:
+    """Agreement of the networks, and how well the scores find wrong labels.
+
+    Returns:
+        Numbers for JSON. Those by share have as keys the percentage of all examples that are taken as easiest or
+        hardest. `halves` compares the mean over the first with that over the second half of the networks.
+    """
+    from scipy.stats import spearmanr
+
+    order, wrong = examples.order, examples.wrong
+    sizes = {f"{100 * share:g}": max(1, round(share * len(order))) for share in _SHARES}
+    found = {"examples": len(order), "networks": len(examples.scores.el2n), "wrong_labels_percent": _percent(wrong)}
+    halves = examples.halves()
+    if halves:
+        found["halves_spearman"] = round(float(spearmanr(*halves).statistic), 4)
+        found["halves_overlap_of_easiest_percent"] = {
+            share: _overlap(halves, lambda scores, size=size: np.argsort(scores, kind="stable")[:size])
+            for share, size in sizes.items()
+        }
+    if wrong.any() and not wrong.all():
+        from sklearn.metrics import roc_auc_score
+
+        found["wrong_labels_roc_auc"] = round(float(roc_auc_score(wrong, examples.scores.mean)), 4)
+        ends = {"easiest": order, "hardest": order[::-1]}
+        for end, ranked in ends.items():
+            shares = {share: _percent(wrong[ranked[:size]]) for share, size in sizes.items()}
+            found[f"wrong_labels_in_{end}_percent"] = shares
+    return found
+
+
+def describe_subset(examples: Examples, indices: np.ndarray, choose: Choice | None = None) -> dict[str, Any]:
+    """Size, classes and wrong labels of a subset, and how far half of the networks would have chosen the same.
+
+    Args:
+        examples: All of them.
+        indices: The subset.
+        choose: From scores (N,) to a subset, where that is how it was chosen.
+    """
+    names = examples.data.class_names
+    counts = np.bincount(examples.labels[indices], minlength=len(names))
+    found = {
+        "size": len(indices),
+        "wrong_labels_percent": {"subset": _percent(examples.wrong[indices]), "data": _percent(examples.wrong)},
+        "classes": dict(zip(names, counts.tolist(), strict=True)),
+    }
+    if choose:
+        scores = examples.scores.mean[indices]
+        found["scores"] = {"lowest": float(scores.min()), "highest": float(scores.max())}
+        if halves := examples.halves():
+            found["halves_overlap_percent"] = _overlap(halves, choose)
+    return found
+
+
+def _percent(chosen: np.ndarray) -> float:
+    return round(100 * float(chosen.mean()), 4)
+
+
+def _overlap(halves: tuple[np.ndarray, np.ndarray], choose: Choice) -> float:
+    first, second = (choose(scores) for scores in halves)
+    return round(100 * len(np.intersect1d(first, second)) / len(first), 4)
+
+
+def histogram(examples: Examples) -> Figure:
+    """Scores of all examples, those with wrong labels in another colour."""
+    figure = Figure(figsize=(7, 4), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    _histogram(axes, examples, np.arange(len(examples.labels)))
+    axes.set_title(f"{examples.data.name}: scores of {len(examples.labels):,} training examples")
+    return figure
+
+
+def _histogram(axes: Any, examples: Examples, indices: np.ndarray) -> None:
+    mean, wrong = examples.scores.mean, examples.wrong
+    edges = np.histogram_bin_edges(mean, _BINS)
+    if len(indices) < len(mean):
+        axes.hist(mean, edges, color=REST, label=f"all examples ({len(mean):,})")
+    parts = {"true label": indices[~wrong[indices]], "wrong label": indices[wrong[indices]]}
+    parts = {name: part for name, part in parts.items() if len(part) or name == "true label"}
+    axes.hist(
+        [mean[part] for part in parts.values()],
+        edges,
+        stacked=True,
+        color=[RIGHT, WRONG][: len(parts)],
+        label=[f"{name} ({len(part):,})" for name, part in parts.items()],
+    )
+    networks = examples.scores.manifest.get("networks", len(examples.scores.el2n))
+    axes.set(xlabel=f"EL2N score (mean of {networks} networks; 0 to √2)", ylabel="Examples")
+    axes.legend()
+
+
+def subset_figure(examples: Examples, indices: np.ndarray) -> Figure:
+    """Where a subset lies among the scores, if there are any, and its classes."""
+    names = examples.data.class_names
+    named = len(names) <= 30
+    scored = examples.scores is not None
+    figure = Figure(figsize=(11 if scored else 6, max(4, 0.26 * len(names) if named else 4)), dpi=120)
+    figure.set_layout_engine("constrained")
+    *left, right = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
+    if scored:
+        _histogram(left[0], examples, indices)
+    wrong = examples.wrong[indices]
+    start = np.zeros(len(names))
+    for part, colour, label in ((~wrong, RIGHT, "true label"), (wrong, WRONG, "wrong label")):
+        counts = np.bincount(examples.labels[indices[part]], minlength=len(names))
+        if part.any() or label == "true label":
+            right.barh(range(len(names)), counts, left=start, color=colour, label=f"{label} ({part.sum():,})")
+        start += counts
+    right.axvline(len(indices) / len(names), color="black", linestyle="--", label="equal share")
+    right.set_yticks(range(len(names)), names) if named else right.set_ylabel(f"Class (0 to {len(names) - 1})")
+    right.invert_yaxis()
+    right.set_xlabel("Examples of the subset, by the label given")
+    right.legend()
+    title = f"{examples.data.name}: subset of {len(indices):,} of {len(examples.labels):,} training examples"
+    if examples.wrong.any():
+        share, of_all = _percent(wrong), _percent(examples.wrong)
+        title += f"\nwrong labels: {share:.2f} % of the subset, {of_all:.2f} % of the data"
+    figure.suptitle(title)
+    return figure
+
+
+def contact_sheet(examples: Examples, groups: dict[str, list[np.ndarray]], title: str) -> Figure:
+    """Images by class: a row a class, named by the label given; a wrong label is framed, with the true class on it.
+
+    Args:
+        examples: All of them.
+        groups: Heading to the positions of images to show side by side, a list a class; as many at most of each
+            class as of the others.
+        title: Of the figure.
+    """
+    images, names = examples.data.train.images, examples.data.class_names
+    height, width = images.shape[1:3]
+    gap = max(1, height // 12)
+    widest = {heading: max(1, *(len(row) for row in rows)) for heading, rows in groups.items()}
+    columns = sum(widest.values()) + len(groups) - 1
+    canvas = np.full((len(names) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    frames, headings, ranges, first = [], [], [[] for _ in names], 0
+    for heading, rows in groups.items():
+        headings.append(((first + widest[heading] / 2) * (width + gap) - gap / 2, heading))
+        for row, positions in enumerate(rows):
+            for column, position in enumerate(positions, first):
+                top, left = row * (height + gap), column * (width + gap)
+                canvas[top : top + height, left : left + width] = images[position]
+                if examples.wrong[position]:
+                    frames.append((top, left, names[examples.data.train.labels[position]]))
+            if examples.scores is not None and len(positions):
+                values = examples.scores.mean[positions]
+                ranges[row].append(f"{values.min():.2g} to {values.max():.2g}")
+        first += widest[heading] + 1
+    cell = 0.62 if len(names) <= 30 else 0.45
+    size = (cell * columns * width / height + 2.6, cell * len(names) + 1)
+    figure = Figure(figsize=size, layout="constrained", dpi=120)
+    axes = figure.subplots()
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set(
+        xlim=(-0.5 - gap / 2, canvas.shape[1] - 0.5 + gap / 2), ylim=(canvas.shape[0] - 0.5 + gap / 2, -0.5 - gap / 2)
+    )
+    for top, left, name in frames:
+        axes.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=WRONG, linewidth=2))
+        style = {"boxstyle": "square,pad=0.1", "facecolor": WRONG, "linewidth": 0}
+        axes.text(left, top + height - 1, name, fontsize=5, color="white", va="bottom", bbox=style, clip_on=True)
+    middles = [row * (height + gap) + height / 2 for row in range(len(names))]
+    axes.set_yticks(
+        middles, [f"{name}\n{' | '.join(texts) or 'none'}" for name, texts in zip(names, ranges, strict=True)]
+    )
+    axes.set_xticks([place for place, _ in headings], [heading for _, heading in headings])
+    axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    below = "label given, and scores of the images shown" if examples.scores is not None else "label given"
+    frame = "; framed: a wrong label, with the true class" if frames else ""
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(f"rows: {below}{frame}", fontsize=7)
+    return figure
+
+
+def _ends(examples: Examples, order: np.ndarray, count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Of each class the first `count` of an order, and the last, the last one first."""
+    rows = [examples.of_class(label, order) for label in range(len(examples.data.class_names))]
+    return [row[:count] for row in rows], [row[::-1][:count] for row in rows]
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def record_scores(folder: Path, examples: Examples) -> dict[str, Any]:
+    """Write summary.json, histogram.png, easiest.png and hardest.png; returns the summary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = describe_scores(examples)
+    easiest, hardest = _ends(examples, examples.order, _COLUMNS)
+    write_atomically(folder / "histogram.png", _png(histogram(examples)))
+    for name, rows in (("easiest", easiest), ("hardest", hardest)):
+        title = f"{examples.data.name}: the {name} training images of each class, {name} first"
+        write_atomically(folder / f"{name}.png", _png(contact_sheet(examples, {name: rows}, title)))
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
+    return summary
+
+
+def record_subset(folder: Path, examples: Examples, indices: np.ndarray, choose: Choice | None) -> dict[str, Any]:
+    """Write subset.json, subset.png, images.png and, last, subset.safetensors with the indices; returns the first.
+
+    Args:
+        folder: Where to.
+        examples: All of them.
+        indices: The subset.
+        choose: As for `describe_subset`.
+    """
+    summary = describe_subset(examples, indices, choose)
+    if choose:
+        order = examples.order[np.isin(examples.order, indices)]
+        easiest, hardest = _ends(examples, order, _COLUMNS // 2)
+        groups = {"easiest of the subset": easiest, "hardest of the subset": hardest}
+    else:
+        groups = {"some of the subset": _ends(examples, indices, _COLUMNS)[0]}
+    shown = examples if choose else dataclasses.replace(examples, scores=None)
+    title = f"{examples.data.name}: images of the subset of {len(indices):,}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "subset.json", json.dumps(summary, indent=2))
+    write_atomically(folder / "subset.png", _png(subset_figure(shown, indices)))
+    write_atomically(folder / "images.png", _png(contact_sheet(shown, groups, title)))
+    write_atomically(folder / "subset.safetensors", save_tensors({"indices": indices.astype(np.int64)}))
+    return summary

@@ -1,0 +1,167 @@
+"""A phase, which is one Composer training: its files, how they are written, whether it is done.
+
+<phase>/
+    curve.jsonl             step, timestamp (ms), metrics
+    <what it made>          weights.safetensors, mask.safetensors, el2n.safetensors, subset.safetensors
+    result.json             written last, with the sha256 of the files above: the done marker
+    checkpoint.json         while the phase runs: which Composer checkpoint to resume from
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lth_diet import __version__
+from lth_diet.errors import UserError
+
+
+class AnotherProcessError(UserError):
+    """Another process works in this folder."""
+
+
+@contextlib.contextmanager
+def held(folder: Path, patience: float) -> Iterator[None]:
+    """Keep other processes out of a folder; the system lets go when this one dies, however it dies.
+
+    Args:
+        folder: Made if it is not there.
+        patience: Seconds to wait for one that is about to end; -1 waits as long as it takes.
+
+    Raises:
+        AnotherProcessError: If another process holds it for longer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        hold = FileLock(folder / ".lock").acquire(timeout=patience)
+    except Timeout:
+        raise AnotherProcessError(f"{folder} is being trained by another process; wait for it, or end it") from None
+    with hold:
+        yield
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that it has its old content or the new one, whenever the process is killed."""
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    with open(part, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of what trains: packages, and the commit of this repository where it is one."""
+    found = {"python": platform.python_version(), "lth_diet": __version__}
+    found |= {name: metadata.version(package) for name, package in (("torch", "torch"), ("composer", "mosaicml"))}
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = os.environ.get("LTH_DIET_COMMIT", "")  # an image has no repository
+    with contextlib.suppress(OSError):
+        commit = commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return found | ({"git_commit": commit} if commit else {})
+
+
+class Phase:
+    """The directory of one Composer training: `pretrain`, `level_<L>` or `network_<k>`.
+
+    Args:
+        path: May not exist yet.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "result.json").exists()
+
+    def result(self) -> dict[str, Any]:
+        """The measurements of a finished phase."""
+        return json.loads((self.path / "result.json").read_text())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write one of the phase's files, atomically."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / name, content)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Mark the phase as done and forget its checkpoint."""
+        made = [path for path in self.path.iterdir() if path.suffix in (".safetensors", ".jsonl")]
+        files = {path.name: sha256(path) for path in sorted(made)}
+        result = {**result, "versions": versions(), "sha256": files}
+        write_atomically(self.path / "result.json", json.dumps(result, indent=2))
+        self._keep_only_checkpoint(None)
+
+    def verified(self, name: str) -> Path:
+        """Path of a file of a finished phase.
+
+        Raises:
+            UserError: If it is missing or its content is not what was written.
+        """
+        path = self.path / name
+        if not path.exists() or sha256(path) != self.result()["sha256"][name]:
+            raise UserError(f"{path}: missing or damaged; delete {self.path} and what follows it to compute it again")
+        return path
+
+    def checkpoint(self) -> tuple[Path, int] | None:
+        """Composer's newest whole checkpoint and its step, or None."""
+        try:
+            about = json.loads((self.path / "checkpoint.json").read_text())
+            path = self.path / about["file"]
+            return (path, about["step"]) if sha256(path) == about["sha256"] else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where to write the checkpoint of a step, before `commit_checkpoint`."""
+        return self.path / f"checkpoint-{step}.pt"
+
+    def commit_checkpoint(self, step: int) -> None:
+        """Resume from this step from now on."""
+        path = self.checkpoint_path(step)
+        about = {"file": path.name, "step": step, "sha256": sha256(path)}
+        write_atomically(self.path / "checkpoint.json", json.dumps(about))
+        self._keep_only_checkpoint(path)
+
+    def _keep_only_checkpoint(self, keep: Path | None) -> None:
+        if keep is None:
+            (self.path / "checkpoint.json").unlink(missing_ok=True)
+        for path in self.path.glob("checkpoint-*.pt"):
+            if path != keep:
+                path.unlink()
+
+    def curve(self, until: int | None = None) -> list[dict[str, float]]:
+        """Rows of the training curve, up to and with step `until`."""
+        path = self.path / "curve.jsonl"
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the last line of a process that was killed
+                break
+            if until is None or row["step"] <= until:
+                rows.append(row)
+        return rows
+
+    def cut_curve(self, until: int) -> None:
+        """Drop the rows after step `until`: they will be measured again."""
+        rows = self.curve(until)
+        self.write("curve.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())

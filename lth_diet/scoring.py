@@ -1,0 +1,119 @@
+"""Scores a data set: trains K networks and measures the EL2N score of every training example (paper, appendix A)."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from safetensors.numpy import save as save_tensors
+from torch import nn
+
+from lth_diet import datasets, scores, seeds, training
+from lth_diet.config import Config
+from lth_diet.display import Progress
+from lth_diet.examples import Examples, record_scores
+from lth_diet.ingredients import Ingredients
+from lth_diet.loader import EvaluationLoader
+from lth_diet.phases import AnotherProcessError, held, versions
+from lth_diet.runs import ScoreFolder
+from lth_diet.scores import Scores, el2n
+
+_POLL = 0.5  # seconds
+
+
+class Scoring:
+    """One scores artifact. Any number of processes may make it together: each trains a network that no other holds.
+
+    A process that dies lets go of its network, and another goes on from its last checkpoint.
+
+    Args:
+        config: Its scoring settings.
+        progress: Told of what happens.
+        track: Called whenever there is something new for MLflow in the folder.
+        order: Numbers of the networks, those to begin with first.
+    """
+
+    def __init__(self, config: Config, progress: Progress, track: Callable[[], None], order: Sequence[int]):
+        self.config = config
+        self.folder = ScoreFolder(config)
+        self.progress = progress
+        self.track = track
+        self.order = order
+
+    def run(self) -> None:
+        """Return when the artifact is there, whoever made it."""
+        told = False
+        while not all(network.done for network in self.folder.networks()):
+            if not any(self.train(number) for number in self.order):
+                if not told:
+                    self.progress.say("waiting for networks that other processes train")
+                told = True
+                time.sleep(_POLL)
+        with held(self.folder.path, patience=-1):
+            if not self.folder.done:
+                self.combine()
+                self.track()
+
+    def train(self, number: int) -> bool:
+        """Train and evaluate a network; False if it is done already or in the hands of another process."""
+        phase = self.folder.network(number)
+        if phase.done:
+            return False
+        try:
+            with held(phase.path, patience=0):
+                if phase.done:
+                    return False
+                ingredients = Ingredients(self.config, phase.name)
+                model, data = ingredients.network(), ingredients.noisy
+                settings = self.config.train
+                schedule = training.Schedule(0, self.config.scores.steps, settings.lr, settings.milestones)
+                self.progress.begin(phase.name, "scoring")
+                loader, evaluation = ingredients.loader(data), ingredients.evaluation(data.test)
+                result = training.train(
+                    model, loader, evaluation, schedule, [], phase, self.config, self.progress, self.track
+                )
+                errors = el2n(probabilities(model.module, ingredients.evaluation(data.train)), data.train.labels)
+                phase.write("el2n.safetensors", save_tensors({"el2n": errors.astype(np.float32)}))
+                phase.finish({"network": number, **result})
+        except AnotherProcessError:
+            return False
+        self.progress.measured(phase.name, "scoring", result["test_accuracy_percent"])
+        self.progress.end(phase.name, "done")
+        self.track()
+        return True
+
+    def combine(self) -> None:
+        """Make one artifact of the networks' scores."""
+        ingredients = Ingredients(self.config, "all")
+        networks = self.folder.networks()
+        values = np.stack([load_file(network.verified("el2n.safetensors"))["el2n"] for network in networks])
+        labels = ingredients.noisy.train.labels
+        record_scores(self.folder.path / "examples", Examples(ingredients.data, labels, Scores(values, {})))
+        facts = datasets.facts(self.config.dataset.name, self.config.dataset.root)
+        scores.save(
+            self.folder.path,
+            values,
+            labels,
+            self.config.dataset.name,
+            facts.fingerprint,
+            label_noise=self.config.pretrain.label_noise,
+            seed=self.config.seed,
+            network_seeds=[seeds.stream(self.config.seed, network.name, "init") for network in networks],
+            model=self.config.model_name,
+            networks=len(networks),
+            steps=self.config.scores.steps,
+            test_accuracy_percent=[network.result()["test_accuracy_percent"] for network in networks],
+            identity=self.config.scores_identity(),
+            versions=versions(),
+        )
+
+
+@torch.no_grad()
+def probabilities(network: nn.Module, images: EvaluationLoader) -> np.ndarray:
+    """Softmax outputs in evaluation mode and full precision, float64 (N, classes).
+
+    Double precision keeps the easiest examples apart, whose probabilities are 1 in single precision.
+    """
+    network.eval()
+    return torch.cat([network(batch).double().softmax(1).cpu() for batch, _ in images]).numpy()

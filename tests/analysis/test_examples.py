@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from analysis import examples
+from lth_diet import config
+from lth_diet.display import Progress
+from lth_diet.scoring import Scoring
+
+
+@pytest.fixture
+def artifact(tiny):
+    """Scores of the noisy digits by two networks."""
+    loaded = config.load(tiny("easy"), ["pretrain.label_noise=0.2"])
+    scoring = Scoring(loaded, Progress([], 0), lambda: None, range(2))
+    scoring.folder.create()
+    scoring.run()
+    return scoring.folder.path
+
+
+def test_an_artifact_gives_the_pictures_and_numbers_that_scoring_wrote(artifact, place, capsys):
+    assert examples.main([str(artifact), "-o", "out"]) == 0
+    for name in ("summary.json", "histogram.png", "easiest.png", "hardest.png"):
+        assert (place / "out" / name).read_bytes() == (artifact / "examples" / name).read_bytes()
+    assert '"wrong_labels_roc_auc"' in capsys.readouterr().out
+
+
+def test_a_subset_is_shown_too(artifact, place):
+    assert examples.main([str(artifact), "--arm", "hard", "--size", "100", "--class-balanced", "-o", "out"]) == 0
+    found = json.loads((place / "out/subset.json").read_text())
+    assert found["size"] == 100 and set(found["classes"].values()) == {10}
+    assert (place / "out/images.png").exists()
+
+
+BAD = {
+    "--arm easy": "--arm and --size make a subset together; allowed: both or neither",
+    "--arm easy --size 2000": "--size 2000 --offset 0; allowed: 1 to 1442",
+    "--arm easy --size 5 --offset 1440": "--size 5 --offset 1440; allowed: 1 to 2",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_sentence(artifact, place, capsys, arguments):
+    assert examples.main([str(artifact), *arguments.split(), "-o", "out"]) == 2
+    err = capsys.readouterr().err
+    assert BAD[arguments] in err and err.count("\n") == 1
+    assert not (place / "out").exists()
+
+
+def test_a_folder_without_scores_is_one_sentence(place, capsys):
+    assert examples.main([str(place), "-o", "out"]) == 2
+    assert "manifest.json cannot be read (No such file or directory)" in capsys.readouterr().err

@@ -1,0 +1,125 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+from scipy.stats import spearmanr
+
+from lth_diet import datasets, examples, subsets
+from lth_diet.examples import Examples
+from lth_diet.scores import Scores
+
+
+@pytest.fixture
+def noisy():
+    """The digits with a third of the labels wrong, and scores of four networks that rank most of those highest."""
+    data = datasets.load("digits", "unused")
+    labels = data.train.labels.copy()
+    labels[::3] = (labels[::3] + 1) % 10
+    random = np.random.default_rng(0)
+    values = random.random((4, len(labels))) + 0.5 * (labels != data.train.labels)
+    return Examples(data, labels, Scores(values.astype(np.float32), {}))
+
+
+def test_wrong_labels_are_counted_where_they_are(noisy):
+    found = examples.describe_scores(noisy)
+    mean, wrong = noisy.scores.mean, noisy.wrong
+    assert found["wrong_labels_percent"] == round(100 * wrong.mean(), 4)
+    size = round(0.1 * len(mean))
+    hardest = np.argsort(mean)[-size:]
+    assert found["wrong_labels_in_hardest_percent"]["10"] == round(100 * wrong[hardest].mean(), 4)
+    assert found["wrong_labels_in_easiest_percent"]["10"] < found["wrong_labels_percent"]
+    pairs = mean[wrong][:, None] > mean[~wrong]
+    assert found["wrong_labels_roc_auc"] == pytest.approx(pairs.mean(), abs=1e-4)
+
+
+def test_the_halves_of_the_networks_are_compared(noisy):
+    first, second = noisy.scores.el2n[:2].mean(0), noisy.scores.el2n[2:].mean(0)
+    found = examples.describe_scores(noisy)
+    assert found["halves_spearman"] == pytest.approx(spearmanr(first, second).statistic, abs=1e-4)
+    size = round(0.25 * len(first))
+    common = set(np.argsort(first)[:size]) & set(np.argsort(second)[:size])
+    assert found["halves_overlap_of_easiest_percent"]["25"] == pytest.approx(100 * len(common) / size, abs=1e-4)
+    one = Examples(noisy.data, noisy.labels, Scores(noisy.scores.el2n[:1], {}))
+    assert "halves_spearman" not in examples.describe_scores(one)
+
+
+def test_clean_labels_have_no_share_of_wrong_ones_to_find(noisy):
+    clean = Examples(noisy.data, noisy.data.train.labels, noisy.scores)
+    found = examples.describe_scores(clean)
+    assert found["wrong_labels_percent"] == 0
+    assert not any(key.startswith(("wrong_labels_in", "wrong_labels_roc")) for key in found)
+
+
+def choose(noisy):
+    return lambda scores: subsets.hard(scores, noisy.labels, 200)
+
+
+def test_a_subset_is_described_by_classes_wrong_labels_and_agreement(noisy):
+    indices = choose(noisy)(noisy.scores.mean)
+    found = examples.describe_subset(noisy, indices, choose(noisy))
+    assert found["size"] == 200 == sum(found["classes"].values())
+    assert found["classes"]["3"] == int((noisy.labels[indices] == 3).sum())
+    shares = found["wrong_labels_percent"]
+    assert shares == {"subset": 100 * noisy.wrong[indices].mean(), "data": round(100 * noisy.wrong.mean(), 4)}
+    assert found["scores"]["lowest"] == noisy.scores.mean[indices].min()
+    halves = [set(choose(noisy)(noisy.scores.el2n[part].mean(0))) for part in (slice(0, 2), slice(2, 4))]
+    assert found["halves_overlap_percent"] == 100 * len(halves[0] & halves[1]) / 200
+
+
+def colours(content):
+    image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content).convert("RGB")
+    return {colour for _, colour in image.getcolors(1_000_000)}
+
+
+def rgb(colour):
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def test_the_pictures_of_scores_show_wrong_labels_in_their_colour(noisy, place):
+    examples.record_scores(place / "noisy", noisy)
+    clean = Examples(noisy.data, noisy.data.train.labels, noisy.scores)
+    summary = examples.record_scores(place / "clean", clean)
+    assert json.loads((place / "clean/summary.json").read_text()) == summary
+    for name in ("histogram.png", "hardest.png"):
+        assert rgb(examples.WRONG) in colours(place / "noisy" / name)
+        assert rgb(examples.WRONG) not in colours(place / "clean" / name)
+
+
+def test_a_contact_sheet_shows_every_pixel_of_its_images_in_their_rows(noisy):
+    rows = [noisy.of_class(label, noisy.order)[:2] for label in range(10)]
+    axes = examples.contact_sheet(noisy, {"a": rows, "b": rows}, "title").axes[0]
+    canvas = np.asarray(axes.images[0].get_array())
+    assert canvas.shape[0] == 10 * 9 - 1, "ten rows of eight pixels, one between them"
+    second_of_class_4 = noisy.data.train.images[rows[4][1]]
+    assert np.array_equal(canvas[4 * 9 : 4 * 9 + 8, 9:17, :1], second_of_class_4)
+    after_a_gap = canvas[4 * 9 : 4 * 9 + 8, 4 * 9 : 4 * 9 + 8, :1]
+    assert np.array_equal(after_a_gap, second_of_class_4)
+    assert [text.get_text().split("\n")[0] for text in axes.get_yticklabels()] == list(noisy.data.class_names)
+    framed = sum(noisy.wrong[position] for row in rows for position in row)
+    assert len(axes.patches) == 2 * framed and len(axes.texts) == 2 * framed
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_the_record_of_a_subset_ends_with_its_indices(noisy, place, scored):
+    indices = choose(noisy)(noisy.scores.mean)
+    given = noisy if scored else Examples(noisy.data, noisy.labels)
+    summary = examples.record_subset(place, given, indices, choose(noisy) if scored else None)
+    assert json.loads((place / "subset.json").read_text()) == summary
+    assert ("scores" in summary) == scored
+    assert np.array_equal(load_file(place / "subset.safetensors")["indices"], indices)
+    for name in ("subset.png", "images.png"):
+        assert rgb(examples.WRONG) in colours(place / name)
+
+
+def test_a_hundred_classes_and_colour_images_are_drawn(place):
+    images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(300) % 100
+    split = datasets.Split(images, labels)
+    data = datasets.Dataset("mine", split, split, (0.5,) * 3, (0.2,) * 3, tuple(f"class {i}" for i in range(100)))
+    scored = Examples(data, labels, Scores(np.random.default_rng(1).random((2, 300)).astype(np.float32), {}))
+    examples.record_scores(place, scored)
+    examples.record_subset(place, scored, np.arange(50), lambda scores: np.arange(50))
+    assert Image.open(place / "easiest.png").height > 3000

@@ -1,0 +1,66 @@
+import pytest
+
+from lth_diet import phases
+from lth_diet.errors import UserError
+from lth_diet.phases import Phase
+
+
+@pytest.fixture
+def phase(place):
+    made = Phase(place / "level_0")
+    made.write("curve.jsonl", b'{"step": 2, "a": 1}\n{"step": 4, "a": 2}\n{"step": 6, "a"')
+    return made
+
+
+def test_a_write_that_is_killed_leaves_the_old_content(place, monkeypatch):
+    path = place / "file"
+    phases.write_atomically(path, "old")
+
+    def killed(fd):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phases.os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        phases.write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_a_phase_is_done_when_its_result_is_written(phase):
+    assert not phase.done
+    phase.finish({"level": 0})
+    assert phase.done
+    assert phase.result()["level"] == 0
+    assert phase.verified("curve.jsonl").exists()
+
+
+def test_a_file_that_is_not_what_was_written_is_refused(phase):
+    phase.finish({})
+    (phase.path / "curve.jsonl").write_text("else")
+    with pytest.raises(UserError, match=r"level_0/curve\.jsonl: missing or damaged; delete "):
+        phase.verified("curve.jsonl")
+
+
+def test_the_curve_ends_at_a_torn_line_and_at_the_step_asked_for(phase):
+    assert [row["step"] for row in phase.curve()] == [2, 4]
+    assert [row["step"] for row in phase.curve(until=3)] == [2]
+    phase.cut_curve(2)
+    assert (phase.path / "curve.jsonl").read_text() == '{"step": 2, "a": 1}\n'
+
+
+def test_only_a_committed_whole_checkpoint_counts(phase):
+    for step in (10, 20):
+        phase.checkpoint_path(step).write_text(f"state {step}")
+        phase.commit_checkpoint(step)
+    assert phase.checkpoint() == (phase.checkpoint_path(20), 20)
+    assert not phase.checkpoint_path(10).exists()
+    phase.checkpoint_path(30).write_text("not committed")
+    assert phase.checkpoint()[1] == 20
+    phase.checkpoint_path(20).write_text("torn")
+    assert phase.checkpoint() is None
+
+
+def test_a_finished_phase_keeps_no_checkpoint(phase):
+    phase.checkpoint_path(10).write_text("state")
+    phase.commit_checkpoint(10)
+    phase.finish({})
+    assert not list(phase.path.glob("checkpoint*"))

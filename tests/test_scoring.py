@@ -1,0 +1,129 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from lth_diet import config, datasets, label_noise, scores, seeds
+from lth_diet.display import Progress
+from lth_diet.errors import UserError
+from lth_diet.ingredients import Ingredients
+from lth_diet.loader import EvaluationLoader
+from lth_diet.phases import held
+from lth_diet.runs import ScoreFolder
+from lth_diet.scoring import Scoring, probabilities, training
+
+
+@pytest.fixture
+def scoring(tiny):
+    """Scoring of the digits by two networks of six steps."""
+
+    def make(*overrides):
+        made = Scoring(config.load(tiny("easy"), overrides), Progress([], 0), lambda: None, range(2))
+        made.folder.create()
+        return made
+
+    return make
+
+
+def test_probabilities_are_those_of_single_images_in_evaluation_mode(scoring):
+    ingredients = Ingredients(scoring().config, "network_0")
+    network, data = ingredients.network().module, ingredients.data
+    network.train()
+    found = probabilities(network, ingredients.evaluation(data.train))
+    assert found.shape == (1442, 10) and found.dtype == np.float64
+    assert found.sum(1) == pytest.approx(1)
+    few = datasets.Split(data.train.images[:3], data.train.labels[:3])
+    images, _ = next(iter(EvaluationLoader(data, few)))
+    for image, row in zip(images, found, strict=False):
+        with torch.no_grad():
+            assert row == pytest.approx(network(image[None]).double().softmax(1)[0].numpy(), rel=1e-4)
+
+
+def test_an_artifact_has_the_scores_of_every_network_and_tells_how_they_were_made(scoring):
+    made = scoring("pretrain.label_noise=0.5")
+    made.run()
+    assert made.folder.done
+    clean = datasets.load("digits", "unused").train.labels
+    labels = label_noise.randomise(clean, 0.5, 10, seeds.stream(42, "all", "noise"))
+    loaded = scores.load(made.folder.path / "scores.safetensors", labels)
+    assert loaded.el2n.shape == (2, 1442)
+    assert loaded.el2n.min() >= 0 and loaded.el2n.max() <= 2**0.5
+    assert not np.array_equal(*loaded.el2n), "networks differ in initialisation and order"
+    for number, row in enumerate(loaded.el2n):
+        assert np.array_equal(load_file(made.folder.network(number).path / "el2n.safetensors")["el2n"], row)
+    about = loaded.manifest
+    assert (about["dataset"], about["networks"], about["steps"], about["seed"]) == ("digits", 2, 6, 42)
+    assert (about["label_noise"], about["model"], about["examples"]) == (0.5, "ResNet-8 width 2", 1442)
+    assert about["network_seeds"] == [seeds.stream(42, f"network_{k}", "init") for k in range(2)]
+    assert len(about["test_accuracy_percent"]) == 2 and about["versions"]["torch"]
+    assert about["identity"] == json.loads(json.dumps(made.config.scores_identity()))
+    names = {path.name for path in (made.folder.path / "examples").iterdir()}
+    assert names == {"histogram.png", "easiest.png", "hardest.png", "summary.json"}
+
+
+def test_networks_train_on_the_noisy_labels_as_train_says_from_the_first_step(scoring, monkeypatch):
+    seen, original = [], training.train
+
+    def watched(model, loader, evaluation, schedule, algorithms, *rest):
+        seen.append((loader.labels.clone(), schedule, list(algorithms)))
+        return original(model, loader, evaluation, schedule, algorithms, *rest)
+
+    monkeypatch.setattr(training, "train", watched)
+    made = scoring("pretrain.label_noise=0.5", "train.lr=0.3", "train.milestones=[3, 9]")
+    made.run()
+    assert len(seen) == 2
+    for labels, schedule, algorithms in seen:
+        assert np.array_equal(labels.numpy(), Ingredients(made.config, "all").noisy.train.labels)
+        assert schedule == training.Schedule(0, 6, 0.3, (3, 9)) and algorithms == []
+
+
+def test_a_finished_artifact_or_network_is_not_computed_again(scoring, monkeypatch):
+    made = scoring()
+    made.run()
+    before = {path: path.stat().st_mtime_ns for path in made.folder.path.rglob("*") if path.name != ".lock"}
+    monkeypatch.setattr(training, "train", lambda *args: pytest.fail("trained again"))
+    scoring().run()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    (made.folder.path / "manifest.json").unlink()
+    content = (made.folder.path / "scores.safetensors").read_bytes()
+    scoring().run()
+    assert (made.folder.path / "scores.safetensors").read_bytes() == content
+
+
+def test_a_network_that_another_process_holds_is_left_to_it(scoring):
+    made = scoring()
+    with held(made.folder.network(1).path, 0):
+        assert made.train(0)
+        assert not made.train(1)
+    assert made.train(1)
+    assert not made.train(1)
+
+
+def test_a_network_does_not_depend_on_the_others_or_on_their_number(scoring):
+    few, more = scoring(), scoring("scores.networks=3")
+    assert few.folder.path != more.folder.path
+    few.train(1)
+    more.train(1)
+    name = "network_1/el2n.safetensors"
+    assert (few.folder.path / name).read_bytes() == (more.folder.path / name).read_bytes()
+
+
+def test_a_damaged_network_is_refused_by_name(scoring):
+    made = scoring()
+    for number in range(2):
+        made.train(number)
+    path = made.folder.network(0).path / "el2n.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"network_0/el2n\.safetensors: missing or damaged"):
+        made.run()
+    assert not made.folder.done
+
+
+def test_the_experiment_of_an_artifact_is_that_of_the_first_launch(scoring):
+    first = scoring()
+    scoring("experiment=later")
+    about = json.loads((first.folder.path / "config.json").read_text())
+    assert about["experiment"] == "tiny"
+    assert ScoreFolder(first.config).path == first.folder.path
