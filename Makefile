@@ -11,7 +11,7 @@ BIN = .venv/bin
 .PHONY: quickstart test integration lint ui lock
 
 quickstart: .venv/installed
-	for arm in init all random; do $(BIN)/composer -n 2 recipes/imp.py -f yamls/digits_$$arm.yaml || exit 1; done
+	for arm in init all random easy hard; do $(BIN)/composer -n 2 recipes/imp.py -f yamls/digits_$$arm.yaml || exit 1; done
 	$(BIN)/python -m analysis.curves --experiment digits -o quickstart.png
 
 test: .venv/installed

@@ -204,7 +204,7 @@ def contact_sheet(examples: Examples, groups: dict[str, list[np.ndarray]], title
                     frames.append((top, left, names[examples.data.train.labels[position]]))
             if examples.scores is not None and len(positions):
                 values = examples.scores.mean[positions]
-                ranges[row].append(f"{values.min():.2g} to {values.max():.2g}")
+                ranges[row].append(f"{values.min():.3g} to {values.max():.3g}")
         first += widest[heading] + 1
     cell = 0.62 if len(names) <= 30 else 0.45
     size = (cell * columns * width / height + 2.6, cell * len(names) + 1)
@@ -219,9 +219,8 @@ def contact_sheet(examples: Examples, groups: dict[str, list[np.ndarray]], title
         style = {"boxstyle": "square,pad=0.1", "facecolor": WRONG, "linewidth": 0}
         axes.text(left, top + height - 1, name, fontsize=5, color="white", va="bottom", bbox=style, clip_on=True)
     middles = [row * (height + gap) + height / 2 for row in range(len(names))]
-    axes.set_yticks(
-        middles, [f"{name}\n{' | '.join(texts) or 'none'}" for name, texts in zip(names, ranges, strict=True)]
-    )
+    labels = ["\n".join([name, *(texts or ["none"])]) for name, texts in zip(names, ranges, strict=True)]
+    axes.set_yticks(middles, labels)
     axes.set_xticks([place for place, _ in headings], [heading for _, heading in headings])
     axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
