@@ -20,6 +20,7 @@ from lth_diet.runs import ScoreFolder
 from lth_diet.scores import Scores, el2n
 
 _POLL = 0.5  # seconds
+_PATIENCE = 60  # polls, before a person is told
 
 
 class Scoring:
@@ -43,17 +44,17 @@ class Scoring:
 
     def run(self) -> None:
         """Return when the artifact is there, whoever made it."""
-        told = False
+        polls = 0
         while not all(network.done for network in self.folder.networks()):
             if not any(self.train(number) for number in self.order):
-                if not told:
-                    self.progress.say("waiting for networks that other processes train")
-                told = True
+                polls += 1
+                if polls == _PATIENCE:
+                    self.progress.say(f"{self.folder.path}: waiting for networks that other processes train")
                 time.sleep(_POLL)
         with held(self.folder.path, patience=-1):
             if not self.folder.done:
                 self.combine()
-                self.track()
+        self.track()  # also what an earlier launch could not send
 
     def train(self, number: int) -> bool:
         """Train and evaluate a network; False if it is done already or in the hands of another process."""

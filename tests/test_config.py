@@ -123,16 +123,16 @@ IDS = {
     "cinic10_random": "cinic10_random-acbf5d4856",
     "digits_all": "digits_all-ccc3a7902e",
     "digits_all_half": "digits_all-77cd5ea0aa",
-    "digits_easy": "digits_easy-79354952a5",
-    "digits_hard": "digits_hard-c4584712dd",
+    "digits_easy": "digits_easy-8a730df21f",
+    "digits_hard": "digits_hard-4ac852293e",
     "digits_init": "digits_init-3bab17aadb",
     "digits_noise10_all": "digits_all-94b3ea8ff9",
     "digits_noise10_all_half": "digits_all-69c62f3487",
-    "digits_noise10_easy": "digits_easy-250d47aa8c",
+    "digits_noise10_easy": "digits_easy-6f34aaf50e",
     "digits_noise10_random": "digits_random-3e607f8bbc",
     "digits_noise50_all": "digits_all-7ee1f607d3",
     "digits_noise50_all_half": "digits_all-1ab47b0ed0",
-    "digits_noise50_easy": "digits_easy-035ee78245",
+    "digits_noise50_easy": "digits_easy-885da835a8",
     "digits_noise50_random": "digits_random-883de58a82",
     "digits_random": "digits_random-d70d781e75",
 }
@@ -231,7 +231,7 @@ SCORES_IDS = {
     "cifar10_noise50_easy": "4c9ef52eff",
     "cifar100_easy": "340f096531",
     "cinic10_hard": "21d3a1f4d5",
-    "digits_easy": "b697991a9a",
+    "digits_easy": "ddc3e3c142",
 }
 
 

@@ -27,17 +27,22 @@ SMALL = (
 DIGITS = f"{SMALL} dataset.name=digits experiment=digits"
 PRETRAIN = "pretrain.steps=2"
 SUBSET = "pretrain.steps=2 pretrain.subset.size=128"
+SCORES = "scores.networks=3 scores.steps=5"
 
 # Command to what is added to make it small; None: another test runs it, as named there.
 RUNS = {
     ". .venv/bin/activate": None,  # the tests run inside
     "make quickstart": None,  # .ci/run
     "make test": None,  # .ci/run
-    "composer -n 4 recipes/imp.py -f yamls/cifar100_random.yaml": f"{DIGITS} {SUBSET}",
+    "composer -n 4 recipes/imp.py -f yamls/cifar100_easy.yaml": f"{DIGITS} {SUBSET} {SCORES}",
     "composer -n 2 recipes/imp.py -f yamls/cifar10_all.yaml replicates=2 prune.levels=3": f"{DIGITS} {PRETRAIN}",
     "python recipes/imp.py -f yamls/cifar10_all.yaml --plan": "",
     "composer -n 2 recipes/imp.py -f yamls/cifar10_all.yaml replicates=2 dataset.name=image_folder dataset.root=data/mine": f"{SMALL} {PRETRAIN}",
-    "for arm in init all all_half random; do composer -n 4 recipes/imp.py -f yamls/cifar10_$arm.yaml; done": None,  # below
+    "for arm in init all all_half random easy hard; do composer -n 4 recipes/imp.py -f yamls/cifar10_$arm.yaml; done": None,  # below
+    "for arm in all all_half random easy; do composer -n 4 recipes/imp.py -f yamls/cifar10_noise10_$arm.yaml; done": None,  # below
+    "composer -n 4 recipes/score.py -f yamls/cifar10_noise10_easy.yaml": f"{DIGITS} scores.networks=4 scores.steps=5 runs=scored",
+    "composer -n 2 recipes/score.py -f yamls/cifar10_noise10_easy.yaml dataset.name=image_folder dataset.root=data/mine scores.networks=4 scores.steps=800": f"{SMALL} {SUBSET} {SCORES} scores.networks=2 runs=scored",
+    "python -m analysis.examples runs/scores/* --arm hard --size 3200 -o examples": "--size 64",
     "composer -n 4 recipes/imp.py -f yamls/cinic10_random.yaml parallelism=data": f"{DIGITS} {SUBSET} replicates=1",
     "docker build -t lth_diet --build-arg GIT_COMMIT=$(git rev-parse HEAD) .": None,  # test_docker.py
     "docker run --gpus all -v $PWD/data:/lth_diet/data -v $PWD/runs:/lth_diet/runs lth_diet -n 4 recipes/imp.py -f yamls/cifar100_all.yaml": None,
@@ -74,10 +79,8 @@ def test_the_commands_run(clone):
     for command, small in RUNS.items():
         if small is not None:
             run(f"{command} {small}")
-    (line,) = (command for command in RUNS if command.startswith("for arm"))
-    arms = line.partition(" in ")[2].partition(";")[0].split()
-    for arm in arms:
-        run(f"python recipes/imp.py -f yamls/cifar10_{arm}.yaml --plan")
+    for loop in (command for command in RUNS if command.startswith("for arm")):
+        run(loop.replace("composer -n 4", "python").replace("; done", " --plan || exit 1; done"))
     run("python -m lth_diet.masks show runs/digits_all-*/replicate_0 1")
     run("python -m lth_diet.masks export runs/digits_all-*/replicate_0 1 -o ticket")
     (block,) = re.findall(r"```python\n(import json.*?)```", README, flags=re.S)
