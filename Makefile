@@ -15,7 +15,7 @@ quickstart: .venv/installed
 	$(BIN)/python -m analysis.curves --experiment digits -o quickstart.png
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not integration"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not integration"
 
 integration: .venv/installed
 	$(BIN)/python -m pytest -m integration

@@ -1,9 +1,11 @@
 import os
+import shutil
 import warnings
 
 import pytest
 from helpers import TINY
 from hypothesis import settings
+from mlflow import MlflowClient
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 warnings.filterwarnings("ignore")
@@ -18,12 +20,23 @@ def cache(tmp_path_factory):
     os.environ["LTH_DIET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """An MLflow store without experiments: to copy one takes no time, to make one takes seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    """Each test works in an empty folder, with an MLflow store of its own."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")  # MLflow keeps stores open by URI
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def place(tmp_path, monkeypatch, empty_store):
+    """Each test works in an empty folder, with an MLflow store of its own beside it."""
+    store = shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")  # absolute: MLflow keeps stores open by URI
+    folder = tmp_path / "place"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
 
 
 @pytest.fixture

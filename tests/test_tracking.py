@@ -240,7 +240,7 @@ def test_a_replicate_that_failed_is_failed_until_it_goes_on(run):
 
 
 def test_how_to_look_is_a_command_for_a_local_store_and_an_address_without_secrets(monkeypatch, place):
-    assert tracking.how_to_look() == f"mlflow ui --backend-store-uri sqlite:///{place}/mlflow.db"
+    assert tracking.how_to_look() == f"mlflow ui --backend-store-uri sqlite:///{place.parent}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
     assert tracking.how_to_look() == "http://host:5000"
 
@@ -267,7 +267,8 @@ sys.exit([process.exitcode for process in processes] != [0] * 16)
 """
 
 
-def test_sixteen_processes_that_create_and_write_one_store_at_once_lose_nothing(tiny):
+def test_sixteen_processes_that_create_and_write_one_store_at_once_lose_nothing(tiny, place, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/new.db")
     run = Run(config.load(tiny(), ["replicates=16", "prune.levels=0"]))
     run.create()
     for index in range(16):
