@@ -13,6 +13,7 @@ from lth_diet import subsets, training
 from lth_diet.algorithms import ApplyMask, Rewind, SubsetSampling
 from lth_diet.config import Config
 from lth_diet.display import Progress
+from lth_diet.errors import UserError
 from lth_diet.examples import Examples, record_subset
 from lth_diet.ingredients import Ingredients
 from lth_diet.loader import EvaluationLoader, Loader
@@ -106,14 +107,20 @@ class IMP:
         result = phase.result()
         measured = result["test_accuracy_percent"], result["weights_remaining_percent"]
         self.progress.measured(self.replicate.name, phase.name, *measured)
-        return load_file(phase.verified("weights.safetensors"))
+        weights = load_file(phase.verified("weights.safetensors"))
+        if not mask.covers(weights):
+            raise UserError(f"{phase.path}: weights that its mask prunes are not zero; delete it and what follows")
+        return weights
 
     def prune(self, level: int, mask: Mask, weights: Weights) -> Mask:
         """The mask of `level`: the smallest of the trained weights that are left go."""
-        phase = self.replicate.level(level)
-        if phase.done:
-            return Mask.load(phase.verified("mask.safetensors"))
-        return prune_by_magnitude(weights, mask, self.config.prune.fraction)
+        phase, pruned = self.replicate.level(level), prune_by_magnitude(weights, mask, self.config.prune.fraction)
+        if phase.done and Mask.load(phase.verified("mask.safetensors")) != pruned:
+            raise UserError(
+                f"{phase.path}: its mask is not what pruning level {level - 1} leaves; delete it and what follows to "
+                "compute it again"
+            )
+        return pruned
 
     @functools.cached_property
     def loader(self) -> Loader:

@@ -253,6 +253,8 @@ def _reason(error: Exception) -> str:
 
     if isinstance(error, UserError | TrainingError):
         return str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"{type(error).__name__}: {error.strerror}: {error.filename}; the same command goes on once it is mended"
     return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"
 
 

@@ -105,6 +105,10 @@ class Mask(Mapping[str, Tensor]):
                 mine, its = tuple(self[name].shape), tuple(weights[name].shape)
                 raise ValueError(f"the mask of {name} has the shape {mine}, the network's weight {its}")
 
+    def covers(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether every weight that is pruned is zero."""
+        return all(not weights[name][~left].any() for name, left in self.items())
+
     def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
         """This mask as a safetensors file, with its counts, order (and `metadata`) in the header."""
         about = {"remaining": self.remaining, "total": self.total, "order": list(self), **(metadata or {})}

@@ -46,17 +46,49 @@ def held(folder: Path, patience: float) -> Iterator[None]:
     except Timeout:
         raise AnotherProcessError(f"{folder} is being trained by another process; wait for it, or end it") from None
     with hold:
+        for part in folder.rglob(".*.part-*"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
         yield
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that it has its old content or the new one, whenever the process is killed."""
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    with open(part, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)  # a full disk has need of the space
+        raise
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that carries its own checksum, atomically."""
+    write_atomically(path, json.dumps({**content, "checksum": _checksum(content)}, indent=2))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Raises:
+        UserError: If it cannot be read or is not what was written.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if content.pop("checksum") != _checksum(content):
+            raise ValueError
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: damaged, or not written by lth_diet") from None
+    return content
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -94,8 +126,15 @@ class Phase:
         return (self.path / "result.json").exists()
 
     def result(self) -> dict[str, Any]:
-        """The measurements of a finished phase."""
-        return json.loads((self.path / "result.json").read_text())
+        """The measurements of a finished phase.
+
+        Raises:
+            UserError: If the file is damaged.
+        """
+        try:
+            return read_json(self.path / "result.json")
+        except UserError as error:
+            raise UserError(f"{error}; {self._how_to_recompute()}") from None
 
     def write(self, name: str, content: bytes) -> None:
         """Write one of the phase's files, atomically."""
@@ -107,7 +146,7 @@ class Phase:
         made = [path for path in self.path.iterdir() if path.suffix in (".safetensors", ".jsonl")]
         files = {path.name: sha256(path) for path in sorted(made)}
         result = {**result, "versions": versions(), "sha256": files}
-        write_atomically(self.path / "result.json", json.dumps(result, indent=2))
+        write_json(self.path / "result.json", result)
         self._keep_only_checkpoint(None)
 
     def verified(self, name: str) -> Path:
@@ -118,16 +157,28 @@ class Phase:
         """
         path = self.path / name
         if not path.exists() or sha256(path) != self.result()["sha256"][name]:
-            raise UserError(f"{path}: missing or damaged; delete {self.path} and what follows it to compute it again")
+            raise UserError(f"{path}: missing or damaged; {self._how_to_recompute()}")
         return path
+
+    def damaged(self) -> list[Path]:
+        """The files of a finished phase that are missing or not what was written."""
+        try:
+            files = read_json(self.path / "result.json")["sha256"]
+        except UserError:
+            return [self.path / "result.json"]
+        paths = {self.path / name: expected for name, expected in files.items()}
+        return [path for path, expected in paths.items() if not path.exists() or sha256(path) != expected]
+
+    def _how_to_recompute(self) -> str:
+        return f"delete {self.path} and what follows it to compute it again"
 
     def checkpoint(self) -> tuple[Path, int] | None:
         """Composer's newest whole checkpoint and its step, or None."""
         try:
-            about = json.loads((self.path / "checkpoint.json").read_text())
+            about = read_json(self.path / "checkpoint.json")
             path = self.path / about["file"]
             return (path, about["step"]) if sha256(path) == about["sha256"] else None
-        except (OSError, ValueError, KeyError):
+        except (OSError, UserError):
             return None
 
     def checkpoint_path(self, step: int) -> Path:
@@ -138,7 +189,7 @@ class Phase:
         """Resume from this step from now on."""
         path = self.checkpoint_path(step)
         about = {"file": path.name, "step": step, "sha256": sha256(path)}
-        write_atomically(self.path / "checkpoint.json", json.dumps(about))
+        write_json(self.path / "checkpoint.json", about)
         self._keep_only_checkpoint(path)
 
     def _keep_only_checkpoint(self, keep: Path | None) -> None:

@@ -16,17 +16,22 @@ runs/scores/<scores id>/
     manifest.json                   written last, with the sha256 of the scores: the done marker
 
 A phase (pretrain, level_<L>, network_<k>) holds what `phases` says.
+
+python -m lth_diet.runs verify runs         check every file of every run below a folder against its checksum
 """
 
+import argparse
 import contextlib
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lth_diet import scores
 from lth_diet.config import DEFAULTS, Config
 from lth_diet.errors import UserError
-from lth_diet.phases import Phase, held, write_atomically
+from lth_diet.phases import Phase, held, read_json, write_atomically, write_json
 
 
 class Replicate:
@@ -58,7 +63,11 @@ class Replicate:
     @property
     def about(self) -> dict[str, Any]:
         """The run's config.json."""
-        return json.loads((self.path.parent / "config.json").read_text())
+        return read_json(self.path.parent / "config.json")
+
+    def phases(self) -> list[Phase]:
+        """Pre-training and the levels that have been begun, in order: each is made of those before it."""
+        return [self.pretrain, *(phase for _, phase in self.levels())]
 
     def finished(self, levels: int) -> bool:
         """Whether levels 0 to `levels` are done."""
@@ -109,12 +118,9 @@ class _Folder:
                 raise UserError(f"{self.path}: not a run directory (it has no config.json); allowed: an empty place")
             return None
         try:
-            about = json.loads(path.read_text())
-            if not isinstance(about["identity"], dict):
-                raise TypeError
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: not the config.json of a run; move it away or choose other runs=...") from None
-        return about
+            return read_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; move it away or choose other runs=...") from None
 
     def _check(self, about: dict[str, Any]) -> None:
         # a field that did not exist when the run was made had its default
@@ -131,7 +137,7 @@ class _Folder:
         """Make the folder and say in it what it is."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "config.json", json.dumps(self._about, indent=2))
+            write_json(self.path / "config.json", self._about)
         except OSError as error:
             raise UserError(
                 f"runs: {str(self._runs)!r} cannot be written ({error.strerror}); allowed: a folder that can"
@@ -239,3 +245,68 @@ def scores_file(config: Config) -> Path:
     return (
         Path(config.scores.file) if config.scores.file is not None else ScoreFolder(config).path / "scores.safetensors"
     )
+
+
+def folders(runs: Path) -> tuple[list[Path], list[Path]]:
+    """Run directories and folders of scores below a folder, or at it."""
+    configs = [*runs.glob("config.json"), *runs.glob("*/config.json"), *runs.glob("scores/*/config.json")]
+    found = sorted(config.parent for config in configs)
+    scores = [folder for folder in found if folder.resolve().parent.name == "scores"]
+    return [folder for folder in found if folder not in scores], scores
+
+
+def verify(runs: Path) -> Iterator[tuple[Path, str]]:
+    """Check what is finished below a folder.
+
+    Yields:
+        Each damaged or missing file, and what has to be done about it.
+    """
+    directories, scored = folders(runs)
+    for folder in [*directories, *scored]:
+        try:
+            read_json(folder / "config.json")
+        except UserError:
+            yield folder / "config.json", "run the same command with runs=<another folder>, or restore it"
+    for folder in directories:
+        for path in sorted(folder.glob("replicate_*")):
+            phases = Replicate(path).phases()
+            for number, phase in enumerate(phases):
+                for file in phase.damaged() if phase.done else ():
+                    later = ", ".join(str(following.path) for following in phases[number:])
+                    yield file, f"delete {later}, and the same command computes them again"
+    for folder in scored:
+        for phase in (Phase(path) for path in sorted(folder.glob("network_*"))):
+            for file in phase.damaged() if phase.done else ():
+                yield (
+                    file,
+                    f"delete {phase.path} and {folder / 'manifest.json'}, and the same command computes it again",
+                )
+        if (folder / "manifest.json").exists():
+            try:
+                scores.manifest_of(folder / "scores.safetensors")
+            except UserError:
+                name = folder / "scores.safetensors"
+                yield name, f"delete {folder / 'manifest.json'}, and the same command makes it of its networks"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lth_diet.runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("verify",))
+    parser.add_argument("runs", type=Path, help="folder of run directories, or one of them")
+    runs = parser.parse_args(argv).runs
+    directories, scored = folders(runs)
+    if not directories and not scored:
+        print(f"error: {runs}: holds no run; allowed: a folder of run directories, or one of them", file=sys.stderr)
+        return 2
+    damage = list(verify(runs))
+    for file, remedy in damage:
+        print(f"{file}: damaged or missing; {remedy}")
+    counts = f"{len(directories)} runs and {len(scored)} sets of scores"
+    print(f"{counts}: {len(damage)} files are damaged" if damage else f"{counts}: every finished file is whole")
+    return 1 if damage else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

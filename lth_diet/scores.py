@@ -7,7 +7,6 @@
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from lth_diet.errors import UserError
-from lth_diet.phases import write_atomically
+from lth_diet.phases import read_json, write_atomically, write_json
 
 
 def el2n(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -86,7 +85,7 @@ def save(
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     write_atomically(folder / "scores.safetensors", content)
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2))
+    write_json(folder / "manifest.json", manifest)
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
@@ -97,15 +96,17 @@ def manifest_of(path: Path) -> dict[str, Any]:
     """
     manifest = path.with_name("manifest.json")
     try:
-        about = json.loads(manifest.read_text())
+        about = read_json(manifest)
         expected = about["sha256"], about["dataset"], about["dataset_fingerprint"], about["labels_sha256"]
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}); allowed: a scores.safetensors with its manifest.json"
+            f"{path} cannot be read ({error.strerror}); allowed: a scores.safetensors with its manifest.json"
         ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{manifest}: not the manifest of scores; allowed: the one written beside them") from None
+    except UserError as error:
+        raise UserError(f"{error}; allowed: the manifest.json that was written beside the scores") from None
+    except KeyError as error:
+        raise UserError(f"{manifest}: has no {error}; allowed: the manifest.json of scores") from None
     if hashlib.sha256(content).hexdigest() != expected[0]:
         raise UserError(f"{path}: not the bytes that its manifest.json tells of; allowed: the file as it was written")
     return about

@@ -9,7 +9,6 @@ python -m lth_diet.tracking sync runs       bring MLflow up to date with every r
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import sys
@@ -25,8 +24,8 @@ from mlflow.entities import Run as MlflowRun
 
 from lth_diet.figures import accuracy_curves
 from lth_diet.masks import Mask
-from lth_diet.phases import Phase
-from lth_diet.runs import Replicate
+from lth_diet.phases import Phase, read_json
+from lth_diet.runs import Replicate, folders
 
 _MOST_METRICS = 1000  # that MLflow takes in one request
 _MOST_PARAMS = 100
@@ -99,7 +98,7 @@ class _Sync:
     def __init__(self, client: MlflowClient, config: Path, name: str, marks: dict[str, Any], tags: dict[str, Any]):
         self.client = client
         self.config = config
-        self.about = json.loads(config.read_text())
+        self.about = read_json(config)
         experiment = self.about["experiment"]
         found = client.get_experiment_by_name(experiment)
         location = _artifact_location(experiment)
@@ -225,7 +224,7 @@ class _ReplicateSync(_Sync):
             title = f"{self.about['dataset']}, {self.about['model']}, replicate {self.replicate.index}"
             figure = accuracy_curves({_arm_in_words(self.about): frame}, title)
             self.client.log_figure(parent.info.run_id, figure, "accuracy.png")
-        self._phases(parent, [self.replicate.pretrain, *(phase for _, phase in self.replicate.levels())])
+        self._phases(parent, self.replicate.phases())
         if self.replicate.finished(self.about["planned_levels"]):
             self._finish(parent, results[-1]["timestamp"])
         else:  # or more levels were asked for
@@ -250,7 +249,7 @@ class _ScoresSync(_Sync):
 
     def __init__(self, client: MlflowClient, folder: Path):
         self.folder = folder
-        about = json.loads((folder / "config.json").read_text())
+        about = read_json(folder / "config.json")
         keys = ("dataset", "model", "label_noise", "seed", "networks", "steps")
         super().__init__(
             client,
@@ -299,15 +298,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=("sync",))
     parser.add_argument("runs", type=Path, help="folder of run directories, or one of them")
     runs = parser.parse_args(argv).runs
-    configs = sorted([*runs.glob("config.json"), *runs.glob("*/config.json"), *runs.glob("scores/*/config.json")])
-    if not configs:
+    directories, scored = folders(runs)
+    if not directories and not scored:
         print(f"error: {runs}: holds no run; allowed: a folder of run directories, or one of them", file=sys.stderr)
         return 2
-    folders = [config.parent for config in configs]
-    scores = [folder for folder in folders if folder.resolve().parent.name == "scores"]
-    for path in [*scores, *(path for folder in folders for path in sorted(folder.glob("replicate_*")))]:
+    for path in [*scored, *(path for folder in directories for path in sorted(folder.glob("replicate_*")))]:
         try:
-            sync_scores(path) if path in scores else sync(Replicate(path))
+            sync_scores(path) if path in scored else sync(Replicate(path))
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
             print(f"error: {path}: MLflow is not up to date ({type(error).__name__})", file=sys.stderr)
             return 1

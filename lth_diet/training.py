@@ -84,7 +84,7 @@ def train(
         momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
     )
-    recorder = _Recorder(phase, config.intervals.log, progress)
+    recorder = _Recorder(phase, loader, config.intervals.log, progress)
     began = time.monotonic()
     with _plain_path(resume) as load_path:
         trainer = Trainer(
@@ -163,9 +163,10 @@ def _evaluate_every(interval: int) -> Callable[[State, Event], bool]:
 class _Recorder(Callback):
     """Appends to the phase's curve: mean loss since the last row, the learning rate used, evaluations."""
 
-    def __init__(self, phase: Phase, interval: int, progress: Progress):
+    def __init__(self, phase: Phase, loader: Loader, interval: int, progress: Progress):
         self.path = phase.path / "curve.jsonl"
         self.name = phase.path
+        self.loader = loader
         self.interval = interval
         self.progress = progress
         self.losses = 0.0
@@ -180,7 +181,8 @@ class _Recorder(Callback):
         loss = state.total_loss_dict["loss/train/total"]
         if not math.isfinite(loss):
             raise TrainingError(
-                f"{self.name}: the loss is {loss} at step {step} with learning rate {self.lr:g}; "
+                f"{self.name}: the loss is {loss} at step {step} with learning rate {self.lr:g}, on batch {step - 1} "
+                f"of order seed {self.loader.order_seed} and augmentation seed {self.loader.augmentation_seed}; "
                 "try a lower train.lr or pretrain.lr"
             )
         self.losses += loss
@@ -196,7 +198,13 @@ class _Recorder(Callback):
                 dist.broadcast(buffer, src=0)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        self._append(int(state.timestamp.batch), _measured(state))
+        step, measured = int(state.timestamp.batch), _measured(state)
+        if not math.isfinite(measured["test_loss"]):
+            raise TrainingError(
+                f"{self.name}: the test loss is {measured['test_loss']} after step {step} with learning rate "
+                f"{self.lr:g}; try a lower train.lr or pretrain.lr"
+            )
+        self._append(step, measured)
 
     def _append(self, step: int, metrics: dict[str, float]) -> None:
         row = {"step": step, "timestamp": time.time_ns() // 1_000_000, **metrics}
@@ -223,7 +231,15 @@ class _Checkpointer(Callback):
         step = int(state.timestamp.batch)
         if step % self.interval == 0 and step < state.max_duration.value:
             literal = str(self.phase.checkpoint_path(step)).replace("{", "{{").replace("}", "}}")
-            checkpoint.save_checkpoint(state, literal)
+            try:
+                checkpoint.save_checkpoint(state, literal)
+            except (OSError, RuntimeError) as error:  # PyTorch's own error of a full disk is a RuntimeError
+                self.phase.checkpoint_path(step).unlink(missing_ok=True)
+                reason = str(error).splitlines()[0]
+                raise TrainingError(
+                    f"{self.phase.path}: the checkpoint of step {step} cannot be written ({reason}); make room, and "
+                    "the same command goes on"
+                ) from None
             if dist.get_global_rank() == 0:
                 self.phase.commit_checkpoint(step)
                 self.on_checkpoint()

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -259,13 +260,19 @@ class KeepsButDoesNotRewind(Rewind):
 
 @pytest.mark.parametrize(
     ("algorithm", "removed"),
-    [(SubsetSampling, Nothing), (ApplyMask, Nothing), (Rewind, KeepsButDoesNotRewind)],
+    [(SubsetSampling, Nothing), (Rewind, KeepsButDoesNotRewind)],
 )
 def test_a_run_without_one_of_the_algorithms_is_another_run(run, monkeypatch, algorithm, removed):
     with_it = weights(run("runs=with", "prune.levels=1").level(1))
     monkeypatch.setattr(imp, algorithm.__name__, removed)
     without = weights(run("runs=without", "prune.levels=1").level(1))
     assert not equal(with_it, without)
+
+
+def test_a_run_without_masks_is_refused(run, monkeypatch):
+    monkeypatch.setattr(imp, "ApplyMask", Nothing)
+    with pytest.raises(UserError, match=r"level_1: weights that its mask prunes are not zero"):
+        run("prune.levels=1")
 
 
 def test_a_finished_run_is_not_computed_again(run, monkeypatch):
@@ -296,6 +303,28 @@ def test_a_damaged_file_is_refused_by_name(run):
         run("prune.levels=2")
 
 
+def test_a_level_that_does_not_follow_from_the_one_before_is_refused_by_name(run):
+    replicate, other = run("prune.levels=1"), run("prune.levels=1", "seed=1")
+    shutil.rmtree(replicate.level(0).path)
+    shutil.copytree(other.level(0).path, replicate.level(0).path)
+    with pytest.raises(UserError, match=r"level_1: its mask is not what pruning level 0 leaves"):
+        run("prune.levels=1")
+
+
+def test_a_level_whose_mask_and_weights_disagree_is_refused_by_name(run):
+    replicate = run("prune.levels=1")
+    level = replicate.level(1)
+    level.write("weights.safetensors", (replicate.level(0).path / "weights.safetensors").read_bytes())
+    level.finish({key: value for key, value in level.result().items() if key not in ("sha256", "versions")})
+    with pytest.raises(UserError, match=r"level_1: weights that its mask prunes are not zero"):
+        run("prune.levels=1")
+
+
+def test_a_network_that_ends_with_weights_that_are_no_numbers_is_no_result(run):
+    with pytest.raises(imp.training.TrainingError, match=r"level_0: the test loss is nan after step 12"):
+        run("prune.levels=0", "train.milestones=[11]", "train.gamma=1e30")
+
+
 def test_results_say_what_was_measured(run):
     result = json.loads((run().level(2).path / "result.json").read_text())
     assert set(result) == {
@@ -308,5 +337,6 @@ def test_results_say_what_was_measured(run):
         "weights_remaining_percent",
         "versions",
         "sha256",
+        "checksum",
     }
     assert set(result["sha256"]) == {"mask.safetensors", "weights.safetensors", "curve.jsonl"}

@@ -64,3 +64,29 @@ def test_a_finished_phase_keeps_no_checkpoint(phase):
     phase.commit_checkpoint(10)
     phase.finish({})
     assert not list(phase.path.glob("checkpoint*"))
+
+
+def test_a_json_file_that_was_altered_is_refused(place):
+    path = place / "a.json"
+    phases.write_json(path, {"accuracy": 91.5, "name": "ü", "list": [1, None]})
+    assert phases.read_json(path) == {"accuracy": 91.5, "name": "ü", "list": [1, None]}
+    path.write_text(path.read_text().replace("91.5", "92.5"))
+    with pytest.raises(UserError, match=r"a\.json: damaged"):
+        phases.read_json(path)
+
+
+def test_what_a_killed_writer_left_is_cleared_by_the_next_holder(phase):
+    part = phase.path / ".weights.safetensors.part-123"
+    part.write_bytes(b"half")
+    with phases.held(phase.path.parent, 0):
+        assert not part.exists()
+
+
+def test_a_write_that_fails_leaves_nothing_behind(place, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(phases.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        phases.write_atomically(place / "file", "content")
+    assert not list(place.iterdir())

@@ -1,12 +1,14 @@
-import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from lth_diet import config
+from lth_diet import config, runs, scores
 from lth_diet.errors import UserError
-from lth_diet.runs import Run
+from lth_diet.phases import read_json, write_json
+from lth_diet.runs import Run, ScoreFolder
 
 
 def test_nothing_is_written_before_create(tiny, place):
@@ -18,9 +20,9 @@ def test_a_directory_of_another_configuration_is_refused_with_the_key_named(tiny
     run = Run(config.load(tiny()))
     run.create()
     path = run.path / "config.json"
-    about = json.loads(path.read_text())
+    about = read_json(path)
     about["identity"]["train.lr"] = 0.7
-    path.write_text(json.dumps(about))
+    write_json(path, about)
     with pytest.raises(UserError, match=r"was made by another configuration: train\.lr: 0\.7 there, 0\.1 here"):
         Run(config.load(tiny()))
 
@@ -29,9 +31,9 @@ def test_a_run_made_before_a_field_existed_is_taken_as_having_its_default(tiny):
     run = Run(config.load(tiny()))
     run.create()
     path = run.path / "config.json"
-    about = json.loads(path.read_text())
+    about = read_json(path)
     del about["identity"]["deterministic"]
-    path.write_text(json.dumps(about))
+    write_json(path, about)
     assert Run(config.load(tiny())).path == run.path
 
 
@@ -40,7 +42,7 @@ def test_a_config_that_is_not_one_is_refused(tiny, content):
     run = Run(config.load(tiny()))
     run.create()
     (run.path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"config\.json: not the config\.json of a run"):
+    with pytest.raises(UserError, match=r"config\.json: damaged, or not written by lth_diet; move it away"):
         Run(config.load(tiny()))
 
 
@@ -88,7 +90,71 @@ def test_fewer_levels_asked_for_later_do_not_shrink_the_plan(tiny):
     assert run.replicate(0).about["planned_levels"] == 5
 
 
-@pytest.mark.parametrize("runs", ["/proc/nope", "tiny.yaml"])
-def test_a_place_that_cannot_be_written_is_one_sentence(tiny, runs):
+@pytest.mark.parametrize("where", ["/proc/nope", "tiny.yaml"])
+def test_a_place_that_cannot_be_written_is_one_sentence(tiny, where):
     with pytest.raises(UserError, match=r"runs: '.*' cannot be written \(.+\); allowed: a folder that can"):
-        Run(config.load(tiny(), [f"runs={runs}"])).create()
+        Run(config.load(tiny(), [f"runs={where}"])).create()
+
+
+@pytest.fixture
+def finished(tiny):
+    """A run of two levels and its scores, as training leaves them, without training."""
+    loaded = config.load(tiny("easy"), ["prune.levels=1"])
+    run, folder = Run(loaded), ScoreFolder(loaded)
+    run.create()
+    folder.create()
+    replicate = run.replicate(0)
+    for phase in (replicate.pretrain, replicate.level(0), replicate.level(1), *folder.networks()):
+        phase.write("curve.jsonl", b"{}")
+        phase.write("weights.safetensors", b"weights")
+        phase.finish({})
+    scores.save(folder.path, np.zeros((2, 3), np.float32), np.zeros(3, int), "digits", "digits")
+    return run, folder
+
+
+def test_a_whole_run_is_verified(finished, capsys):
+    assert runs.main(["verify", "runs"]) == 0
+    assert capsys.readouterr().out == "1 runs and 1 sets of scores: every finished file is whole\n"
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip, lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink])
+@pytest.mark.parametrize("name", ["weights.safetensors", "curve.jsonl"])
+def test_verify_names_each_damaged_file_and_what_follows_from_it(finished, capsys, damage, name):
+    run, _ = finished
+    replicate = run.replicate(0)
+    damage(replicate.level(0).path / name)
+    assert runs.main(["verify", "runs"]) == 1
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{replicate.level(0).path / name}: damaged or missing; delete {replicate.level(0).path}, ")
+    assert f"{replicate.level(1).path}, and the same command computes them again" in first
+    assert last.endswith("1 files are damaged")
+    assert runs.main(["verify", str(run.path)]) == 1
+
+
+def test_verify_finds_damage_in_results_configurations_and_scores(finished, capsys):
+    run, folder = finished
+    flip(run.replicate(0).pretrain.path / "result.json")
+    flip(run.path / "config.json")
+    flip(folder.network(1).path / "weights.safetensors")
+    flip(folder.path / "scores.safetensors")
+    assert runs.main(["verify", "runs"]) == 1
+    out = capsys.readouterr().out
+    for path in (
+        run.replicate(0).pretrain.path / "result.json",
+        run.path / "config.json",
+        folder.network(1).path / "weights.safetensors",
+        folder.path / "scores.safetensors",
+    ):
+        assert f"{path}: damaged or missing; " in out
+    assert out.endswith("4 files are damaged\n")
+
+
+def test_verify_refuses_a_folder_without_runs(place, capsys):
+    assert runs.main(["verify", str(place)]) == 2
+    assert "holds no run" in capsys.readouterr().err

@@ -1,5 +1,4 @@
 import hashlib
-import json
 import math
 
 import numpy as np
@@ -11,6 +10,7 @@ from safetensors.numpy import save
 
 from lth_diet import scores
 from lth_diet.errors import UserError
+from lth_diet.phases import write_json
 
 LOGITS = arrays.arrays(
     np.float64, st.tuples(st.integers(1, 20), st.integers(2, 8)), elements=st.floats(-60, 60, allow_nan=False)
@@ -87,7 +87,7 @@ def test_altered_bytes_are_refused_by_name(artifact):
 def test_a_manifest_that_is_not_one_is_refused_by_name(artifact, manifest):
     path, _ = artifact
     path.with_name("manifest.json").write_text(manifest)
-    with pytest.raises(UserError, match=r"manifest\.json: not the manifest of scores"):
+    with pytest.raises(UserError, match=r"manifest\.json: damaged, or not written by lth_diet; allowed: the manifest"):
         scores.manifest_of(path)
 
 
@@ -123,5 +123,5 @@ def by_hand(folder, content):
     (folder / "scores.safetensors").write_bytes(content)
     about = {"dataset": "digits", "dataset_fingerprint": "digits", "labels_sha256": scores.fingerprint(LABELS)}
     about["sha256"] = hashlib.sha256(content).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(about))
+    write_json(folder / "manifest.json", about)
     return folder / "scores.safetensors"

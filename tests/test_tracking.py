@@ -1,4 +1,3 @@
-import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from lth_diet import config, launch, scores, tracking
 from lth_diet.display import Progress
 from lth_diet.masks import Mask
 from lth_diet.models import ResNet
+from lth_diet.phases import read_json, write_json
 from lth_diet.runs import Run, ScoreFolder
 
 
@@ -171,8 +171,8 @@ def test_a_run_that_is_computed_again_has_every_point_once(run, place):
     before = stored()
     shutil.rmtree(replicate.path)
     finish(replicate.level(0), 1, level=0)
-    result = json.loads((replicate.level(0).path / "result.json").read_text())
-    (replicate.level(0).path / "result.json").write_text(json.dumps(result | {"timestamp": 99_999}))
+    path = replicate.level(0).path / "result.json"
+    write_json(path, read_json(path) | {"timestamp": 99_999})
     tracking.sync(replicate)
     assert stored() == before
 
@@ -192,7 +192,7 @@ def test_config_figure_masks_and_density_tables_are_artifacts(run):
     finish(replicate.level(1), 2, level=1)
     tracking.sync(replicate)
     parent = artifacts(f"{run.path.name}/replicate_0")
-    assert json.loads(parent["config.json"].read_text()) == replicate.about
+    assert read_json(parent["config.json"]) == replicate.about
     with Image.open(parent["accuracy.png"]) as figure:
         assert figure.width > 800
     level = artifacts(f"{run.path.name}/replicate_0/level_1")
