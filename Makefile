@@ -1,5 +1,6 @@
 # make quickstart   the main job on embedded data, a few minutes
 # make test         the tests
+# make faults       a run killed at many moments, each time ending with the same bits
 # make integration  the tests that take long or need a server
 # make lint         style
 # make ui           MLflow UI on the local store
@@ -8,7 +9,7 @@ PYTHON ?= python3
 PORT ?= 5000
 BIN = .venv/bin
 
-.PHONY: quickstart test integration lint ui lock
+.PHONY: quickstart test faults integration lint ui lock
 
 quickstart: .venv/installed
 	for arm in init all random easy hard; do $(BIN)/composer -n 2 recipes/imp.py -f yamls/digits_$$arm.yaml || exit 1; done
@@ -16,6 +17,9 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not integration"
+
+faults: .venv/installed
+	KILLS=120 $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults
 
 integration: .venv/installed
 	$(BIN)/python -m pytest -m integration
