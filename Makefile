@@ -12,7 +12,7 @@ BIN = .venv/bin
 
 quickstart: .venv/installed
 	for arm in init all random; do $(BIN)/composer -n 2 recipes/imp.py -f yamls/digits_$$arm.yaml || exit 1; done
-	$(BIN)/python -m analysis.curves --experiment digits -o quickstart.png
+	$(BIN)/python -m analysis.report --experiment digits -o quickstart.html
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not integration"
