@@ -18,7 +18,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -m "not integration"
 
 integration: .venv/installed
-	$(BIN)/python -m pytest -m integration
+	$(BIN)/python -m pytest -m integration -rs
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -132,6 +132,13 @@ def find(spec: str, arms: Iterable[Arm]) -> Arm:
     raise UserError(f"{spec!r} {problem}; allowed: {', '.join(arm.spec for arm in found or arms)}")
 
 
+def missing(arm: Arm, there: Iterable[Arm]) -> str:
+    """Why an arm that was looked for is not there."""
+    if any(dataclasses.replace(other, run_id="") == arm for other in there):
+        return f"several configurations of {arm}"
+    return f"missing {arm}"
+
+
 _EXAMPLE = "easy:size=12800,steps=200,noise=0.1"
 
 

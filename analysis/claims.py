@@ -109,9 +109,9 @@ def test(
         if (claim.noise and not family.label_noise) or no_hard or no_subset:
             continue
         challenger, reference = claim.arms(family)
-        missing = [str(arm) for arm in (challenger, reference) if arm not in curves]
+        missing = [arms.missing(arm, curves) for arm in (challenger, reference) if arm not in curves]
         if missing:
-            findings.append(Finding(claim, family, None, f"missing {' and '.join(missing)}"))
+            findings.append(Finding(claim, family, None, " and ".join(missing)))
             continue
         try:
             found = compare(curves, challenger, reference, margin, levels, confidence)

@@ -189,7 +189,7 @@ def pooled(difference: Difference) -> tuple[np.ndarray, np.ndarray]:
 def _trigamma_inverse(y: np.ndarray) -> np.ndarray:
     """Newton's method on 1 / trigamma, which is nearly linear (Smyth 2004, appendix)."""
     x = 0.5 + 1 / y
-    for _ in range(20):
+    for _ in range(10):
         trigamma = special.polygamma(1, x)
         x = x + trigamma * (1 - trigamma / y) / special.polygamma(2, x)
     return x

@@ -82,21 +82,26 @@ def panels(number: int, results: Results) -> list[list[Panel]]:
     shown = [family for family in clean if family != paper.CINIC10_400 or paper.CINIC10 not in clean]
     cinic = [family for family in clean if family.dataset == "cinic10"]
     noisy = [family for family in found if family.label_noise]
-    against_size = [[Panel(family, level=level) for level in LEVELS_DRAWN] for family in shown if len(family.sizes) > 1]
+    several = [family for family in shown if len(_sizes(family, results[family.dataset])) > 1]
     return {
         2: [[Panel(family, family.size) for family in shown]],
         3: [[Panel(family, family.size) for family in noisy]],
-        4: against_size,
-        5: _all_sizes([family for family in clean if family not in cinic]),
-        6: _all_sizes(sorted(cinic, key=lambda family: family.t_star)),
-        7: _all_sizes(noisy),
+        4: [[Panel(family, level=level) for level in LEVELS_DRAWN] for family in several],
+        5: _every_size([family for family in clean if family not in cinic], results),
+        6: _every_size(sorted(cinic, key=lambda family: family.t_star), results),
+        7: _every_size(noisy, results),
     }[number]
 
 
-def _all_sizes(families: list[Family], across: int = 4) -> list[list[Panel]]:
+def _sizes(family: Family, curves: dict[Arm, Curve]) -> list[int]:
+    """Subset sizes of a family that there are arms of."""
+    return [size for size in family.sizes if any(family.arm(name, size=size) in curves for name in _SUBSETS)]
+
+
+def _every_size(families: list[Family], results: Results) -> list[list[Panel]]:
     rows = []
     for family in families:
-        row = [Panel(family, size) for size in family.sizes]
+        row = [Panel(family, size) for size in _sizes(family, results[family.dataset])]
         across = 3 if len(row) % 3 == 0 else 4
         rows += [row[start : start + across] for start in range(0, len(row), across)]
     return rows
@@ -287,14 +292,38 @@ def figure(number: int, results: Results, behind: Results | None = None) -> Figu
         for panel, axes in zip(row, line, strict=False):
             name = panel.family.dataset
             draw(axes, panel, results[name], (behind or {}).get(name))
-    absent = [] if behind is None else [n for n in behind if n not in results and number != 3]
     title = f"Figure {number}: {_CAPTIONS[number]}; band: ± 1 sd over n replicates"
-    title += "; thin: published" if behind else ""
-    title += f"; no results of {', '.join(paper.NAMES.get(name, name) for name in absent)}" if absent else ""
+    if behind:
+        title += "; thin: published" + _absent(number, rows, behind)
     drawn.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9.5)
     handles, labels = legend([panel for row in rows for panel in row], results)
     drawn.legend(handles, labels, loc="outside lower center", ncols=min(across + 1, 4), fontsize=8, handlelength=3.5)
     return drawn
+
+
+def _absent(number: int, rows: list[list[Panel]], behind: Results) -> str:
+    """The panels of the paper's figure that there are no results for."""
+    shown = {panel for row in rows for panel in row}
+    lacking: dict[Family, list[Panel]] = {}
+    for panel in (panel for row in panels(number, behind) for panel in row if panel not in shown):
+        lacking.setdefault(panel.family, []).append(panel)
+    words = [
+        f"{family} with {', '.join(f'{panel.size:,}' for panel in lacking[family])} examples"
+        if any(panel.family == family for panel in shown)
+        else str(family)
+        for family in lacking
+    ]
+    return f"; no results of {'; '.join(words)}" if words else ""
+
+
+def _different(results: Results) -> list[int]:
+    """The figures that the results have arms of, without those that would repeat another."""
+    numbers, shown = [], set()
+    for number in NUMBERS:
+        new = {panel for row in panels(number, results) for panel in row} - shown
+        numbers += [number] * bool(new)
+        shown |= new
+    return numbers
 
 
 @collect.one_sentence
@@ -316,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         frame = collect.load(arguments.results)
         collect.say_incomplete(frame)
         results, behind = results_by_dataset(frame), published
-    numbers = [arguments.figure] if arguments.figure else [n for n in NUMBERS if any(panels(n, results))]
+    numbers = [arguments.figure] if arguments.figure else _different(results)
     figures = {number: figure(number, results, behind) for number in numbers}
     collect.write(arguments.output, lambda path: path.mkdir(parents=True, exist_ok=True))
     for number, drawn in figures.items():

@@ -22,7 +22,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from analysis import collect, dominance, figures, paper
+from analysis import arms, collect, dominance, figures, paper
 from analysis.arms import Arm, Curve
 from analysis.dominance import Comparison
 from analysis.figures import Results
@@ -55,12 +55,12 @@ class Match:
 
     Args:
         entries: In the order of their cost.
-        missing: Whether the family has no all examples at t*.
+        missing: Why there is nothing to compare with, if there is not.
     """
 
     family: Family
     entries: list[Entry]
-    missing: bool
+    missing: str = ""
 
     @property
     def cheapest(self) -> Entry | None:
@@ -79,7 +79,7 @@ def match(family: Family, curves: dict[Arm, Curve], margin: float, levels: tuple
             comparison = dominance.compare(curves, arm, reference, margin, levels, confidence)
             entries.append(Entry(arm, _cost(family.dataset, arm), comparison))
     entries.sort(key=lambda entry: (math.isnan(entry.cost), entry.cost))
-    return Match(family, entries, reference not in curves)
+    return Match(family, entries, "" if reference in curves else arms.missing(reference, curves))
 
 
 def _cost(dataset: str, arm: Arm) -> float:
@@ -93,7 +93,7 @@ def in_words(found: Match) -> str:
     """The cheapest matching initialization, in a sentence."""
     start = f"{found.family}: "
     if found.missing:
-        return start + f"not tested, missing {found.family.arm('all', found.family.t_star)}"
+        return start + f"not tested, {found.missing}"
     cheapest, tested = found.cheapest, len(found.entries)
     if cheapest is None:
         return start + f"none of {tested} arms is shown to be a matching initialization"

@@ -79,6 +79,8 @@ def test_configurations_that_share_seed_and_replicate_are_arms_apart(place):
     found = curves(place, {}, {"run_id": "b", "test_accuracy_percent": 50.0})
     assert [arm.spec for arm in found] == ["all:steps=4,run_id=a", "all:steps=4,run_id=b"]
     assert arms.find("all:run_id=b", found) == list(found)[1]
+    assert arms.missing(Arm("all", None, 4), found) == "several configurations of all, t_r = 4"
+    assert arms.missing(Arm("all", None, 5), found) == "missing all, t_r = 5"
 
 
 def test_configurations_that_train_for_other_times_are_arms_apart(place):

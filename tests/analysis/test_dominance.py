@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy import stats
+from scipy import special, stats
 
 from analysis import arms, collect, dominance
 from analysis.arms import Arm, Curve
@@ -241,8 +241,18 @@ def test_all_pairs_is_a_matrix_over_arm_size_and_rewind_step(capsys):
     assert verdicts["all:steps=800"]["all:steps=400"] == "dominates"
     assert verdicts["all:steps=400"]["all:steps=800"] == "dominated"
     assert verdicts["easy:size=12800,steps=400"]["easy:size=12800,steps=200"] != "dominated"
-    assert dominance.main(["--published", "--dataset", "cinic10", "--all-pairs"]) == 0
-    assert "25 hard:size=102400,steps=400" in capsys.readouterr().out
+
+
+def test_the_matrix_in_signs_numbers_its_columns():
+    curves = {EASY: curve(noise(8) + 2), ALL: curve(noise(8, seed=1)), Arm("init"): curve(noise(4)[:, :1], levels=[0])}
+    cells = dominance.matrix(curves, 0.3, (3, 12), 0.95)
+    lines = dominance.in_signs(cells).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["1", "2", "3"],
+        ["1", EASY.spec, ">"],
+        ["2", ALL.spec, "<"],
+        ["3", "init"],
+    ]
 
 
 def test_results_from_a_file_are_compared(place, capsys):
@@ -309,3 +319,21 @@ def test_published_arms_of_other_models_never_meet():
     published = collect.published()
     for _, rows in published.groupby("dataset"):
         assert rows.model.nunique() == 1 and len(arms.of(rows)) > 20
+
+
+@given(st.floats(1e-6, 100))
+def test_the_inverse_of_trigamma_is_one(y):
+    assert special.polygamma(1, dominance._trigamma_inverse(np.array(y))) == pytest.approx(y, rel=1e-6)
+
+
+def test_a_moderated_variance_is_nearer_to_the_truth_than_its_own_and_not_so_near_as_if_the_prior_were_known():
+    """Draws from Smyth's model: d0 = 6, prior variance 0.04, no trend."""
+    generator = np.random.default_rng(0)
+    true = 0.04 * 6 / generator.chisquare(6, (300, 60))
+    found = dominance.paired(
+        np.sqrt(true)[:, None, :] * generator.standard_normal((300, 4, 60)), np.zeros((300, 4, 60))
+    )
+    best = (6 * 0.04 + 3 * found.variance * 4) / 9 / 4
+    variance, _ = dominance.pooled(found)
+    error = lambda estimate: np.log(estimate / (true / 4)).std()
+    assert error(best) < error(variance) < 0.7 * error(found.variance)
