@@ -36,6 +36,11 @@ class Claim:
     strict: bool
     noise: bool = False
 
+    @property
+    def verdict(self) -> str:
+        """That shows it."""
+        return "dominates" if self.strict else "weakly dominates"
+
     def arms(self, family: Family) -> tuple[Arm, Arm]:
         """Challenger and reference of a family."""
         full = {"full": family.arm("all", family.t_star), "half": family.arm("all")}
@@ -80,7 +85,7 @@ class Finding:
         if self.comparison is None:
             return "not tested"
         statement = self.comparison.statements["pooled"]
-        if statement.verdict == "dominates" or (statement.verdict == "weakly dominates" and not self.claim.strict):
+        if statement.verdict in ("dominates", self.claim.verdict):
             return "holds"
         needed = 0.0 if self.claim.strict else -self.comparison.margin
         return "contradicted" if statement.worst["upper"] < needed else "undecided"
@@ -88,13 +93,18 @@ class Finding:
     @property
     def replicates(self) -> int | None:
         """Of each arm that would show it with a power of 80 %, were these differences and spreads the true ones."""
-        return self.comparison.replicates["dominates" if self.claim.strict else "weakly dominates"]
+        return self.comparison.replicates[self.claim.verdict]
+
+    @property
+    def detail(self) -> str:
+        """What the comparison says, in words."""
+        return dominance.in_words(self.comparison, self.claim.verdict)
 
     def sentence(self) -> str:
         """For a reader of the report."""
         if self.comparison is None:
             return f"{self.family}: {self.claim.words}: not tested, {self.reason}"
-        return f"{self.family}: {self.claim.words}: {self.outcome}. {dominance.in_words(self.comparison)}"
+        return f"{self.family}: {self.claim.words}: {self.outcome}. {self.detail}"
 
 
 def test(

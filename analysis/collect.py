@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from analysis.arms import Arm
 from lth_diet.errors import UserError
 from lth_diet.tracking import tracking_uri
 
@@ -214,14 +215,14 @@ def incomplete(frame: pd.DataFrame) -> list[str]:
         return sentences
     for (dataset, _), rows in frame.groupby(["dataset", "model"]):
         keys = ["arm", "subset_size", "rewind_steps", "label_noise", "run_id", "seed", "replicate"]
-        for (arm, size, steps, *_, replicate), levels in rows.groupby(keys, dropna=False):
+        for (name, size, steps, noise, *_, replicate), levels in rows.groupby(keys, dropna=False):
             planned = levels.planned_levels.max()
             last = rows.level.max() if pd.isna(planned) else int(planned)
             lacking = sorted(set(range(last + 1)) - set(levels.level))
             if lacking:
-                size = "" if pd.isna(size) else f" {int(size)}"
+                arm = Arm(name, None if pd.isna(size) else int(size), int(steps), noise)
                 words = f"level{'s' * (len(lacking) > 1)} {_span(lacking)} of {last}"
-                sentences.append(f"{dataset}, {arm}{size}, t_r = {steps}, replicate {replicate}: {words} not done")
+                sentences.append(f"{dataset}, {arm}, replicate {replicate}: {words} not done")
     return sentences
 
 

@@ -433,25 +433,30 @@ def replicates_needed(difference: Difference, gap: np.ndarray, confidence: float
     return many
 
 
-def in_words(comparison: Comparison) -> str:
-    """One sentence: the verdict, the worst level and what would be needed."""
-    statement = comparison.statements["pooled"]
-    words = {"dominated": "is dominated by", "undecided": "against"}.get(statement.verdict, statement.verdict)
-    worst, n = statement.worst, comparison.n
+def in_words(comparison: Comparison, wanted: str | None = None) -> str:
+    """One sentence: the verdict, the worst level and what would be needed.
+
+    Args:
+        wanted: The verdict that is hoped for, dominates or weakly dominates; None: whichever takes fewest replicates.
+    """
+    statement, n, found = comparison.statements["pooled"], comparison.n, comparison.verdict
+    words = {"dominated": "is dominated by", "undecided": "against"}.get(found, found)
+    worst = statement.worst
     text = (
-        f"{comparison.challenger} {words} {comparison.reference}{': undecided' * (statement.verdict == 'undecided')} "
+        f"{comparison.challenger} {words} {comparison.reference}{': undecided' * (found == 'undecided')} "
         f"(margin {comparison.margin:g}, {100 * comparison.confidence:g} %, n = {n[0]} and {n[1]}, "
         f"{'paired' if comparison.paired else 'not paired'}); worst at level {worst['level']} "
-        f"({worst['weights_remaining_percent']:.1f} % of weights): {worst['difference']:+.2f} "
-        f"[{worst['lower']:+.2f}, {worst['upper']:+.2f}]"
+        f"({worst['weights_remaining_percent']:.1f} % of weights): {worst['difference']:+.2f}, "
+        f"simultaneous interval [{worst['lower']:+.2f}, {worst['upper']:+.2f}]"
     )
-    if statement.verdict != "undecided":
+    if found in ("dominates", "dominated", wanted) or (found != "undecided" and wanted is None):
         return text
     if min(n) == 1:
         return text + "; one replicate has no spread"
-    needed = {word: count for word, count in comparison.replicates.items() if count is not None}
+    needed = {word: count for word, count in comparison.replicates.items() if count and wanted in (word, None)}
     if not needed:
-        most = "no number of replicates would decide, if these differences are the true ones"
+        what = "decide" if wanted is None else f"show that it {wanted}"
+        most = f"no number of replicates up to {MOST_REPLICATES:,} would {what}, if these differences are the true ones"
         return f"{text}; {most}; weakly dominates at a margin of {statement.holds_at_margin:.2f}"
     word = min(needed, key=needed.get)
     return f"{text}; {needed[word]} replicates of each would show that it {'is ' * (word == 'dominated')}{word}"

@@ -9,6 +9,7 @@ import argparse
 import base64
 import dataclasses
 import io
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,9 @@ from lth_diet.errors import UserError
 from lth_diet.tracking import tracking_uri as default_tracking_uri
 
 _MOST_ARMS = 10  # of a matrix that a phone can show
+_FEW_ARMS = 6  # each of which has a verdict of its own
 _MOST_BYTES = 2_000_000  # of an example picture
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 _EXAMPLES = {
     "subset.png": "images of the subset",
     "images.png": "images as the network sees them",
@@ -120,7 +123,6 @@ def write(
             "python -m analysis.dominance results.csv --challenger ARM --reference ARM",
             "python -m analysis.figures results.csv --published -o figures",
         ],
-        in_words=dominance.in_words,
         pairs=_pairs,
         signs=dominance.SIGNS,
     )
@@ -148,7 +150,7 @@ def _summary(frame: pd.DataFrame, findings: list[Finding]) -> str:
     runs = frame.groupby(["run_id", "seed", "replicate"], dropna=False).ngroups
     pairs = sorted(set(zip(frame.dataset, frame.model, strict=True)))
     what = ", ".join(f"{paper.NAMES.get(dataset, dataset)} ({model})" for dataset, model in pairs)
-    return f"{what}: {runs} replicates, {len(frame)} levels. The paper's claims and other arms, tested: {counts}."
+    return f"{what}: {runs} replicates, {len(frame)} levels. Statements put to the test: {counts}."
 
 
 def _others(findings: list[Finding], matches: list[matching.Match]) -> list[Finding]:
@@ -157,7 +159,7 @@ def _others(findings: list[Finding], matches: list[matching.Match]) -> list[Find
     return [
         Finding(Claim(f"{entry.arm} matches all at t*", entry.arm.name, "full", False), match.family, entry.comparison)
         for match in matches
-        if len(match.entries) <= _MOST_ARMS
+        if len(match.entries) <= _FEW_ARMS
         for entry in match.entries
         if entry.arm.name != "init" and (entry.arm, entry.comparison.reference) not in there
     ]

@@ -141,6 +141,6 @@ def test_without_a_plan_a_replicate_is_incomplete_if_others_went_further(place):
         for replicate, level in ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0), (2, 1), (2, 3))
     ]
     assert collect.incomplete(collect.load(csv(place, *rows))) == [
-        "digits, init, t_r = 0, replicate 1: levels 1 to 3 of 3 not done",
-        "digits, init, t_r = 0, replicate 2: level 2 of 3 not done",
+        "digits, init, replicate 1: levels 1 to 3 of 3 not done",
+        "digits, init, replicate 2: level 2 of 3 not done",
     ]
