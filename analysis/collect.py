@@ -7,6 +7,8 @@ and margins are in percentage points.
 """
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,8 +88,9 @@ def store(tracking_uri: str, experiment: str | None) -> tuple[MlflowClient, list
         client = MlflowClient(tracking_uri)
         found = {one.name: one.experiment_id for one in client.search_experiments()}
     except MlflowException as error:
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(f"the MLflow store {tracking_uri} cannot be read: {reason}") from None
+        reason = str(error).splitlines()[0].partition(" with exception")[0][:200]
+        text = f"the MLflow store {tracking_uri} cannot be read: {reason}"
+        raise UserError(re.sub(r"//[^/@]*@", "//", text)) from None  # without what is secret in the address
     if experiment is not None and experiment not in found:
         raise UserError(f"no experiment {experiment!r} in the MLflow store; allowed: {', '.join(found)}")
     return client, [found[experiment]] if experiment is not None else list(found.values())
@@ -163,14 +166,16 @@ def _typed(frame: pd.DataFrame, columns: dict, source: str) -> pd.DataFrame:
             continue
         numbers = pd.to_numeric(values, errors="coerce").astype(float)
         numbers = numbers.where(numbers.abs() < 1e15)  # also not infinite
-        if column == "label_noise":
-            numbers = numbers.where(frame.arm != "init", 0.0)  # init has no pre-training
+        if column in ("label_noise", "rewind_steps"):
+            numbers = numbers.where(frame.arm != "init", 0.0)  # no pre-training
         empty_allowed = values.isna() & (whole if column == "subset_size" else column in OPTIONAL)
         refuse(numbers.isna() & ~empty_allowed, column, "a number")
         low, high, words = _RANGES.get(column, (0, float("inf"), "0 or more"))
         refuse((numbers < low) | (numbers > high), column, words)
         if kind is not float:
             refuse((numbers % 1 != 0) & numbers.notna(), column, "a whole number")
+        if column == "subset_size":
+            numbers = numbers.where(~whole)
         typed[column] = numbers.astype(kind)
     result = pd.DataFrame(typed)
     keys = [name for name in (*_ORDER, "run_id", "seed", "replicate", "level") if name in result]
@@ -235,6 +240,9 @@ def one_sentence(command: Callable[[Sequence[str] | None], int]) -> Callable[[Se
     """A command whose bad input is one sentence and exit status 2."""
 
     def run(argv: Sequence[str] | None = None) -> int:
+        os.environ.setdefault(
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"
+        )  # a server that is not there: seconds, not minutes
         try:
             return command(argv)
         except UserError as error:

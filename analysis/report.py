@@ -1,6 +1,7 @@
 """One self-contained page on what an MLflow store holds: verdicts, figures, tables, configuration, what is incomplete.
 
 python -m analysis.report --tracking-uri sqlite:///mlflow.db --experiment digits -o report.html
+python -m analysis.report --published -o published.html
 
 It works while a sweep runs. The page asks for nothing from anywhere: pictures are in it, and its own policy forbids it.
 """
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from analysis import arms, claims, collect, dominance, figures, matching, paper
+from analysis import claims, collect, dominance, figures, matching, paper
 from analysis.arms import Arm, Curve
 from analysis.claims import Claim, Finding
 from analysis.figures import Panel, Results
@@ -65,33 +66,65 @@ class Picture:
     caption: str
 
 
-def write(
-    tracking_uri: str,
-    experiment: str | None,
-    output: Path,
-    margin: float = dominance.MARGIN,
-    levels: tuple[int, int] = dominance.LEVELS,
-    confidence: float = dominance.CONFIDENCE,
-) -> Report:
+def write(tracking_uri: str, experiment: str | None, output: Path, *settings: Any) -> Report:
     """Write the report of an experiment; of all experiments of the store if none is named.
+
+    Args:
+        settings: Margin, range of levels and confidence, as of `dominance.compare`.
 
     Raises:
         UserError: If there is nothing to report, or the file cannot be written.
     """
     frame = collect.collect(tracking_uri, experiment)
+    client, experiments = collect.store(tracking_uri, experiment)
+    parents = collect.search(client, experiments, "tags.phase = 'all'")
+    named = f" --experiment {shlex.quote(experiment)}" if experiment else ""
+    about = {
+        "title": f"Lottery tickets on a data diet: {experiment or 'all experiments'}",
+        "examples": _examples(client, experiments),
+        "versions": _versions(parents),
+        "runs": _runs(parents),
+        "commands": [
+            f"python -m analysis.report{named} -o report.html",
+            f"python -m analysis.collect{named} -o results.csv",
+            "python -m analysis.dominance results.csv --challenger ARM --reference ARM",
+            "python -m analysis.figures results.csv --published -o figures",
+        ],
+    }
+    return _write(frame, output, about, *settings)
+
+
+def write_published(output: Path, *settings: Any) -> Report:
+    """Write the report of the paper's own curves; arguments and errors as of `write`."""
+    about = {
+        "title": "Lottery tickets on a data diet: the published curves",
+        "examples": [],
+        "versions": [("source", "arXiv 2206.01278, digitised: analysis/reference/README.md")],
+        "runs": [],
+        "commands": ["python -m analysis.report --published -o published.html"],
+    }
+    return _write(collect.published(), output, about, *settings)
+
+
+def _write(
+    frame: pd.DataFrame,
+    output: Path,
+    about: dict[str, Any],
+    margin: float = dominance.MARGIN,
+    levels: tuple[int, int] = dominance.LEVELS,
+    confidence: float = dominance.CONFIDENCE,
+) -> Report:
     results = figures.results_by_dataset(frame)
     settings = margin, levels, confidence
     families = [(family, curves) for name, curves in results.items() for family in paper.families(name, curves)]
     findings = [finding for family, curves in families for finding in claims.test(family, curves, *settings)]
     matches = matching.matches(results, *settings)
     findings += _others(findings, matches)
-    client, experiments = collect.store(tracking_uri, experiment)
-    parents = collect.search(client, experiments, "tags.phase = 'all'")
     about_matching = [f"Matching initializations: {matching.in_words(match)}." for match in matches]
     about_dense = [_dense_in_words(family, curves, *settings) for family, curves in families]
-    named = f" --experiment {shlex.quote(experiment)}" if experiment else ""
+    published = {} if "mean" in frame else figures.results_by_dataset(collect.published())
     page = _template().render(
-        title=f"Lottery tickets on a data diet: {experiment or 'all experiments'}",
+        **about,
         summary=_summary(frame, findings),
         findings=[finding for finding in findings if finding.comparison],
         untested=[finding for finding in findings if not finding.comparison],
@@ -102,7 +135,7 @@ def write(
         confidence=confidence,
         assumptions=dominance.ASSUMPTIONS,
         incomplete=collect.incomplete(frame),
-        figures=_figures(results, matches),
+        figures=_figures(results, published, matches),
         matrices=[
             {"title": paper.NAMES.get(name, name), "cells": dominance.matrix(curves, *settings)}
             for name, curves in results.items()
@@ -113,16 +146,7 @@ def write(
             for name, curves in results.items()
             for arm, curve in curves.items()
         ],
-        deviations=_deviations(frame, results, *settings),
-        examples=_examples(client, experiments),
-        versions=_versions(parents),
-        runs=_runs(parents),
-        commands=[
-            f"python -m analysis.report{named} -o report.html",
-            f"python -m analysis.collect{named} -o results.csv",
-            "python -m analysis.dominance results.csv --challenger ARM --reference ARM",
-            "python -m analysis.figures results.csv --published -o figures",
-        ],
+        deviations=_deviations(frame, results, published, *settings),
         pairs=_pairs,
         signs=dominance.SIGNS,
     )
@@ -147,21 +171,25 @@ def _summary(frame: pd.DataFrame, findings: list[Finding]) -> str:
     outcomes = [finding.outcome for finding in findings]
     order = ("holds", "contradicted", "undecided", "not tested")
     counts = ", ".join(f"{outcomes.count(word)} {word}" for word in order if word in outcomes) or "none"
-    runs = frame.groupby(["run_id", "seed", "replicate"], dropna=False).ngroups
+    if "mean" in frame:
+        size = f"{frame.groupby(list(collect.SUMMARY)[:6], dropna=False).ngroups} arms"
+    else:
+        runs = frame.groupby(["run_id", "seed", "replicate"], dropna=False).ngroups
+        size = f"{runs} replicates, {len(frame)} levels"
     pairs = sorted(set(zip(frame.dataset, frame.model, strict=True)))
     what = ", ".join(f"{paper.NAMES.get(dataset, dataset)} ({model})" for dataset, model in pairs)
-    return f"{what}: {runs} replicates, {len(frame)} levels. Statements put to the test: {counts}."
+    return f"{what}: {size}. Statements put to the test: {counts}."
 
 
 def _others(findings: list[Finding], matches: list[matching.Match]) -> list[Finding]:
     """Whether other arms match all examples at t*, where they are few."""
-    there = [(f.comparison.challenger, f.comparison.reference) for f in findings if f.comparison]
+    there = [{f.comparison.challenger, f.comparison.reference} for f in findings if f.comparison]
     return [
         Finding(Claim(f"{entry.arm} matches all at t*", entry.arm.name, "full", False), match.family, entry.comparison)
         for match in matches
         if len(match.entries) <= _FEW_ARMS
         for entry in match.entries
-        if entry.arm.name != "init" and (entry.arm, entry.comparison.reference) not in there
+        if entry.arm.name != "init" and {entry.arm, entry.comparison.reference} not in there
     ]
 
 
@@ -174,9 +202,8 @@ def _dense_in_words(family: paper.Family, curves: dict[Arm, Curve], margin: floa
     return f"{start}stay within {margin:g} points of the dense accuracy {shown[0]}; by the means alone {shown[1]}."
 
 
-def _figures(results: Results, matches: list[matching.Match]) -> list[Picture]:
+def _figures(results: Results, published: Results, matches: list[matching.Match]) -> list[Picture]:
     """Each panel of Figures 2 to 7 as a picture of its own, for a phone to show; the published curves behind."""
-    published = figures.results_by_dataset(collect.published())
     chosen: dict[Panel, int] = {}
     for number in figures.NUMBERS:
         for panel in (panel for row in figures.panels(number, results) for panel in row):
@@ -207,12 +234,14 @@ def _svg(drawn: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _deviations(frame: pd.DataFrame, results: Results, *settings: Any) -> list[tuple[str, str, str]]:
+def _deviations(
+    frame: pd.DataFrame, results: Results, published: Results, *settings: Any
+) -> list[tuple[str, str, str]]:
     """Arm, mean deviation from its published curve, and worst level; of arms that were published."""
-    published, rows = collect.published(), []
+    rows, models = [], collect.published().groupby("dataset").model.first()
     for name, curves in results.items():
-        model = frame[frame.dataset == name].model.iloc[0]
-        theirs = arms.of(published[(published.dataset == name) & (published.model == model)])
+        same_model = models.get(name) == frame[frame.dataset == name].model.iloc[0]
+        theirs = published.get(name, {}) if same_model else {}
         for arm, curve in curves.items():
             if arm not in theirs:
                 continue
@@ -298,12 +327,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tracking-uri", default=default_tracking_uri())
     parser.add_argument("--experiment", help="default: all experiments of the store")
+    parser.add_argument("--published", action="store_true", help="of the paper's own curves instead")
     dominance.add_range(parser)
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default %(default)s")
     arguments = parser.parse_args(argv)
     dominance.check_range(arguments)
     settings = arguments.margin, arguments.levels, arguments.confidence
-    report = write(arguments.tracking_uri, arguments.experiment, arguments.output, *settings)
+    if arguments.published:
+        report = write_published(arguments.output, *settings)
+    else:
+        report = write(arguments.tracking_uri, arguments.experiment, arguments.output, *settings)
     print("\n".join(report.verdicts))
     print(f"report: {report.path.resolve()}")
     return 0

@@ -49,6 +49,7 @@ RUNS = {
     "python -m analysis.matching results.csv --margin 1 -o figures": "--levels 0 1",
     "python -m analysis.figures results.csv --published -o figures": "",
     "python -m analysis.claims --published": "",
+    "python -m analysis.report --published -o published.html": "",
     "python -m lth_diet.masks show runs/digits_all-*/replicate_0 8": None,  # below
     "python -m lth_diet.masks export runs/digits_all-*/replicate_0 8 -o ticket": None,  # below
     "python benchmarks/step_time.py": "--depth 8 --batch-size 8 --warmup 1 --steps 2 --repeats 1",

@@ -48,6 +48,15 @@ def test_columns_that_may_be_absent_are_empty_then(place):
     assert frame.test_accuracy_percent.tolist() == [90, 91]
 
 
+def test_what_init_and_all_have_no_use_for_is_dropped(place):
+    frame = collect.load(csv(place, "digits,m,init,9,9,0.5,0,0,100,90,x", "digits,m,all,9,9,0.5,0,0,100,90,y"))
+    assert frame.subset_size.isna().all()
+    assert frame.set_index("arm")[["rewind_steps", "label_noise"]].T.to_dict("list") == {
+        "init": [0, 0],
+        "all": [9, 0.5],
+    }
+
+
 GOOD = "digits,m,random,256,20,0,0,0,100,90,x"
 
 

@@ -5,9 +5,9 @@ import pytest
 
 from analysis import dominance, paper, power
 
-SIMULATIONS = 3000
+SIMULATIONS = 2000
 ALPHA = 0.05
-SLACK = 3 * (ALPHA * (1 - ALPHA) / SIMULATIONS) ** 0.5  # three standard errors: 1.2 points
+SLACK = 3 * (ALPHA * (1 - ALPHA) / SIMULATIONS) ** 0.5  # three standard errors: 1.5 points
 FAMILIES = (paper.CIFAR10, paper.CINIC10, paper.NOISE_10)
 DESIGNS = [(4, 4, None), (4, 4, 0.5), (8, 8, None), (8, 8, 0.5), (4, 2, None)]
 

@@ -102,7 +102,7 @@ def test_example_pictures_are_on_the_page_where_they_were_logged(experiment, pla
     assert page.count("data:image/png;base64,") == 3
 
 
-def test_published_arms_are_compared_with_the_paper(place, monkeypatch):
+def test_published_arms_are_compared_with_the_paper(place):
     frame = report.collect.published()
     rows = frame[(frame.dataset == "cifar10") & (frame.label_noise == 0) & frame.arm.isin(["init", "all"])]
     random = np.random.default_rng(0)
@@ -110,27 +110,36 @@ def test_published_arms_are_compared_with_the_paper(place, monkeypatch):
     rows["test_accuracy_percent"] = rows["mean"] - 1 + rows.sd * random.standard_normal(len(rows))
     rows.drop(columns=["mean", "sd", "n"]).to_csv("rows.csv", index=False)
     mine = report.collect.load("rows.csv")
-    deviations = report._deviations(mine, report.figures.results_by_dataset(mine), 0.3, (3, 12), 0.95)
+    published = report.figures.results_by_dataset(report.collect.published())
+    results = report.figures.results_by_dataset(mine)
+    deviations = report._deviations(mine, results, published, 0.3, (3, 12), 0.95)
     assert [row[0] for row in deviations] == ["CIFAR-10: init", "CIFAR-10: all, t_r = 200", "CIFAR-10: all, t_r = 400"]
     assert all(-1.4 < float(row[1].partition(" ")[0]) < -0.6 for row in deviations)
+    other = mine.assign(model="another")
+    assert report._deviations(other, results, published, 0.3, (3, 12), 0.95) == []
 
 
 @pytest.mark.integration
 @pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium here")
 def test_in_chromium_verdicts_and_figures_are_seen_and_nothing_is_asked_for(experiment, place):
-    address = write().path.resolve().as_uri()
+    pages = [
+        (write(), "ALL AT T* DOMINATES INIT", 2),
+        (report.write_published(place / "published.html"), "CINIC-10", 40),
+    ]
     with Page(place) as page:
-        for width in (375, 1200):
-            page.open(address, width)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            assert "ALL AT T* DOMINATES INIT" in page.evaluate("document.querySelector('.verdicts').innerText").upper()
-            shown = page.evaluate(
-                "[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.getBoundingClientRect().width])"
-            )
-            assert len(shown) >= 2 and all(loaded and 200 < drawn <= width for loaded, drawn in shown)
-            assert [url for url in page.requests if not url.startswith("data:")] == [address]
-        page.pdf(place / "page.pdf")
-        assert (place / "page.pdf").read_bytes().startswith(b"%PDF")
+        for written, words, figures in pages:
+            address = written.path.resolve().as_uri()
+            for width in (375, 1200):
+                page.open(address, width)
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                assert words in page.evaluate("document.querySelector('.verdicts').innerText").upper()
+                shown = page.evaluate(
+                    "[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.getBoundingClientRect().width])"
+                )
+                assert len(shown) >= figures and all(loaded and 200 < drawn <= width for loaded, drawn in shown)
+                assert [url for url in page.requests if not url.startswith("data:")] == [address]
+            page.pdf(place / "page.pdf")
+            assert (place / "page.pdf").read_bytes().startswith(b"%PDF")
 
 
 @pytest.mark.integration
