@@ -174,7 +174,7 @@ def _cell(finding: Finding | None) -> str:
     lines = [
         f"**{finding.outcome}**",
         f"{worst['difference']:+.2f} at {worst['weights_remaining_percent']:.1f} %",
-        f"area {area.difference:+.2f} [{area.lower:+.2f}, {area.upper:+.2f}]",
+        f"area {area.difference:+.2f} {dominance.interval(area.lower, area.upper)}",
     ]
     if finding.outcome != "holds":
         needed = "no n" if finding.replicates is None else f"n = {finding.replicates}"
@@ -214,9 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dominance.add_range(parser)
     arguments = parser.parse_args(argv)
     dominance.check_range(arguments)
-    frame = dominance.source(arguments)
-    if arguments.dataset or arguments.model:
-        frame = collect.one(frame, arguments.dataset, arguments.model)
+    frame = collect.select(dominance.source(arguments), arguments.dataset, arguments.model)
     print(table(frame, arguments.margin, arguments.levels, arguments.confidence))
     return 0
 

@@ -197,19 +197,31 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 }
 
 
+def select(frame: pd.DataFrame, dataset: str | None, model: str | None) -> pd.DataFrame:
+    """The rows of a data set and a model; None: all.
+
+    Raises:
+        UserError: If there is no such one.
+    """
+    for column, wanted in (("dataset", dataset), ("model", model)):
+        there = sorted(frame[column].unique())
+        if wanted is not None and wanted not in there:
+            raise UserError(f"--{column}: {wanted!r} is not in these results; allowed: {', '.join(there)}")
+        frame = frame if wanted is None else frame[frame[column] == wanted]
+    return frame
+
+
 def one(frame: pd.DataFrame, dataset: str | None, model: str | None) -> pd.DataFrame:
     """The rows of one data set and model.
 
     Raises:
         UserError: If there is no such one, or several and none was named.
     """
-    for column, wanted in (("dataset", dataset), ("model", model)):
+    frame = select(frame, dataset, model)
+    for column in ("dataset", "model"):
         there = sorted(frame[column].unique())
-        if wanted is None and len(there) > 1:
+        if len(there) > 1:
             raise UserError(f"these results mix {column}s; choose one with --{column} {' | '.join(there)}")
-        if wanted is not None and wanted not in there:
-            raise UserError(f"--{column}: {wanted!r} is not in these results; allowed: {', '.join(there)}")
-        frame = frame[frame[column] == (wanted or there[0])]
     return frame
 
 

@@ -433,6 +433,11 @@ def replicates_needed(difference: Difference, gap: np.ndarray, confidence: float
     return many
 
 
+def interval(lower: float, upper: float) -> str:
+    """Bounds as text, in percentage points."""
+    return f"[{lower:+.2f}, {upper:+.2f}]" if np.isfinite(lower) else "unknown"
+
+
 def in_words(comparison: Comparison, wanted: str | None = None) -> str:
     """One sentence: the verdict, the worst level and what would be needed.
 
@@ -447,7 +452,7 @@ def in_words(comparison: Comparison, wanted: str | None = None) -> str:
         f"(margin {comparison.margin:g}, {100 * comparison.confidence:g} %, n = {n[0]} and {n[1]}, "
         f"{'paired' if comparison.paired else 'not paired'}); worst at level {worst['level']} "
         f"({worst['weights_remaining_percent']:.1f} % of weights): {worst['difference']:+.2f}, "
-        f"simultaneous interval [{worst['lower']:+.2f}, {worst['upper']:+.2f}]"
+        f"simultaneous interval {interval(worst['lower'], worst['upper'])}"
     )
     if found in ("dominates", "dominated", wanted) or (found != "undecided" and wanted is None):
         return text
@@ -469,13 +474,11 @@ def table(comparison: Comparison) -> str:
     for own, shared in zip(per_level.levels.itertuples(), moderated.levels.itertuples(), strict=True):
         rows.append(
             f"{own.level:5d} {own.weights_remaining_percent:7.1f} % {own.difference:+10.2f}   "
-            f"[{own.lower:+6.2f}, {own.upper:+6.2f}] {own.verdict:10}  "
-            f"[{shared.lower:+6.2f}, {shared.upper:+6.2f}] {shared.verdict}"
+            f"{interval(own.lower, own.upper):16} {own.verdict:10}  "
+            f"{interval(shared.lower, shared.upper):16} {shared.verdict}"
         )
     (whole,) = mean.levels.itertuples()
-    rows.append(
-        f" mean           {whole.difference:+10.2f}   [{whole.lower:+6.2f}, {whole.upper:+6.2f}] {whole.verdict}"
-    )
+    rows.append(f" mean           {whole.difference:+10.2f}   {interval(whole.lower, whole.upper):16} {whole.verdict}")
     head = "level   weights difference   per level                    pooled"
     return "\n".join([head, *rows])
 

@@ -333,18 +333,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("results", type=Path, nargs="?", help="CSV file of python -m analysis.collect")
     parser.add_argument("--published", action="store_true", help="the paper's curves: behind the results, or alone")
+    parser.add_argument("--dataset")
+    parser.add_argument("--model")
     parser.add_argument("--figure", type=int, choices=NUMBERS, help="default: all that the results have arms of")
     parser.add_argument("-o", "--output", type=Path, default=Path("figures"), help="folder, default %(default)s")
     arguments = parser.parse_args(argv)
     if arguments.results is None and not arguments.published:
         raise UserError("give a CSV file of python -m analysis.collect, --published, or both")
-    published = results_by_dataset(collect.published()) if arguments.published else None
-    if arguments.results is None:
-        results, behind = published, None
-    else:
-        frame = collect.load(arguments.results)
-        collect.say_incomplete(frame)
-        results, behind = results_by_dataset(frame), published
+    frame = collect.published() if arguments.results is None else collect.load(arguments.results)
+    collect.say_incomplete(frame)
+    results = results_by_dataset(collect.select(frame, arguments.dataset, arguments.model))
+    behind = results_by_dataset(collect.published()) if arguments.published and arguments.results else None
     numbers = [arguments.figure] if arguments.figure else _different(results)
     figures = {number: figure(number, results, behind) for number in numbers}
     collect.write(arguments.output, lambda path: path.mkdir(parents=True, exist_ok=True))

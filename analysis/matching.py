@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,6 +29,7 @@ from analysis.dominance import Comparison
 from analysis.figures import Results
 from analysis.paper import Family
 from lth_diet import datasets
+from lth_diet.config import Dataset
 from lth_diet.errors import UserError
 
 
@@ -85,8 +87,12 @@ def match(family: Family, curves: dict[Arm, Curve], margin: float, levels: tuple
 def _cost(dataset: str, arm: Arm) -> float:
     if arm.name == "init":
         return 0.0
-    whole = math.nan if dataset == "image_folder" else datasets.facts(dataset, "").train_size
-    return float(arm.rewind_steps * (arm.subset_size or whole))
+    if arm.subset_size is not None:
+        return float(arm.rewind_steps * arm.subset_size)
+    known = get_args(Dataset.model_fields["name"].annotation)
+    if dataset not in known or dataset == "image_folder":
+        return math.nan
+    return float(arm.rewind_steps * datasets.facts(dataset, "").train_size)
 
 
 def in_words(found: Match) -> str:
@@ -95,6 +101,8 @@ def in_words(found: Match) -> str:
     if found.missing:
         return start + f"not tested, {found.missing}"
     cheapest, tested = found.cheapest, len(found.entries)
+    if not found.entries:
+        return start + "there is no other arm to test"
     if cheapest is None:
         return start + f"none of {tested} arms is shown to be a matching initialization"
     count = sum(entry.matching for entry in found.entries)
@@ -162,9 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, help="folder of the heat map; default: none is drawn")
     arguments = parser.parse_args(argv)
     dominance.check_range(arguments)
-    frame = dominance.source(arguments)
-    if arguments.dataset or arguments.model:
-        frame = collect.one(frame, arguments.dataset, arguments.model)
+    frame = collect.select(dominance.source(arguments), arguments.dataset, arguments.model)
     found = matches(figures.results_by_dataset(frame), arguments.margin, arguments.levels, arguments.confidence)
     for one in found:
         print(in_words(one))

@@ -66,18 +66,30 @@ class Picture:
     caption: str
 
 
-def write(tracking_uri: str, experiment: str | None, output: Path, *settings: Any) -> Report:
+def write(
+    tracking_uri: str,
+    experiment: str | None,
+    output: Path,
+    *settings: Any,
+    dataset: str | None = None,
+    model: str | None = None,
+) -> Report:
     """Write the report of an experiment; of all experiments of the store if none is named.
 
     Args:
         settings: Margin, range of levels and confidence, as of `dominance.compare`.
+        dataset: Leave out all others.
+        model: Likewise; has to be named if a data set comes with two.
 
     Raises:
         UserError: If there is nothing to report, or the file cannot be written.
     """
-    frame = collect.collect(tracking_uri, experiment)
+    frame = collect.select(collect.collect(tracking_uri, experiment), dataset, model)
     client, experiments = collect.store(tracking_uri, experiment)
-    parents = collect.search(client, experiments, "tags.phase = 'all'")
+    there = set(frame.run_id)
+    parents = [
+        run for run in collect.search(client, experiments, "tags.phase = 'all'") if run.data.tags.get("run_id") in there
+    ]
     named = f" --experiment {shlex.quote(experiment)}" if experiment else ""
     about = {
         "title": f"Lottery tickets on a data diet: {experiment or 'all experiments'}",
@@ -148,6 +160,7 @@ def _write(
         ],
         deviations=_deviations(frame, results, published, *settings),
         pairs=_pairs,
+        interval=dominance.interval,
         signs=dominance.SIGNS,
     )
     collect.write(output, lambda path: path.write_text(page, encoding="utf-8"))
@@ -197,7 +210,7 @@ def _dense_in_words(family: paper.Family, curves: dict[Arm, Curve], margin: floa
     start = f"{family}: all examples at t* = {family.t_star} "
     found = claims.dense(family, curves, margin, *settings)
     if found is None:
-        return start + "are not there, so that nothing can be said of the dense accuracy."
+        return start + "and a pruned level of them are not there: nothing is said of the dense accuracy."
     shown = ["at no level" if weights is None else f"down to {weights:.1f} % of weights" for weights in found]
     return f"{start}stay within {margin:g} points of the dense accuracy {shown[0]}; by the means alone {shown[1]}."
 
@@ -255,8 +268,8 @@ def _deviations(
             rows.append(
                 (
                     f"{paper.NAMES[name]}: {arm}",
-                    f"{mean.difference:+.2f} [{mean.lower:+.2f}, {mean.upper:+.2f}]",
-                    f"{worst['difference']:+.2f} [{worst['lower']:+.2f}, {worst['upper']:+.2f}] "
+                    f"{mean.difference:+.2f} {dominance.interval(mean.lower, mean.upper)}",
+                    f"{worst['difference']:+.2f} {dominance.interval(worst['lower'], worst['upper'])} "
                     f"at {worst['weights_remaining_percent']:.1f} %",
                 )
             )
@@ -327,6 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tracking-uri", default=default_tracking_uri())
     parser.add_argument("--experiment", help="default: all experiments of the store")
+    parser.add_argument("--dataset", help="leave out all others")
+    parser.add_argument("--model", help="likewise; has to be named if a data set comes with two")
     parser.add_argument("--published", action="store_true", help="of the paper's own curves instead")
     dominance.add_range(parser)
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default %(default)s")
@@ -336,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.published:
         report = write_published(arguments.output, *settings)
     else:
-        report = write(arguments.tracking_uri, arguments.experiment, arguments.output, *settings)
+        which = {"dataset": arguments.dataset, "model": arguments.model}
+        report = write(arguments.tracking_uri, arguments.experiment, arguments.output, *settings, **which)
     print("\n".join(report.verdicts))
     print(f"report: {report.path.resolve()}")
     return 0

@@ -142,6 +142,7 @@ def test_results_of_several_data_sets_or_models_must_be_told_apart(place):
     with pytest.raises(UserError, match=r"--dataset: 'mnist' is not in these results; allowed: digits, other"):
         collect.one(frame, "mnist", None)
     assert len(collect.one(frame, "other", "k")) == 1
+    assert len(collect.select(frame, None, "m")) == 2 and len(collect.select(frame, None, None)) == 3
 
 
 def test_without_a_plan_a_replicate_is_incomplete_if_others_went_further(place):

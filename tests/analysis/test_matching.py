@@ -1,3 +1,6 @@
+import dataclasses
+import math
+
 import pytest
 
 from analysis import arms, collect, matching, paper
@@ -33,7 +36,21 @@ def test_under_noise_the_reference_has_the_same_noise(cifar10):
 def test_without_all_at_t_star_nothing_is_tested(cifar10):
     curves = {arm: curve for arm, curve in cifar10.items() if arm != Arm("all", None, 400)}
     found = matching.match(paper.CIFAR10, curves, 1.0, *SETTINGS)
-    assert found.entries == [] and matching.in_words(found) == "CIFAR-10: not tested, missing all, t_r = 400"
+    assert (
+        found.cheapest is None
+        and found.entries == []
+        and matching.in_words(found) == "CIFAR-10: not tested, missing all, t_r = 400"
+    )
+
+
+def test_without_the_number_of_examples_the_cost_is_unknown_and_comes_last(cifar10):
+    for dataset in ("image_folder", "mine"):
+        found = matching.match(dataclasses.replace(paper.CIFAR10, dataset=dataset), cifar10, 1.0, *SETTINGS)
+        assert (
+            [entry.arm.name for entry in found.entries if math.isnan(entry.cost)]
+            == ["all"]
+            == [found.entries[-1].arm.name]
+        )
 
 
 def test_the_heat_map_has_a_cell_an_arm_and_frames_those_that_match(cifar10):
