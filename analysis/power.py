@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis import arms, collect, dominance, paper
-from analysis.dominance import Difference
+from analysis import arms, collect, difference, dominance, paper
+from analysis.difference import Difference
 
 LEVELS_CORRELATION = 0.5
 PAIRS_CORRELATION = 0.5
@@ -51,25 +51,25 @@ def simulate(
         challenger, reference = (
             np.sqrt(pairs_correlation) * both + np.sqrt(1 - pairs_correlation) * own for own in (challenger, reference)
         )
-    compare = dominance.welch if pairs_correlation is None else dominance.paired
+    compare = difference.welch if pairs_correlation is None else difference.paired
     return compare(challenger * sds[0] - deficit, reference * sds[1])
 
 
-def bounds(difference: Difference, confidence: float = 0.95) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def bounds(found: Difference, confidence: float = 0.95) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Lower and upper bounds of each statement, shape (simulations, L) or (simulations, 1)."""
     return {
-        "per_level": dominance.bounds(difference.mean, difference.variance, difference.df, confidence),
-        "pooled": dominance.bounds(difference.mean, *dominance.pooled(difference), confidence),
-        "mean": dominance.bounds(*difference.average, confidence),
+        "per_level": difference.bounds(found.mean, found.variance, found.df, confidence),
+        "pooled": difference.bounds(found.mean, *difference.pooled(found), confidence),
+        "mean": difference.bounds(*found.average, confidence),
     }
 
 
-def shares(difference: Difference, verdict: str, margin: float) -> dict[str, float]:
+def shares(found: Difference, verdict: str, margin: float) -> dict[str, float]:
     """How often each statement gives a verdict; one that dominates weakly dominates too."""
     which = ("dominates", "weakly dominates") if verdict == "weakly dominates" else (verdict,)
     return {
-        name: float(np.isin(dominance.verdict(lower, upper, margin), which).mean())
-        for name, (lower, upper) in bounds(difference).items()
+        name: float(np.isin(difference.verdict(lower, upper, margin), which).mean())
+        for name, (lower, upper) in bounds(found).items()
     }
 
 

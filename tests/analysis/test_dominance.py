@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy import special, stats
+from scipy import stats
 
-from analysis import arms, collect, dominance
+from analysis import arms, collect, difference, dominance
 from analysis.arms import Arm, Curve
-from analysis.dominance import Difference
 
 LEVELS = range(3, 13)
 EASY, ALL = Arm("easy", 256, 200), Arm("all", None, 400)
@@ -33,36 +32,11 @@ def compare(ours, theirs, **settings):
     return dominance.compare({EASY: ours, ALL: theirs}, EASY, ALL, **settings)
 
 
-def test_the_paired_test_is_that_of_scipy():
-    ours, theirs = noise(5), noise(5, seed=1)
-    difference = dominance.paired(ours, theirs)
-    lower, upper = dominance.bounds(difference.mean, difference.variance, difference.df, 0.95)
-    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.9)
-    assert np.allclose(lower, expected.low) and np.allclose(upper, expected.high)
-
-
-def test_the_unpaired_test_is_welchs_from_replicates_and_from_summaries():
-    ours, theirs = noise(3, sd=0.5), noise(6, seed=1)
-    expected = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.9)
-    means, sds = [part.mean(0) for part in (ours, theirs)], [part.std(0, ddof=1) for part in (ours, theirs)]
-    for difference in (dominance.welch(ours, theirs), dominance.from_summaries(means, sds, (3, 6))):
-        lower, upper = dominance.bounds(difference.mean, difference.variance, difference.df, 0.95)
-        assert np.allclose(lower, expected.low) and np.allclose(upper, expected.high)
-
-
 def test_the_mean_statement_is_a_test_of_the_replicates_means():
     ours, theirs = noise(4), noise(4, seed=1)
     (mean,) = compare(curve(ours), curve(theirs)).statements["mean"].levels.itertuples()
     expected = stats.ttest_rel(ours.mean(1), theirs.mean(1)).confidence_interval(0.9)
     assert (mean.lower, mean.upper) == pytest.approx(tuple(expected))
-
-
-def test_of_summaries_the_mean_is_as_wide_as_perfectly_correlated_levels_make_it():
-    levels = np.linspace(0, 1, 10)
-    ours, theirs = (90 + np.random.default_rng(s).standard_normal((4, 1)) * (1 + levels) for s in (0, 1))
-    known = dominance.welch(ours, theirs).average
-    means, sds = [part.mean(0) for part in (ours, theirs)], [part.std(0, ddof=1) for part in (ours, theirs)]
-    assert np.allclose(known, dominance.from_summaries(means, sds, (4, 4)).average)
 
 
 @given(arrays(float, (4, 10), elements=st.floats(-1, 1)), arrays(float, (5, 10), elements=st.floats(-1, 1)))
@@ -123,7 +97,7 @@ def test_replicates_pair_by_seed_and_number_and_the_others_are_left_out():
     found = compare(curve(ours), curve(theirs, first=1))
     assert found.paired and found.n == (3, 3)
     assert found.notes == ["3 replicates without a partner of the same seed and number are left out"]
-    expected = dominance.paired(ours[1:], theirs[:3]).mean
+    expected = difference.paired(ours[1:], theirs[:3]).mean
     assert np.allclose(found.statements["pooled"].levels.difference, expected)
     assert not compare(curve(ours), curve(theirs, first=9)).paired
 
@@ -146,7 +120,7 @@ def test_spread_below_the_resolution_of_the_accuracies_is_not_believed():
     steps = 100 / 355  # of 355 test images
     ours = 90 + steps * np.array([[1.0] * 10, [1.0] * 10])
     theirs = 90 + steps * np.array([[0.0] * 10, [0.0] * 10])  # the same difference twice, by chance
-    found = dominance.paired(ours, theirs)
+    found = difference.paired(ours, theirs)
     assert np.allclose(found.variance, steps**2 / 12)
     assert dominance.compare({EASY: curve(ours), ALL: curve(theirs)}, EASY, ALL).verdict == "undecided"
 
@@ -154,25 +128,6 @@ def test_spread_below_the_resolution_of_the_accuracies_is_not_believed():
 def test_differences_that_are_all_the_same_give_numbers():
     found = compare(curve(np.full((4, 10), 90.0)), curve(np.full((4, 10), 90.0)))
     assert found.verdict == "weakly dominates" and found.statements["pooled"].holds_at_margin < 1e-6
-
-
-def test_pooling_draws_a_level_towards_the_others_and_earns_degrees_of_freedom():
-    generator = np.random.default_rng(0)
-    found = dominance.paired(generator.standard_normal((500, 4, 10)), generator.standard_normal((500, 4, 10)))
-    variance, df = dominance.pooled(found)
-    assert np.log(variance).var() < 0.5 * np.log(found.variance).var()
-    assert np.median(df) > 3
-
-
-def test_pooling_earns_nothing_where_a_replicates_levels_are_one():
-    generator = np.random.default_rng(0)
-    found = dominance.paired(np.repeat(generator.standard_normal((500, 4, 1)), 10, axis=-1), np.zeros((500, 4, 10)))
-    variance, df = dominance.pooled(found)
-    assert (variance > found.variance).all() and (df < 3.01).all()
-
-
-def test_an_arm_of_two_replicates_has_one_degree_of_freedom():
-    assert (dominance.welch(noise(4), noise(2)).df == 1).all()
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 5, 8])
@@ -186,30 +141,6 @@ def test_the_worst_level_has_a_simultaneous_interval_which_is_wider():
     row = statement.levels.set_index("level").loc[statement.worst["level"]]
     assert row.difference == statement.levels.difference.min()
     assert statement.worst["lower"] < row.lower and statement.worst["upper"] > row.upper
-
-
-def planned(sd, paired):
-    zero = np.zeros(10)
-    return Difference(zero, np.full(10, sd**2 / 4), zero + 3, np.ones(()), (zero, zero, zero), (4, 4), paired)
-
-
-def test_the_replicates_needed_reach_their_power():
-    for paired in (True, False):
-        n = dominance.replicates_needed(planned(0.5, paired), np.full(10, 0.3), 0.95)
-        generator = np.random.default_rng(0)
-        shape = (4000, n, 10)
-        if paired:
-            found = dominance.paired(0.3 + 0.5 * generator.standard_normal(shape), np.zeros(shape))
-        else:
-            arms = (0.5 / 2**0.5 * generator.standard_normal(shape) for _ in range(2))
-            found = dominance.welch(next(arms) + 0.3, next(arms))
-        lower, upper = dominance.bounds(found.mean, found.variance, found.df, 0.95)
-        assert 0.79 < (dominance.verdict(lower, upper, 0) == "dominates").mean() < 0.85
-
-
-def test_no_replicates_help_a_difference_on_the_wrong_side():
-    assert dominance.replicates_needed(planned(0.5, True), np.full(10, -0.1), 0.95) is None
-    assert dominance.replicates_needed(planned(5, True), np.full(10, 0.001), 0.95) is None
 
 
 COMMAND = ["--published", "--dataset", "cifar10", "--challenger", "easy:size=12800,steps=200"]
@@ -320,21 +251,3 @@ def test_published_arms_of_other_models_never_meet():
     published = collect.published()
     for _, rows in published.groupby("dataset"):
         assert rows.model.nunique() == 1 and len(arms.of(rows)) > 20
-
-
-@given(st.floats(1e-6, 100))
-def test_the_inverse_of_trigamma_is_one(y):
-    assert special.polygamma(1, dominance._trigamma_inverse(np.array(y))) == pytest.approx(y, rel=1e-6)
-
-
-def test_a_moderated_variance_is_nearer_to_the_truth_than_its_own_and_not_so_near_as_if_the_prior_were_known():
-    """Draws from Smyth's model: d0 = 6, prior variance 0.04, no trend."""
-    generator = np.random.default_rng(0)
-    true = 0.04 * 6 / generator.chisquare(6, (300, 60))
-    found = dominance.paired(
-        np.sqrt(true)[:, None, :] * generator.standard_normal((300, 4, 60)), np.zeros((300, 4, 60))
-    )
-    best = (6 * 0.04 + 3 * found.variance * 4) / 9 / 4
-    variance, _ = dominance.pooled(found)
-    error = lambda estimate: np.log(estimate / (true / 4)).std()
-    assert error(best) < error(variance) < 0.7 * error(found.variance)

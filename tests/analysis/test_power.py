@@ -1,9 +1,11 @@
 """How often the verdicts are wrong, by simulation (seeded, so that a test either passes or not)."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from analysis import dominance, paper, power
+from analysis import paper, power
 
 SIMULATIONS = 2000
 ALPHA = 0.05
@@ -63,7 +65,7 @@ def test_a_spread_that_is_as_rough_as_published_costs_little(family):
 def test_of_summaries_pooling_stays_below_the_level_however_the_levels_go_together():
     for correlation in (0.0, 0.5, 1.0):
         found = simulate(paper.CIFAR10, 4, 4, None, 0.0, levels_correlation=correlation)
-        unknown = dominance.dataclasses.replace(found, shared=np.ones(SIMULATIONS))
+        unknown = dataclasses.replace(found, shared=np.ones(SIMULATIONS))
         lower, _ = power.bounds(unknown)["pooled"]
         assert (lower > 0).mean(0).max() < ALPHA
 
