@@ -97,9 +97,10 @@ def _welch(challenger: tuple, reference: tuple) -> tuple[np.ndarray, np.ndarray,
 
 
 def _resolution(*values: np.ndarray) -> float:
-    """Smallest step between two accuracies: on 355 test images 0.28 points. Spread below it cannot be seen."""
+    """Smallest step between two accuracies, at most 1: on 355 test images 0.28. Spread below it cannot be seen."""
     steps = np.diff(np.unique(np.concatenate([part.ravel() for part in values])))
-    return float(steps[steps > 1e-9].min(initial=np.inf)) if (steps > 1e-9).any() else 0.0
+    steps = steps[steps > 1e-9]
+    return min(float(steps.min()), 1.0) if steps.size else 0.0
 
 
 def _shared(residuals: np.ndarray) -> np.ndarray:
