@@ -13,7 +13,6 @@ BIN = .venv/bin
 
 quickstart: .venv/installed
 	for arm in init all random easy hard; do $(BIN)/composer -n 2 recipes/imp.py -f yamls/digits_$$arm.yaml || exit 1; done
-	$(BIN)/python -m analysis.curves --experiment digits -o quickstart.png
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not integration"
@@ -22,7 +21,7 @@ faults: .venv/installed
 	KILLS=120 $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults
 
 integration: .venv/installed
-	$(BIN)/python -m pytest -m integration
+	$(BIN)/python -m pytest -m integration -rs
 
 lint: .venv/installed
 	$(BIN)/ruff check .

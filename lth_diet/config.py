@@ -175,6 +175,11 @@ class Config(Section):
         return 0.0 if self.arm == "init" else self.pretrain.label_noise
 
     @property
+    def experiment_name(self) -> str:
+        """The MLflow experiment."""
+        return self.experiment or self.dataset.name
+
+    @property
     def model_name(self) -> str:
         return f"ResNet-{self.model.depth}" + (f" width {self.model.width}" if self.model.width != 16 else "")
 

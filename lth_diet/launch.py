@@ -45,8 +45,13 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def imp(argv: Sequence[str] | None, description: str) -> int:
+def imp(argv: Sequence[str] | None, description: str, report: Callable[[Run], None]) -> int:
     """Run IMP for this rank's replicates, after making the scores that the arm needs.
+
+    Args:
+        argv: The command line.
+        description: Of the recipe, for --help.
+        report: Called at the end, on rank 0.
 
     Returns:
         0; 2 after a sentence if the input is bad; 1 if a replicate failed.
@@ -85,6 +90,7 @@ def imp(argv: Sequence[str] | None, description: str) -> int:
         board.wait()
     if ranks.rank == 0:
         _conclude(run)
+        report(run)
     return 1 if failed else 0
 
 

@@ -169,7 +169,7 @@ class Run(_Folder):
             "label_noise": config.label_noise,
             "seed": config.seed,
             "train_steps": config.train.steps,
-            "experiment": config.experiment or config.dataset.name,
+            "experiment": config.experiment_name,
             "ranks": ranks if config.parallelism == "data" else 1,
             "planned_levels": config.prune.levels,
         }
@@ -220,7 +220,7 @@ class ScoreFolder(_Folder):
             "seed": config.seed,
             "networks": config.scores.networks,
             "steps": config.scores.steps,
-            "experiment": config.experiment or config.dataset.name,
+            "experiment": config.experiment_name,
         }
         super().__init__(Path(config.runs) / "scores" / config.scores_id(), about)
 

@@ -4,17 +4,24 @@ composer -n 4 recipes/imp.py -f yamls/cifar100_random.yaml      a replicate a GP
 python recipes/imp.py -f yamls/digits_all.yaml replicates=[0]   one after another, in this process
 python recipes/imp.py -f yamls/digits_all.yaml --plan           what would run, and what exists already
 
-The same command again goes on where the last one stopped.
+The same command again goes on where the last one stopped. At the end a report of the experiment is in runs/.
 """
 
 import sys
 from collections.abc import Sequence
 
 from lth_diet import launch
+from lth_diet.runs import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return launch.imp(argv, __doc__)
+    return launch.imp(argv, __doc__, report)
+
+
+def report(run: Run) -> None:
+    from analysis.report import conclude  # imports MLflow, which is not to be before the input is checked
+
+    conclude(run)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,14 @@ RUNS = {
     "docker build -t lth_diet --build-arg GIT_COMMIT=$(git rev-parse HEAD) .": None,  # test_docker.py
     "docker run --gpus all -v $PWD/data:/lth_diet/data -v $PWD/runs:/lth_diet/runs lth_diet -n 4 recipes/imp.py -f yamls/cifar100_all.yaml": None,
     "python -m lth_diet.tracking sync runs": "",
-    "python -m analysis.curves --experiment digits -o picture.png": "",
+    "python -m analysis.report --experiment digits -o report.html": "--levels 0 1",
+    "python -m analysis.collect --experiment digits -o results.csv": "",
+    "python -m analysis.dominance results.csv --all-pairs": "--levels 0 1",
+    "python -m analysis.dominance --published --dataset cifar10 --challenger easy:size=12800 --reference all:steps=400": "",
+    "python -m analysis.matching results.csv --margin 1 -o figures": "--levels 0 1",
+    "python -m analysis.figures results.csv --published -o figures": "",
+    "python -m analysis.claims --published": "",
+    "python -m analysis.report --published -o published.html": "",
     "python -m lth_diet.masks show runs/digits_all-*/replicate_0 8": None,  # below
     "python -m lth_diet.masks export runs/digits_all-*/replicate_0 8 -o ticket": None,  # below
     "python benchmarks/step_time.py": "--depth 8 --batch-size 8 --warmup 1 --steps 2 --repeats 1",

@@ -1,0 +1,192 @@
+"""Which arms are matching initializations for t* (paper, Definition 3.2), and the cheapest of them.
+
+python -m analysis.matching results.csv -o figures       a table, and figures/matching.svg and .png
+python -m analysis.matching --published --margin 1
+
+An arm is matching if it weakly dominates all examples at t* (with the same label noise). Its cost is the number of
+examples it needs times the steps it trains on them. Settings and statistics are those of python -m analysis.dominance;
+each arm is tested on its own, so that of many that fall short by the margin, some would pass.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from analysis import arms, collect, dominance, figures, paper
+from analysis.arms import Arm, Curve
+from analysis.dominance import Comparison
+from analysis.figures import Results
+from analysis.paper import Family
+from lth_diet import datasets
+from lth_diet.config import Dataset
+from lth_diet.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An arm against all examples at t*; cost in examples × steps, NaN if the number of examples is not known."""
+
+    arm: Arm
+    cost: float
+    comparison: Comparison
+
+    @property
+    def matching(self) -> bool:
+        return self.comparison.verdict in ("dominates", "weakly dominates")
+
+    @property
+    def worst(self) -> dict[str, float]:
+        """The level with the smallest difference."""
+        return self.comparison.statements["pooled"].worst
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """All arms of a family against all examples at t*.
+
+    Args:
+        entries: In the order of their cost.
+        missing: Why there is nothing to compare with, if there is not.
+    """
+
+    family: Family
+    entries: list[Entry]
+    missing: str = ""
+
+    @property
+    def cheapest(self) -> Entry | None:
+        """The matching arm of least cost."""
+        return next((entry for entry in self.entries if entry.matching), None)
+
+
+def match(family: Family, curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], confidence: float) -> Match:
+    """Test every arm of a family against all examples at t*."""
+    reference = family.arm("all", family.t_star)
+    entries = []
+    for arm in curves if reference in curves else ():
+        if arm == reference or (arm.label_noise != family.label_noise and arm.name != "init"):
+            continue
+        with contextlib.suppress(UserError):  # no level in common yet
+            comparison = dominance.compare(curves, arm, reference, margin, levels, confidence)
+            entries.append(Entry(arm, _cost(family.dataset, arm), comparison))
+    entries.sort(key=lambda entry: (math.isnan(entry.cost), entry.cost))
+    return Match(family, entries, "" if reference in curves else arms.missing(reference, curves))
+
+
+def _cost(dataset: str, arm: Arm) -> float:
+    if arm.name == "init":
+        return 0.0
+    if arm.subset_size is not None:
+        return float(arm.rewind_steps * arm.subset_size)
+    known = get_args(Dataset.model_fields["name"].annotation)
+    if dataset not in known or dataset == "image_folder":
+        return math.nan
+    return float(arm.rewind_steps * datasets.facts(dataset, "").train_size)
+
+
+def in_words(found: Match) -> str:
+    """The cheapest matching initialization, in a sentence."""
+    start = f"{found.family}: "
+    if found.missing:
+        return start + f"not tested, {found.missing}"
+    cheapest, tested = found.cheapest, len(found.entries)
+    if not found.entries:
+        return start + "there is no other arm to test"
+    if cheapest is None:
+        return start + f"none of {tested} arms is shown to be a matching initialization"
+    count = sum(entry.matching for entry in found.entries)
+    return (
+        f"{start}{count} of {tested} arms are matching initializations; the cheapest is {cheapest.arm} "
+        f"({cheapest.cost:,.0f} examples × steps)"
+    )
+
+
+def heat_map(axes: Axes, found: Match) -> None:
+    """Subset size across, arm and t_r down; colour: the smallest difference over the levels; matching arms framed."""
+    shown = [entry for entry in found.entries if entry.arm.name != "init"]
+    columns = [*sorted({entry.arm.subset_size for entry in shown if entry.arm.subset_size}), None]
+    rows = _rows(found)
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for entry in shown:
+        y, x = rows.index((entry.arm.name, entry.arm.rewind_steps)), columns.index(entry.arm.subset_size)
+        grid[y, x] = entry.worst["difference"]
+        style = {"color": "white" if abs(grid[y, x]) > 2 else "black", "ha": "center", "va": "center", "fontsize": 7}
+        axes.text(x, y, f"{grid[y, x]:+.2f}" + "\nmatching" * entry.matching, **style)
+        if entry.matching:
+            axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, linewidth=1.5))
+    # one scale for all: 3 points either way, beyond which the colour stays
+    axes.imshow(np.ma.masked_invalid(grid), cmap="PuOr", norm=TwoSlopeNorm(0, -3, 3), aspect="auto")
+    axes.set_xticks(range(len(columns)), [f"{size:,}" if size else "all" for size in columns], fontsize=7.5)
+    axes.set_yticks(range(len(rows)), [f"{name}, t_r = {steps}" for name, steps in rows], fontsize=7.5)
+    axes.set_xlabel("Subset size (examples)", fontsize=8)
+    axes.set_title(f"{found.family}: worst level against all, t_r = {found.family.t_star}, in points", fontsize=8)
+
+
+def _rows(found: Match) -> list[tuple[str, int]]:
+    """Arm and t_r, down a heat map."""
+    rows = {(entry.arm.name, entry.arm.rewind_steps) for entry in found.entries if entry.arm.name != "init"}
+    return sorted(rows, key=lambda row: Arm(row[0], None, row[1]).rank)
+
+
+def figure(matches: Sequence[Match]) -> Figure:
+    """The heat maps of some families, one below the other."""
+    rows = [max(len(_rows(found)), 2) for found in matches]
+    across = max(len({entry.arm.subset_size for entry in found.entries}) for found in matches)
+    size = (1.6 + 0.62 * max(across, 4), 0.42 * sum(rows) + 0.85 * len(rows))
+    drawn = Figure(figsize=size, layout="constrained", dpi=130)
+    grid = drawn.subplots(len(matches), 1, squeeze=False, height_ratios=[count + 1 for count in rows])
+    for (axes,), found in zip(grid, matches, strict=True):
+        heat_map(axes, found)
+    return drawn
+
+
+def matches(results: Results, margin: float, levels: tuple[int, int], confidence: float) -> list[Match]:
+    """Of every family in the results."""
+    return [
+        match(family, curves, margin, levels, confidence)
+        for dataset, curves in results.items()
+        for family in paper.families(dataset, curves)
+    ]
+
+
+@collect.one_sentence
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.matching", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    dominance.add_source(parser)
+    dominance.add_range(parser)
+    parser.add_argument("-o", "--output", type=Path, help="folder of the heat map; default: none is drawn")
+    arguments = parser.parse_args(argv)
+    dominance.check_range(arguments)
+    frame = collect.select(dominance.source(arguments), arguments.dataset, arguments.model)
+    found = matches(figures.results_by_dataset(frame), arguments.margin, arguments.levels, arguments.confidence)
+    for one in found:
+        print(in_words(one))
+        for entry in one.entries:
+            worst = f"worst {entry.worst['difference']:+.2f} at level {entry.worst['level']}"
+            print(f"  {entry.arm!s:36} {entry.cost:>14,.0f}  {entry.comparison.verdict:16}  {worst}")
+    drawable = [one for one in found if _rows(one)]
+    if arguments.output and drawable:
+        drawn = figure(drawable)
+        collect.write(arguments.output, lambda path: path.mkdir(parents=True, exist_ok=True))
+        for suffix in ("svg", "png"):
+            path = arguments.output / f"matching.{suffix}"
+            collect.write(path, drawn.savefig)
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

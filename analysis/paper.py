@@ -1,0 +1,82 @@
+"""What the paper ran: data sets, t*, subset sizes, and which of them each figure shows."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from analysis.arms import Arm
+
+NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cinic10": "CINIC-10"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The arms that are compared with each other: one data set, label noise and t*.
+
+    Args:
+        dataset: As in a configuration.
+        t_star: Rewind step, in batches, where all examples give a matching initialization.
+        label_noise: Fraction of labels drawn anew, 0 to 1.
+        size: Subset size that Figures 2 and 3 show; None: not the paper's.
+        sizes: All subset sizes (Figures 5 to 7).
+        last_level: Last level drawn.
+    """
+
+    dataset: str
+    t_star: int
+    label_noise: float = 0.0
+    size: int | None = None
+    sizes: tuple[int, ...] = ()
+    last_level: int | None = None
+
+    def __str__(self) -> str:
+        noise = f", {100 * self.label_noise:g} % label noise" if self.label_noise else ""
+        several = f", t* = {self.t_star}" if self.dataset == "cinic10" else ""
+        return NAMES.get(self.dataset, self.dataset) + noise + several
+
+    @property
+    def half(self) -> int:
+        """t*/2."""
+        return self.t_star // 2
+
+    def arm(self, name: str, steps: int | None = None, size: int | None = None) -> Arm:
+        """An arm of this family: init; all at t*/2 or other steps; a subset at t*/2."""
+        if name == "init":
+            return Arm("init")
+        if name == "all":
+            return Arm("all", None, steps or self.half, self.label_noise)
+        return Arm(name, size or self.size, steps or self.half, self.label_noise)
+
+
+_CIFAR10 = (256, 512, 1024, 2048, 3200, 6400, 12800, 25600)
+_NOISE = (512, 1024, 2048, 3200)
+CIFAR10 = Family("cifar10", 400, 0.0, 12800, _CIFAR10, 16)
+CIFAR100 = Family("cifar100", 800, 0.0, 2048, _CIFAR10[:6], 16)
+CINIC10 = Family("cinic10", 800, 0.0, 51200, (12800, 25600, 51200, 102400), 12)
+CINIC10_400 = Family("cinic10", 400, 0.0, 51200, (12800, 25600, 51200), 12)
+NOISE_10 = Family("cifar10", 400, 0.1, 2048, _NOISE, 16)
+NOISE_50 = Family("cifar10", 400, 0.5, 3200, _NOISE, 16)
+CLEAN = (CIFAR10, CIFAR100, CINIC10)
+SAME_RUNS = Arm("random", 25600, 200)
+"""Published, on CIFAR-10, as a copy of all examples at t*/2: 200 batches of 128 are 25,600 images."""
+FAMILIES = (*CLEAN, CINIC10_400, NOISE_10, NOISE_50)
+
+
+def families(dataset: str, arms: Iterable[Arm]) -> list[Family]:
+    """The paper's families that some arms belong to; for another data set or t* one made from the arms themselves.
+
+    Then t* is the largest number of steps of an `all` arm (of any arm, if there is none), and the subset size shown is
+    the largest at t*/2.
+    """
+    arms, found = list(arms), []
+    for noise in sorted({arm.label_noise for arm in arms}):
+        mine = [arm for arm in arms if arm.label_noise == noise and arm.name != "init"]
+        steps = {arm.rewind_steps for arm in mine}
+        paper = [family for family in FAMILIES if (family.dataset, family.label_noise) == (dataset, noise)]
+        known = [f for f in paper if f.half in steps] or [f for f in paper if f.t_star in steps]
+        if known or not mine:
+            found += known
+            continue
+        t_star = max([arm.rewind_steps for arm in mine if arm.name == "all"] or steps)
+        sizes = {a.subset_size for a in mine if a.subset_size is not None and a.rewind_steps == t_star // 2}
+        found.append(Family(dataset, t_star, noise, max(sizes, default=None), tuple(sorted(sizes))))
+    return found

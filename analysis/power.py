@@ -1,0 +1,111 @@
+"""How often the verdicts are right and wrong, by simulation at the published spreads.
+
+python -m analysis.power      power at 4, 8 and 16 replicates, as a Markdown table
+
+Replicates are normal, with the published standard deviation at each level. Two correlations are not published and are
+assumed: between two levels of a replicate, and between two arms of a pair. The published spreads scatter about a smooth
+trend less than independent levels would make them (mean 0.67 against trigamma(3/2) = 0.93, 67 curves of CIFAR), as they
+do with a squared correlation of about 0.3 or more.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from analysis import arms, collect, difference, dominance, paper
+from analysis.difference import Difference
+
+LEVELS_CORRELATION = 0.5
+PAIRS_CORRELATION = 0.5
+
+
+def simulate(
+    generator: np.random.Generator,
+    simulations: int,
+    n: tuple[int, int],
+    sds: tuple[np.ndarray, np.ndarray],
+    deficit: np.ndarray | float = 0.0,
+    levels_correlation: float = LEVELS_CORRELATION,
+    pairs_correlation: float | None = None,
+) -> Difference:
+    """Differences of two arms in experiments that are known.
+
+    Args:
+        n: Replicates of challenger and reference.
+        sds: Of each at every level, shape (L,), in percentage points.
+        deficit: How much worse the challenger truly is, shape (L,) or one number.
+        levels_correlation: Between any two levels of a replicate, 0 to 1.
+        pairs_correlation: Between the two arms of a pair, 0 to 1; None: not paired.
+    """
+
+    def normal(count: int) -> np.ndarray:
+        common = generator.standard_normal((simulations, count, 1))
+        own = generator.standard_normal((simulations, count, len(sds[0])))
+        return np.sqrt(levels_correlation) * common + np.sqrt(1 - levels_correlation) * own
+
+    challenger, reference = normal(n[0]), normal(n[1])
+    if pairs_correlation is not None:
+        both = normal(n[0])
+        challenger, reference = (
+            np.sqrt(pairs_correlation) * both + np.sqrt(1 - pairs_correlation) * own for own in (challenger, reference)
+        )
+    compare = difference.welch if pairs_correlation is None else difference.paired
+    return compare(challenger * sds[0] - deficit, reference * sds[1])
+
+
+def bounds(found: Difference, confidence: float = 0.95) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Lower and upper bounds of each statement, shape (simulations, L) or (simulations, 1)."""
+    return {
+        "per_level": difference.bounds(found.mean, found.variance, found.df, confidence),
+        "pooled": difference.bounds(found.mean, *difference.pooled(found), confidence),
+        "mean": difference.bounds(*found.average, confidence),
+    }
+
+
+def shares(found: Difference, verdict: str, margin: float) -> dict[str, float]:
+    """How often each statement gives a verdict; one that dominates weakly dominates too."""
+    which = ("dominates", "weakly dominates") if verdict == "weakly dominates" else (verdict,)
+    return {
+        name: float(np.isin(difference.verdict(lower, upper, margin), which).mean())
+        for name, (lower, upper) in bounds(found).items()
+    }
+
+
+def published_sds(family: paper.Family, levels: tuple[int, int] = dominance.LEVELS) -> tuple[np.ndarray, np.ndarray]:
+    """Of the easy arm of Figure 2 and of all examples at t*."""
+    frame = collect.published()
+    curves = arms.of(frame[frame.dataset == family.dataset])
+    pair = family.arm("easy"), family.arm("all", family.t_star)
+    return tuple(curves[arm].summary.loc[levels[0] : levels[1], "sd"].to_numpy() for arm in pair)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.power", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--simulations", type=int, default=4000)
+    simulations = parser.parse_args(argv).simulations
+    print("Equal arms: how often `weakly dominates` is found, in % (per level / pooled / mean).\n")
+    print("| data | margin | pairs | n = 4 | n = 8 | n = 16 |\n|---|---|---|---|---|---|")
+    for family in paper.CLEAN:
+        sds = published_sds(family)
+        for margin in (0.3, 1.0):
+            for pairs in (None, PAIRS_CORRELATION):
+                generator = np.random.default_rng(0)
+                cells = [
+                    shares(
+                        simulate(generator, simulations, (n, n), sds, 0, pairs_correlation=pairs),
+                        "weakly dominates",
+                        margin,
+                    )
+                    for n in (4, 8, 16)
+                ]
+                text = [" / ".join(f"{100 * share:.0f}" for share in cell.values()) for cell in cells]
+                print(f"| {family} | {margin} | {'no' if pairs is None else 'yes'} | {' | '.join(text)} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

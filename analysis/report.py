@@ -1,0 +1,381 @@
+"""One self-contained page on what an MLflow store holds: verdicts, figures, tables, configuration, what is incomplete.
+
+python -m analysis.report --tracking-uri sqlite:///mlflow.db --experiment digits -o report.html
+python -m analysis.report --published -o published.html
+
+It works while a sweep runs. The page asks for nothing from anywhere: pictures are in it, and its own policy forbids it.
+"""
+
+import argparse
+import base64
+import dataclasses
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import pandas as pd
+import yaml
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from analysis import claims, collect, dominance, figures, matching, paper
+from analysis.arms import Arm, Curve
+from analysis.claims import Claim, Finding
+from analysis.figures import Panel, Results
+from lth_diet import runs as run_directory
+from lth_diet.config import DEFAULTS
+from lth_diet.errors import UserError
+from lth_diet.tracking import tracking_uri as default_tracking_uri
+
+_MOST_ARMS = 10  # of a matrix that a phone can show
+_FEW_ARMS = 6  # each of which has a verdict of its own
+_MOST_BYTES = 2_000_000  # of an example picture
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+_EXAMPLES = {
+    "subset.png": "scores and classes of the subset",
+    "images.png": "images of the subset",
+    "examples/histogram.png": "EL2N scores",
+    "examples/easiest.png": "the easiest examples by EL2N score",
+    "examples/hardest.png": "the hardest examples by EL2N score",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A page that was written.
+
+    Args:
+        verdicts: What it says first, a sentence each.
+    """
+
+    path: Path
+    verdicts: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A data URI and what it shows."""
+
+    source: str
+    caption: str
+
+
+def write(
+    tracking_uri: str,
+    experiment: str | None,
+    output: Path,
+    *settings: Any,
+    dataset: str | None = None,
+    model: str | None = None,
+) -> Report:
+    """Write the report of an experiment; of all experiments of the store if none is named.
+
+    Args:
+        settings: Margin, range of levels and confidence, as of `dominance.compare`.
+        dataset: Leave out all others.
+        model: Likewise; has to be named if a data set comes with two.
+
+    Raises:
+        UserError: If there is nothing to report, or the file cannot be written.
+    """
+    frame = collect.select(collect.collect(tracking_uri, experiment), dataset, model)
+    client, experiments = collect.store(tracking_uri, experiment)
+    there = set(frame.run_id)
+    parents = [
+        run for run in collect.search(client, experiments, "tags.phase = 'all'") if run.data.tags.get("run_id") in there
+    ]
+    named = f" --experiment {shlex.quote(experiment)}" if experiment else ""
+    about = {
+        "title": f"Lottery tickets on a data diet: {experiment or 'all experiments'}",
+        "examples": _examples(client, experiments),
+        "versions": _versions(parents),
+        "runs": _runs(parents),
+        "commands": [
+            f"python -m analysis.report{named} -o report.html",
+            f"python -m analysis.collect{named} -o results.csv",
+            "python -m analysis.dominance results.csv --challenger ARM --reference ARM",
+            "python -m analysis.figures results.csv --published -o figures",
+        ],
+    }
+    return _write(frame, output, about, *settings)
+
+
+def conclude(run: run_directory.Run) -> None:
+    """Write the report of a run's experiment beside its directory, and print the verdicts and the path.
+
+    What keeps it from being written is told in a line: training is done, and the report can be had later.
+    """
+    config = run.config
+    name = re.sub(r"[^\w.-]", "_", config.experiment_name)
+    which = {"dataset": config.dataset.name, "model": config.model_name}
+    try:
+        report = write(default_tracking_uri(), config.experiment_name, run.path.parent / f"{name}.html", **which)
+    except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
+        print(f"no report: {error if isinstance(error, UserError) else type(error).__name__}")
+        return
+    print("\n".join(report.verdicts))
+    print(f"report: {report.path.resolve()}", flush=True)
+
+
+def write_published(output: Path, *settings: Any) -> Report:
+    """Write the report of the paper's own curves; arguments and errors as of `write`."""
+    about = {
+        "title": "Lottery tickets on a data diet: the published curves",
+        "examples": [],
+        "versions": [("source", "arXiv 2206.01278, digitised: analysis/reference/README.md")],
+        "runs": [],
+        "commands": ["python -m analysis.report --published -o published.html"],
+    }
+    return _write(collect.published(), output, about, *settings)
+
+
+def _write(
+    frame: pd.DataFrame,
+    output: Path,
+    about: dict[str, Any],
+    margin: float = dominance.MARGIN,
+    levels: tuple[int, int] = dominance.LEVELS,
+    confidence: float = dominance.CONFIDENCE,
+) -> Report:
+    results = figures.results_by_dataset(frame)
+    settings = margin, levels, confidence
+    families = [(family, curves) for name, curves in results.items() for family in paper.families(name, curves)]
+    findings = [finding for family, curves in families for finding in claims.test(family, curves, *settings)]
+    matches = matching.matches(results, *settings)
+    findings += _others(findings, matches)
+    about_matching = [f"Matching initializations: {matching.in_words(match)}." for match in matches]
+    about_dense = [_dense_in_words(family, curves, *settings) for family, curves in families]
+    published = {} if "mean" in frame else figures.results_by_dataset(collect.published())
+    page = _template().render(
+        **about,
+        summary=_summary(frame, findings),
+        findings=[finding for finding in findings if finding.comparison],
+        untested=[finding for finding in findings if not finding.comparison],
+        matching=about_matching,
+        dense=about_dense,
+        levels=levels,
+        margin=margin,
+        confidence=confidence,
+        assumptions=dominance.ASSUMPTIONS,
+        incomplete=collect.incomplete(frame),
+        figures=_figures(results, published, matches),
+        matrices=[
+            {"title": paper.NAMES.get(name, name), "cells": dominance.matrix(curves, *settings)}
+            for name, curves in results.items()
+            if 1 < len(curves) <= _MOST_ARMS
+        ],
+        tables=[
+            {"title": f"{paper.NAMES.get(name, name)}: {arm}", "rows": list(curve.summary.itertuples())}
+            for name, curves in results.items()
+            for arm, curve in curves.items()
+        ],
+        deviations=_deviations(frame, results, published, *settings),
+        pairs=_pairs,
+        interval=dominance.interval,
+        signs=dominance.SIGNS,
+    )
+    collect.write(output, lambda path: path.write_text(page, encoding="utf-8"))
+    return Report(output, [*(finding.sentence() for finding in findings), *about_matching, *about_dense])
+
+
+def _template() -> jinja2.Template:
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    # every name comes from MLflow, where anyone can have written it: escaped, all of them
+    return jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
+        "report.html"
+    )
+
+
+def _pairs(statements: dict[str, dominance.Statement]) -> list[tuple]:
+    own, pooled = (statements[name].levels.itertuples() for name in ("per_level", "pooled"))
+    return list(zip(own, pooled, strict=True))
+
+
+def _summary(frame: pd.DataFrame, findings: list[Finding]) -> str:
+    outcomes = [finding.outcome for finding in findings]
+    order = ("holds", "contradicted", "undecided", "not tested")
+    counts = ", ".join(f"{outcomes.count(word)} {word}" for word in order if word in outcomes) or "none"
+    if "mean" in frame:
+        size = f"{frame.groupby(list(collect.SUMMARY)[:6], dropna=False).ngroups} arms"
+    else:
+        runs = frame.groupby(["run_id", "seed", "replicate"], dropna=False).ngroups
+        size = f"{runs} replicates, {len(frame)} levels"
+    pairs = sorted(set(zip(frame.dataset, frame.model, strict=True)))
+    what = ", ".join(f"{paper.NAMES.get(dataset, dataset)} ({model})" for dataset, model in pairs)
+    return f"{what}: {size}. Statements put to the test: {counts}."
+
+
+def _others(findings: list[Finding], matches: list[matching.Match]) -> list[Finding]:
+    """Whether other arms match all examples at t*, where they are few."""
+    there = [{f.comparison.challenger, f.comparison.reference} for f in findings if f.comparison]
+    return [
+        Finding(Claim(f"{entry.arm} matches all at t*", entry.arm.name, "full", False), match.family, entry.comparison)
+        for match in matches
+        if len(match.entries) <= _FEW_ARMS
+        for entry in match.entries
+        if entry.arm.name != "init" and {entry.arm, entry.comparison.reference} not in there
+    ]
+
+
+def _dense_in_words(family: paper.Family, curves: dict[Arm, Curve], margin: float, *settings: Any) -> str:
+    start = f"{family}: all examples at t* = {family.t_star} "
+    found = claims.dense(family, curves, margin, *settings)
+    if found is None:
+        return start + "and a pruned level of them are not there: nothing is said of the dense accuracy."
+    shown = ["at no level" if weights is None else f"down to {weights:.1f} % of weights" for weights in found]
+    return f"{start}stay within {margin:g} points of the dense accuracy {shown[0]}; by the means alone {shown[1]}."
+
+
+def _figures(results: Results, published: Results, matches: list[matching.Match]) -> list[Picture]:
+    """Each panel of Figures 2 to 7 as a picture of its own, for a phone to show; the published curves behind."""
+    chosen: dict[Panel, int] = {}
+    for number in figures.NUMBERS:
+        for panel in (panel for row in figures.panels(number, results) for panel in row):
+            chosen.setdefault(panel, number)
+    pictures = []
+    for panel, number in chosen.items():
+        name = panel.family.dataset
+        drawn = Figure(figsize=(4.4, 4.1), layout="constrained")
+        figures.draw(drawn.subplots(), panel, results[name], published.get(name))
+        handles, labels = figures.legend([panel], results)
+        drawn.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7.5, handlelength=3)
+        thin = "; thin: published" if name in published else ""
+        pictures.append(
+            Picture(_svg(drawn), f"As Figure {number}: {panel.title}; band: ± 1 sd over n replicates{thin}")
+        )
+    for match in matches:
+        if any(entry.arm.name != "init" for entry in match.entries):
+            caption = f"{match.family}: smallest difference to all at t* over the levels, in points; framed: matching"
+            pictures.append(Picture(_svg(matching.figure([match])), caption))
+    return pictures
+
+
+def _svg(drawn: Figure) -> str:
+    """As a data URI; the same figure gives the same bytes."""
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "lth_diet"}):
+        drawn.savefig(content, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def _deviations(
+    frame: pd.DataFrame, results: Results, published: Results, *settings: Any
+) -> list[tuple[str, str, str]]:
+    """Arm, mean deviation from its published curve, and worst level; of arms that were published."""
+    rows, models = [], collect.published().groupby("dataset").model.first()
+    for name, curves in results.items():
+        same_model = models.get(name) == frame[frame.dataset == name].model.iloc[0]
+        theirs = published.get(name, {}) if same_model else {}
+        for arm, curve in curves.items():
+            if arm not in theirs:
+                continue
+            other = dataclasses.replace(arm, run_id="published")
+            try:
+                comparison = dominance.compare({arm: curve, other: theirs[arm]}, arm, other, *settings)
+            except UserError:  # no level in common yet
+                continue
+            (mean,) = comparison.statements["mean"].levels.itertuples()
+            worst = comparison.statements["pooled"].worst
+            rows.append(
+                (
+                    f"{paper.NAMES[name]}: {arm}",
+                    f"{mean.difference:+.2f} {dominance.interval(mean.lower, mean.upper)}",
+                    f"{worst['difference']:+.2f} {dominance.interval(worst['lower'], worst['upper'])} "
+                    f"at {worst['weights_remaining_percent']:.1f} %",
+                )
+            )
+    return rows
+
+
+def _examples(client: MlflowClient, experiments: list[str]) -> list[Picture]:
+    """What was logged of subsets and scores: of one replicate an arm, and of each scores run."""
+    scored = collect.search(client, experiments, "tags.phase = 'scores'")
+    first: dict[str, Run] = {}
+    for run in collect.search(client, experiments, "tags.phase = 'pretrain'"):
+        first.setdefault(run.data.tags.get("run_id", run.info.run_id), run)
+    pictures = []
+    for run in [*scored, *first.values()]:
+        there = {entry.path for entry in client.list_artifacts(run.info.run_id)}
+        if "examples" in there:
+            there |= {entry.path for entry in client.list_artifacts(run.info.run_id, "examples")}
+        for name, words in _EXAMPLES.items():
+            if name in there:
+                content = Path(client.download_artifacts(run.info.run_id, name)).read_bytes()
+                if content.startswith(b"\x89PNG") and len(content) <= _MOST_BYTES:
+                    source = "data:image/png;base64," + base64.b64encode(content).decode()
+                    pictures.append(Picture(source, f"{run.info.run_name}: {words}"))
+    return pictures
+
+
+def _versions(parents: list[Run]) -> list[tuple[str, str]]:
+    """Name and versions of what trained, all of them where runs differ."""
+    found: dict[str, set[str]] = {}
+    for run in parents:
+        for tag, value in run.data.tags.items():
+            if tag.startswith("version."):
+                found.setdefault(tag.removeprefix("version."), set()).add(value)
+    return [(name, ", ".join(sorted(values))) for name, values in sorted(found.items())]
+
+
+def _runs(parents: list[Run]) -> list[dict[str, str]]:
+    """The configuration of each arm as YAML, and the command that trains it."""
+    replicates: dict[str, list[Run]] = {}
+    for run in parents:
+        replicates.setdefault(run.data.tags.get("run_id", run.info.run_id), []).append(run)
+    shown = []
+    for run_id, runs in sorted(replicates.items(), key=lambda item: item[1][0].info.run_name):
+        tags = runs[0].data.tags
+        name = f"{tags.get('dataset')}_{tags.get('arm')}-{run_id}"
+        indices = sorted(int(run.data.tags.get("replicate", 0)) for run in runs)
+        tree: dict[str, Any] = {}
+        for key, text in runs[0].data.params.items():
+            if key in DEFAULTS and text != "None":  # a fingerprint is not a key of a configuration
+                *sections, last = key.split(".")
+                place = tree
+                for section in sections:
+                    place = place.setdefault(section, {})
+                place[last] = yaml.safe_load(text)
+        command = (
+            f"composer -n {len(runs)} recipes/imp.py -f {name}.yaml "
+            f"replicates={shlex.quote(str(indices).replace(' ', ''))} prune.levels={tags.get('planned_levels')}"
+        )
+        text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=80)
+        shown.append({"title": name, "command": command, "yaml": text})
+    return shown
+
+
+@collect.one_sentence
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tracking-uri", default=default_tracking_uri())
+    parser.add_argument("--experiment", help="default: all experiments of the store")
+    parser.add_argument("--dataset", help="leave out all others")
+    parser.add_argument("--model", help="likewise; has to be named if a data set comes with two")
+    parser.add_argument("--published", action="store_true", help="of the paper's own curves instead")
+    dominance.add_range(parser)
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default %(default)s")
+    arguments = parser.parse_args(argv)
+    dominance.check_range(arguments)
+    settings = arguments.margin, arguments.levels, arguments.confidence
+    if arguments.published:
+        report = write_published(arguments.output, *settings)
+    else:
+        which = {"dataset": arguments.dataset, "model": arguments.model}
+        report = write(arguments.tracking_uri, arguments.experiment, arguments.output, *settings, **which)
+    print("\n".join(report.verdicts))
+    print(f"report: {report.path.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

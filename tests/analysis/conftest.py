@@ -1,0 +1,38 @@
+import pytest
+
+from lth_diet import config, tracking
+from lth_diet.runs import Run
+
+
+@pytest.fixture
+def record(tiny):
+    """Writes the runs of an arm as far as MLflow is concerned, and tells it: replicate to accuracies, level by level."""
+
+    def write(arm, accuracies, *overrides, experiment="tiny"):
+        planned = max(map(len, accuracies.values())) - 1
+        settings = [
+            f"replicates={len(accuracies)}",
+            f"prune.levels={planned}",
+            f"experiment={experiment!r}",
+            *overrides,
+        ]
+        run = Run(config.load(tiny(arm), settings))
+        run.create()
+        for index, levels in accuracies.items():
+            for level, accuracy in enumerate(levels):
+                phase = run.replicate(index).level(level)
+                phase.path.mkdir(parents=True)
+                result = {"level": level, "timestamp": 7, "weights_remaining_percent": 100 * 0.8**level}
+                phase.finish({**result, "test_accuracy_percent": accuracy})
+            tracking.sync(run.replicate(index))
+        return run
+
+    return write
+
+
+@pytest.fixture
+def store(record):
+    """A store with two arms, two levels, two replicates (one of them half done)."""
+    record("init", {0: [89.0, 88.0], 1: [90.0, 89.0]})
+    record("random", {0: [90.0, 89.0], 1: [91.0]})
+    return tracking.tracking_uri()

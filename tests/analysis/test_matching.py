@@ -1,0 +1,74 @@
+import dataclasses
+import math
+
+import pytest
+
+from analysis import arms, collect, matching, paper
+from analysis.arms import Arm
+
+SETTINGS = ((3, 12), 0.95)
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    frame = collect.published()
+    return arms.of(frame[frame.dataset == "cifar10"])
+
+
+def test_the_cheapest_matching_initialization_is_the_first_in_examples_times_steps(cifar10):
+    found = matching.match(paper.CIFAR10, cifar10, 1.0, *SETTINGS)
+    costs = [entry.cost for entry in found.entries]
+    assert costs == sorted(costs) and costs[0] == 0 and costs[-1] == 200 * 50_000
+    assert found.cheapest.arm == Arm("easy", 3200, 200) and found.cheapest.cost == 640_000
+    assert not any(entry.matching for entry in found.entries if entry.cost < 640_000)
+    assert matching.in_words(found) == (
+        "CIFAR-10: 3 of 25 arms are matching initializations; the cheapest is easy 3200, t_r = 200 "
+        "(640,000 examples × steps)"
+    )
+
+
+def test_under_noise_the_reference_has_the_same_noise(cifar10):
+    found = matching.match(paper.NOISE_10, cifar10, 1.0, *SETTINGS)
+    assert {entry.arm.label_noise for entry in found.entries if entry.arm.name != "init"} == {0.1}
+    assert {entry.comparison.reference for entry in found.entries} == {Arm("all", None, 400, 0.1)}
+
+
+def test_without_all_at_t_star_nothing_is_tested(cifar10):
+    curves = {arm: curve for arm, curve in cifar10.items() if arm != Arm("all", None, 400)}
+    found = matching.match(paper.CIFAR10, curves, 1.0, *SETTINGS)
+    assert (
+        found.cheapest is None
+        and found.entries == []
+        and matching.in_words(found) == "CIFAR-10: not tested, missing all, t_r = 400"
+    )
+
+
+def test_without_the_number_of_examples_the_cost_is_unknown_and_comes_last(cifar10):
+    for dataset in ("image_folder", "mine"):
+        found = matching.match(dataclasses.replace(paper.CIFAR10, dataset=dataset), cifar10, 1.0, *SETTINGS)
+        assert (
+            [entry.arm.name for entry in found.entries if math.isnan(entry.cost)]
+            == ["all"]
+            == [found.entries[-1].arm.name]
+        )
+
+
+def test_the_heat_map_has_a_cell_an_arm_and_frames_those_that_match(cifar10):
+    found = matching.match(paper.CIFAR10, cifar10, 1.0, *SETTINGS)
+    (axes,) = matching.figure([found]).axes
+    texts = [text.get_text() for text in axes.texts]
+    assert len(texts) == 24 and sum("matching" in text for text in texts) == len(axes.patches) == 3
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "all, t_r = 200",
+        "random, t_r = 200",
+        "easy, t_r = 200",
+        "hard, t_r = 200",
+    ]
+
+
+def test_the_command_prints_a_table_and_draws(place, capsys):
+    assert matching.main(["--published", "--dataset", "cifar100", "--margin", "2", "-o", "out"]) == 0
+    out = capsys.readouterr().out
+    assert "CIFAR-100: 3 of 20 arms are matching initializations" in out or "matching initialization" in out
+    assert "weakly dominates" in out and (place / "out/matching.svg").exists()
+    assert matching.main(["nowhere.csv"]) == 2

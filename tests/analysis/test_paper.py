@@ -1,0 +1,28 @@
+from analysis import arms, collect, paper
+from analysis.arms import Arm
+
+
+def test_every_arm_of_every_family_was_published_but_the_copied_one_and_those_that_were_not_run():
+    published = collect.published()
+    missing = []
+    for family in paper.FAMILIES:
+        curves = arms.of(published[published.dataset == family.dataset])
+        wanted = [family.arm("init"), family.arm("all"), family.arm("all", family.t_star)]
+        names = ("random", "easy") if family.label_noise else ("random", "easy", "hard")
+        wanted += [family.arm(name, size=size) for name in names for size in family.sizes]
+        missing += [arm for arm in wanted if arm not in curves]
+    assert missing == [paper.SAME_RUNS]
+
+
+def test_the_families_of_some_arms_are_the_papers_where_they_can_be():
+    def found(dataset, *there):
+        return paper.families(dataset, there)
+
+    assert found("cifar10", Arm("init"), Arm("all", None, 200)) == [paper.CIFAR10]
+    assert found("cifar10", Arm("easy", 2048, 200, 0.1)) == [paper.NOISE_10]
+    assert found("cinic10", Arm("all", None, 400), Arm("all", None, 800)) == [paper.CINIC10]
+    assert found("cinic10", Arm("all", None, 200)) == [paper.CINIC10_400]
+    assert found("digits", Arm("init")) == []
+    (digits,) = found("digits", Arm("all", None, 40), Arm("random", 256, 20), Arm("easy", 64, 20), Arm("easy", 512, 9))
+    assert (digits.t_star, digits.size, digits.sizes) == (40, 256, (64, 256))
+    assert str(digits) == "digits" and str(paper.NOISE_10) == "CIFAR-10, 10 % label noise"

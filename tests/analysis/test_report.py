@@ -1,0 +1,178 @@
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import yaml
+from chromium import PROGRAM, Page
+from mlflow import MlflowClient
+from PIL import Image
+
+from analysis import report
+from lth_diet import config, tracking
+from lth_diet.runs import Replicate
+
+
+def accuracies(replicates, start, levels=5, seed=0):
+    noise = np.random.default_rng(seed).standard_normal((replicates, levels))
+    return {index: [round(float(value), 4) for value in start + 0.1 * line] for index, line in enumerate(noise)}
+
+
+@pytest.fixture
+def experiment(record):
+    """Three arms of three replicates, one of which is not done; a name that would break a page."""
+    record("all", accuracies(3, 95.0, seed=1), "pretrain.steps=8", experiment="<b>tiny</b>")
+    run = record("random", accuracies(3, 97.0, seed=2) | {2: [97.0]}, experiment="<b>tiny</b>")
+    record("init", accuracies(3, 90.0, seed=3), experiment="<b>tiny</b>")
+    return run
+
+
+def picture():
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write(output="report.html"):
+    return report.write(tracking.tracking_uri(), "<b>tiny</b>", report.Path(output))
+
+
+def test_the_page_says_what_is_decided_what_is_not_and_what_is_incomplete(experiment, place, capsys):
+    written = write()
+    assert "digits: all at t* dominates init: holds. all, t_r = 8 dominates init" in "\n".join(written.verdicts)
+    assert any("easy at t*/2 matches all at t*: not tested, missing easy 128, t_r = 4" in v for v in written.verdicts)
+    page = written.path.read_text()
+    assert page.index("<h2>Verdicts") < page.index("<h2>Figures") < page.index("<h2>Test accuracy, level")
+    assert "digits, random 128, t_r = 4, replicate 2: levels 1 to 4 of 4 not done" in page
+    assert "1 of 3 replicates of the challenger lack some of the levels and are left out" in page
+    assert re.search(r"version|torch</td><td>\d", page) and "composer -n 3 recipes/imp.py" in page
+    assert report.main(["--experiment", "<b>tiny</b>", "-o", "page.html"]) == 0
+    assert capsys.readouterr().out == "\n".join(written.verdicts) + f"\nreport: {place}/page.html\n"
+    assert (place / "page.html").read_text() == page
+
+
+def test_names_are_escaped_nothing_is_fetched_and_bad_input_is_one_sentence(experiment, place, capsys):
+    client = MlflowClient(tracking.tracking_uri())
+    for run in client.search_runs([client.get_experiment_by_name("<b>tiny</b>").experiment_id], "tags.phase = 'all'"):
+        client.set_tag(run.info.run_id, "version.torch", "<script>alert(1)</script>")
+    page = write().path.read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "&lt;b&gt;tiny&lt;/b&gt;" in page
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) > 2 and all(source.startswith("data:") for source in sources)
+    assert "default-src 'none'" in page
+    for arguments, sentence in (
+        (["--experiment", "other"], "no experiment 'other'"),
+        (["--margin", "-1"], "--margin: -1.0 is not allowed"),
+        (["--tracking-uri", "sqlite:///nowhere.db"], "no MLflow store at nowhere.db"),
+    ):
+        assert report.main([*arguments, "-o", "page.html"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {sentence}")
+    assert not (place / "page.html").exists()
+
+
+def test_the_configuration_on_the_page_is_that_of_the_run(experiment, place):
+    page = write().path.read_text()
+    block = next(text for text in re.findall(r"<pre># .*?\n(.*?)</pre>", page, flags=re.S) if "arm: random" in text)
+    (place / "again.yaml").write_text(block.replace("&#39;", "'"))
+    assert config.load("again.yaml").run_id() == experiment.config.run_id()
+    assert yaml.safe_load(block)["train"]["steps"] == 12
+
+
+def test_example_pictures_are_on_the_page_where_they_were_logged(experiment, place):
+    assert "<h2>Examples" not in write().path.read_text()
+    (place / "subset.png").write_bytes(picture())
+    client = MlflowClient(tracking.tracking_uri())
+    where = client.get_experiment_by_name("<b>tiny</b>").experiment_id
+    child = client.create_run(where, tags={"phase": "pretrain", "run_id": "x"}, run_name="random/pretrain")
+    client.log_artifact(child.info.run_id, "subset.png")
+    scores = client.create_run(where, tags={"phase": "scores"}, run_name="scores")
+    for name in ("histogram.png", "easiest.png", "notes.txt"):
+        (place / name).write_bytes(picture())
+        client.log_artifact(scores.info.run_id, name, "examples")
+    page = write().path.read_text()
+    for caption in ("random/pretrain: images of the subset", "scores: EL2N scores", "scores: the easiest examples"):
+        assert f"<figcaption>{caption}" in page
+    assert page.count("data:image/png;base64,") == 3
+
+
+def test_published_arms_are_compared_with_the_paper(place):
+    frame = report.collect.published()
+    rows = frame[(frame.dataset == "cifar10") & (frame.label_noise == 0) & frame.arm.isin(["init", "all"])]
+    random = np.random.default_rng(0)
+    rows = rows.loc[rows.index.repeat(4)].assign(replicate=np.tile(range(4), len(rows)), run_id="a")
+    rows["test_accuracy_percent"] = rows["mean"] - 1 + rows.sd * random.standard_normal(len(rows))
+    rows.drop(columns=["mean", "sd", "n"]).to_csv("rows.csv", index=False)
+    mine = report.collect.load("rows.csv")
+    published = report.figures.results_by_dataset(report.collect.published())
+    results = report.figures.results_by_dataset(mine)
+    deviations = report._deviations(mine, results, published, 0.3, (3, 12), 0.95)
+    assert [row[0] for row in deviations] == ["CIFAR-10: init", "CIFAR-10: all, t_r = 200", "CIFAR-10: all, t_r = 400"]
+    assert all(-1.4 < float(row[1].partition(" ")[0]) < -0.6 for row in deviations)
+    other = mine.assign(model="another")
+    assert report._deviations(other, results, published, 0.3, (3, 12), 0.95) == []
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium here")
+def test_in_chromium_verdicts_and_figures_are_seen_and_nothing_is_asked_for(experiment, place):
+    pages = [
+        (write(), "ALL AT T* DOMINATES INIT", 2),
+        (report.write_published(place / "published.html"), "CINIC-10", 40),
+    ]
+    with Page(place) as page:
+        for written, words, figures in pages:
+            address = written.path.resolve().as_uri()
+            for width in (375, 1200):
+                page.open(address, width)
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                assert words in page.evaluate("document.querySelector('.verdicts').innerText").upper()
+                shown = page.evaluate(
+                    "[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.getBoundingClientRect().width])"
+                )
+                assert len(shown) >= figures and all(loaded and 200 < drawn <= width for loaded, drawn in shown)
+                assert [url for url in page.requests if not url.startswith("data:")] == [address]
+            page.pdf(place / "page.pdf")
+            assert (place / "page.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.integration
+def test_a_server_gives_the_same_page_as_its_store(place, record, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", str(place / "artifacts")]
+    server = subprocess.Popen(
+        [sys.executable, *command, *stores],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").read()
+                break
+            except OSError:
+                assert server.poll() is None
+                time.sleep(0.5)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        run = record("random", accuracies(2, 97.0))
+        record("all", accuracies(2, 95.0), "pretrain.steps=8")
+        there = report.write(f"http://127.0.0.1:{port}", "tiny", report.Path("there.html"))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/local.db")
+        for folder in sorted(run.path.parent.iterdir()):
+            for replicate in sorted(folder.glob("replicate_*")):
+                tracking.sync(Replicate(replicate))
+        here = report.write(f"sqlite:///{place}/local.db", "tiny", report.Path("here.html"))
+        assert there.verdicts == here.verdicts and there.path.read_text() == here.path.read_text()
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
