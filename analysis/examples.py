@@ -4,8 +4,8 @@ python -m analysis.examples runs/scores/<id> -o examples
 python -m analysis.examples runs/scores/<id> --arm easy --size 3200 -o examples      and of this subset
 python -m analysis.examples runs/scores/<id> --root data/mine -o examples            images that are not in data/
 
-Writes histogram.png, easiest.png, hardest.png and summary.json, and for a subset subset.png, images.png, subset.json
-and subset.safetensors; prints the numbers.
+Writes histogram.png, easiest.png, hardest.png and summary.json, and for a subset subset.png, images.png and
+subset.json; prints the numbers.
 """
 
 import argparse
@@ -14,8 +14,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from lth_diet import datasets, label_noise, scores, seeds, subsets
+from lth_diet.config import Dataset
 from lth_diet.errors import UserError
 from lth_diet.examples import Examples, record_scores, record_subset
 
@@ -32,6 +34,8 @@ def load(artifact: Path, root: str) -> Examples:
     """
     path = artifact / "scores.safetensors"
     about = scores.manifest_of(path)
+    if about["dataset"] not in get_args(Dataset.model_fields["name"].annotation):
+        raise UserError(f"{path}: scores of {about['dataset']!r}, which is no data set of lth_diet")
     scores.refuse_other_data(path, about["dataset"], datasets.facts(about["dataset"], root).fingerprint)
     data = datasets.load(about["dataset"], root)
     classes, stream = len(data.class_names), seeds.stream(about.get("seed", 0), "all", "noise")
@@ -50,24 +54,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder")
     arguments = parser.parse_args(argv)
     try:
-        if (arguments.arm is None) != (arguments.size is None):
-            raise UserError("command line: --arm and --size make a subset together; allowed: both or neither")
+        _check(arguments)
         examples = load(arguments.artifact, arguments.root)
-        last = len(examples.labels) - arguments.offset
-        if arguments.arm and not (0 < arguments.size <= last and arguments.offset >= 0):
-            raise UserError(f"command line: --size {arguments.size} --offset {arguments.offset}; allowed: 1 to {last}")
+        most = len(examples.labels)
+        if arguments.arm and not 0 <= arguments.offset < most:
+            raise UserError(f"command line: --offset {arguments.offset}; allowed: 0 to {most - 1}")
+        if arguments.arm and not 0 < arguments.size <= most - arguments.offset:
+            raise UserError(f"command line: --size {arguments.size}; allowed: 1 to {most - arguments.offset}")
+        found = {"scores": record_scores(arguments.output, examples)}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found = {"scores": record_scores(arguments.output, examples)}
+    except OSError as error:
+        print(f"error: -o {arguments.output}: {error.strerror}; allowed: a folder to write to", file=sys.stderr)
+        return 2
     if arguments.arm:
         options = {"size": arguments.size, "class_balanced": arguments.class_balanced, "offset": arguments.offset}
         end = {"easy": subsets.easy, "hard": subsets.hard}[arguments.arm]
         choose = functools.partial(end, labels=examples.labels, **options)
-        found["subset"] = record_subset(arguments.output, examples, choose(examples.scores.mean), choose)
+        indices = choose(examples.scores.mean)
+        found["subset"] = record_subset(arguments.output, examples, indices, choose)
     print(json.dumps(found, indent=2))
     print(f"pictures: {arguments.output.resolve()}")
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if (arguments.arm is None) != (arguments.size is None):
+        raise UserError("command line: --arm and --size make a subset together; allowed: both or neither")
+    if arguments.arm is None and (arguments.offset or arguments.class_balanced):
+        raise UserError("command line: --offset and --class-balanced are of a subset; allowed: with --arm and --size")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class Scores(Section):
     """K, from different initialisations."""
     steps: Interval = 7800
     """t, after which they are evaluated."""
-    file: Annotated[str, Field(strict=True)] | None = None
+    file: Annotated[str, Field(strict=True, min_length=1)] | None = None
     """A scores.safetensors to use instead; it enters the identity by its sha256."""
 
 
@@ -345,7 +345,11 @@ def _check(config: Config, problem: Callable[..., UserError]) -> None:
     if train.batch_size > data.train_size:
         raise problem("train.batch_size", train.batch_size, f"allowed: up to the {data.train_size} training images")
     if config.subset_size is not None:
-        last = data.train_size - (pretrain.subset.offset if config.needs_scores else 0)
+        offset = pretrain.subset.offset if config.needs_scores else 0
+        if offset > data.train_size - train.batch_size:
+            allowed = f"allowed: 0 to {data.train_size - train.batch_size} (a batch has to be left)"
+            raise problem("pretrain.subset.offset", offset, allowed)
+        last = data.train_size - offset
         if not train.batch_size <= config.subset_size <= last:
             allowed = f"allowed: {train.batch_size} (a batch) to {last} (the training images that can be taken)"
             raise problem("pretrain.subset.size", config.subset_size, allowed)

@@ -1,10 +1,11 @@
 """What a person sees while a launch trains, and at its end: one screen for what all ranks train."""
 
+import contextlib
 import datetime
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -84,6 +85,14 @@ class Progress:
         """A line for the person who started the launch, whichever rank has it."""
         self.messages.append(message)
         self.post()
+
+    @contextlib.contextmanager
+    def warning(self, words: str) -> Iterator[None]:
+        """What fails inside is told in a line, and does not stop training."""
+        try:
+            yield
+        except Exception as error:
+            self.say(f"warning: {words} ({type(error).__name__}: {error})")
 
     def post(self) -> None:
         self._posted = time.monotonic()

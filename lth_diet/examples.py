@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from safetensors.numpy import load_file as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from lth_diet.datasets import Dataset
+from lth_diet.errors import UserError
 from lth_diet.phases import write_atomically
 from lth_diet.scores import Scores
 
@@ -20,7 +22,7 @@ Choice = Callable[[np.ndarray], np.ndarray]
 RIGHT, WRONG, REST = "#0072B2", "#D55E00", "#BBBBBB"  # apart for the colour-blind
 _SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
 _BINS = 60
-_COLUMNS = 10
+_COLUMNS, _ROWS, _PIXELS = 10, 100, 64  # of a contact sheet: images a row, classes, pixels of an image either way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,8 @@ def describe_scores(examples: Examples) -> dict[str, Any]:
     found = {"examples": len(order), "networks": len(examples.scores.el2n), "wrong_labels_percent": _percent(wrong)}
     halves = examples.halves()
     if halves:
-        found["halves_spearman"] = round(float(spearmanr(*halves).statistic), 4)
+        if all(np.ptp(half) for half in halves):  # else there are no ranks to compare
+            found["halves_spearman"] = round(float(spearmanr(*halves).statistic), 4)
         found["halves_overlap_of_easiest_percent"] = {
             share: _overlap(halves, lambda scores, size=size: np.argsort(scores, kind="stable")[:size])
             for share, size in sizes.items()
@@ -131,7 +134,8 @@ def histogram(examples: Examples) -> Figure:
 
 def _histogram(axes: Any, examples: Examples, indices: np.ndarray) -> None:
     mean, wrong = examples.scores.mean, examples.wrong
-    edges = np.histogram_bin_edges(mean, _BINS)
+    low, high = float(mean.min()), float(mean.max())
+    edges = np.linspace(low, max(high, low + 1e-3), _BINS + 1)
     if len(indices) < len(mean):
         axes.hist(mean, edges, color=REST, label=f"all examples ({len(mean):,})")
     parts = {"true label": indices[~wrong[indices]], "wrong label": indices[wrong[indices]]}
@@ -143,8 +147,8 @@ def _histogram(axes: Any, examples: Examples, indices: np.ndarray) -> None:
         color=[RIGHT, WRONG][: len(parts)],
         label=[f"{name} ({len(part):,})" for name, part in parts.items()],
     )
-    networks = examples.scores.manifest.get("networks", len(examples.scores.el2n))
-    axes.set(xlabel=f"EL2N score (mean of {networks} networks; 0 to √2)", ylabel="Examples")
+    networks = len(examples.scores.el2n)
+    axes.set(xlabel=f"{examples.scores.name} (mean of {networks} networks)", ylabel="Examples")
     axes.legend()
 
 
@@ -181,13 +185,18 @@ def subset_figure(examples: Examples, indices: np.ndarray) -> Figure:
 def contact_sheet(examples: Examples, groups: dict[str, list[np.ndarray]], title: str) -> Figure:
     """Images by class: a row a class, named by the label given; a wrong label is framed, with the true class on it.
 
+    At most the first hundred classes, and at most 64 pixels of an image either way: large images are thinned out.
+
     Args:
         examples: All of them.
         groups: Heading to the positions of images to show side by side, a list a class; as many at most of each
             class as of the others.
         title: Of the figure.
     """
-    images, names = examples.data.train.images, examples.data.class_names
+    names = examples.data.class_names[:_ROWS]
+    groups = {heading: rows[:_ROWS] for heading, rows in groups.items()}
+    coarser = -(-max(examples.data.train.images.shape[1:3]) // _PIXELS)
+    images = examples.data.train.images[:, ::coarser, ::coarser]
     height, width = images.shape[1:3]
     gap = max(1, height // 12)
     widest = {heading: max(1, *(len(row) for row in rows)) for heading, rows in groups.items()}
@@ -201,7 +210,8 @@ def contact_sheet(examples: Examples, groups: dict[str, list[np.ndarray]], title
                 top, left = row * (height + gap), column * (width + gap)
                 canvas[top : top + height, left : left + width] = images[position]
                 if examples.wrong[position]:
-                    frames.append((top, left, names[examples.data.train.labels[position]]))
+                    true = examples.data.train.labels[position]
+                    frames.append((top, left, examples.data.class_names[true]))
             if examples.scores is not None and len(positions):
                 values = examples.scores.mean[positions]
                 ranges[row].append(f"{values.min():.3g} to {values.max():.3g}")
@@ -219,7 +229,11 @@ def contact_sheet(examples: Examples, groups: dict[str, list[np.ndarray]], title
         style = {"boxstyle": "square,pad=0.1", "facecolor": WRONG, "linewidth": 0}
         axes.text(left, top + height - 1, name, fontsize=5, color="white", va="bottom", bbox=style, clip_on=True)
     middles = [row * (height + gap) + height / 2 for row in range(len(names))]
-    labels = ["\n".join([name, *(texts or ["none"])]) for name, texts in zip(names, ranges, strict=True)]
+    shown = [any(len(rows[row]) for rows in groups.values()) for row in range(len(names))]
+    labels = [
+        "\n".join([name, *(texts if any_shown else ["none"])])
+        for name, texts, any_shown in zip(names, ranges, shown, strict=True)
+    ]
     axes.set_yticks(middles, labels)
     axes.set_xticks([place for place, _ in headings], [heading for _, heading in headings])
     axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
@@ -257,7 +271,7 @@ def record_scores(folder: Path, examples: Examples) -> dict[str, Any]:
 
 
 def record_subset(folder: Path, examples: Examples, indices: np.ndarray, choose: Choice | None) -> dict[str, Any]:
-    """Write subset.json, subset.png, images.png and, last, subset.safetensors with the indices; returns the first.
+    """Write subset.json, subset.png and images.png; returns the first.
 
     Args:
         folder: Where to.
@@ -278,5 +292,17 @@ def record_subset(folder: Path, examples: Examples, indices: np.ndarray, choose:
     write_atomically(folder / "subset.json", json.dumps(summary, indent=2))
     write_atomically(folder / "subset.png", _png(subset_figure(shown, indices)))
     write_atomically(folder / "images.png", _png(contact_sheet(shown, groups, title)))
-    write_atomically(folder / "subset.safetensors", save_tensors({"indices": indices.astype(np.int64)}))
     return summary
+
+
+def keep_indices(folder: Path, indices: np.ndarray) -> None:
+    """Write subset.safetensors.
+
+    Raises:
+        UserError: If it is there with other indices: what began with them cannot go on with these.
+    """
+    path = folder / "subset.safetensors"
+    if path.exists() and not np.array_equal(load_tensors(path)["indices"], indices):
+        raise UserError(f"{path}: pre-training began with other examples; delete {folder} to begin again")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save_tensors({"indices": indices.astype(np.int64)}))

@@ -14,13 +14,13 @@ from lth_diet.algorithms import ApplyMask, Rewind, SubsetSampling
 from lth_diet.config import Config
 from lth_diet.display import Progress
 from lth_diet.errors import UserError
-from lth_diet.examples import Examples, record_subset
+from lth_diet.examples import Examples, keep_indices, record_subset
 from lth_diet.ingredients import Ingredients
 from lth_diet.loader import EvaluationLoader, Loader
 from lth_diet.masks import Mask, prune_by_magnitude
 from lth_diet.phases import Phase
-from lth_diet.runs import Replicate, scores_file
-from lth_diet.scores import load as load_scores
+from lth_diet.runs import Replicate, load_scores
+from lth_diet.scores import Scores
 
 Weights = dict[str, Tensor]
 
@@ -67,6 +67,8 @@ class IMP:
                 loader = self.ingredients.loader(self.ingredients.noisy)
                 schedule = training.Schedule(0, last, self.config.pretrain.lr)
                 result = self._train(phase, model, loader, schedule, [rewind, *self.diet()], 100.0)
+                if self.scores is not None:
+                    result["scores_sha256"] = self.scores.manifest["sha256"]
             self._finish(phase, result, rewind.state)
         dist.barrier()
         return load_file(phase.verified("weights.safetensors"))
@@ -75,20 +77,32 @@ class IMP:
         """What restricts pre-training to the arm's examples; keeps a record of them beside it."""
         if self.config.subset_size is None:
             return []
-        subset, labels = self.config.pretrain.subset, self.ingredients.noisy.train.labels
-        scores = choose = None
-        if self.config.needs_scores:
-            scores = load_scores(scores_file(self.config), labels)
+        subset, labels, choose = self.config.pretrain.subset, self.ingredients.noisy.train.labels, None
+        if self.scores is None:
+            indices = subsets.random_subset(labels, subset.size, self.ingredients.stream("subset"))
+        else:
             end = {"easy": subsets.easy, "hard": subsets.hard}[self.config.arm]
             options = {"class_balanced": subset.class_balanced, "offset": subset.offset}
             choose = functools.partial(end, labels=labels, size=subset.size, **options)
-            indices = choose(scores.mean)
-        else:
-            indices = subsets.random_subset(labels, subset.size, self.ingredients.stream("subset"))
-        folder = self.replicate.pretrain.path
-        if self.writes and not (folder / "subset.safetensors").exists():
-            record_subset(folder, Examples(self.ingredients.data, labels, scores), indices, choose)
+            indices = choose(self.scores.mean)
+        if self.writes:
+            folder = self.replicate.pretrain.path
+            keep_indices(folder, indices)
+            with self.progress.warning("no pictures of the subset"):
+                record_subset(folder, Examples(self.ingredients.data, labels, self.scores), indices, choose)
         return [SubsetSampling(indices, until=self.config.rewind_steps)]
+
+    @functools.cached_property
+    def scores(self) -> Scores | None:
+        """Those that the arm chooses by; all replicates of a run have to choose by the same."""
+        if not self.config.needs_scores:
+            return None
+        scores = load_scores(self.config, self.ingredients.noisy.train.labels)
+        for path in self.replicate.path.parent.glob("replicate_*"):
+            other = Replicate(path).pretrain
+            if other.done and other.result().get("scores_sha256") != scores.manifest["sha256"]:
+                raise UserError(f"{other.path} chose by other scores than those that are there now; delete {path}")
+        return scores
 
     def train(self, level: int, mask: Mask, rewind_point: Weights) -> Weights:
         """Train mask ⊙ rewind point from step t_r to T."""

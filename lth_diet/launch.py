@@ -25,8 +25,7 @@ from lth_diet.errors import UserError
 from lth_diet.label_noise import noisy_labels
 from lth_diet.phases import AnotherProcessError
 from lth_diet.ranks import Board, Ranks
-from lth_diet.runs import Replicate, Run, ScoreFolder
-from lth_diet.scores import load as load_scores
+from lth_diet.runs import Replicate, Run, ScoreFolder, load_scores
 
 _PR_SET_PDEATHSIG = 1
 
@@ -75,17 +74,16 @@ def imp(argv: Sequence[str] | None, description: str, report: Callable[[Run], No
     board = _begin(config, ranks)
     replicates = run.replicates() if config.parallelism == "data" else ranks.deal(run.replicates())
     with _screen(board, run.path.name):
-        failed = False
-        if config.parallelism == "replicates":
+        together, failed = config.parallelism == "data", False
+        if not together:
             ranks.leave()
         if scores:
-            steps = sum(display.steps_left(run, replicate) for replicate in replicates)
-            with ranks.alone() if config.parallelism == "data" else contextlib.nullcontext():
-                failed = _score(scores, ranks, board, steps)
-        if config.parallelism == "data":
+            with ranks.alone() if together else contextlib.nullcontext():
+                failed = _score(scores, ranks, board, replicates)
+        if together and not failed:
             board.join()
         failed = failed or _train(run, replicates, ranks, board)
-        if failed and config.parallelism == "data":
+        if together and failed:
             return 1  # the others wait for this rank in a collective; the launcher ends them
         board.wait()
     if ranks.rank == 0:
@@ -124,8 +122,9 @@ def score(argv: Sequence[str] | None, description: str) -> int:
     with _screen(board, f"scores/{folder.path.name}"):
         failed = _score(folder, ranks, board)
         board.wait()
-    if ranks.rank == 0 and folder.done:
-        print(f"\n{folder.path}\n{(folder.path / 'examples/summary.json').read_text()}", flush=True)
+    summary = folder.path / "examples/summary.json"
+    if ranks.rank == 0 and not failed:
+        print(f"\n{folder.path}\n{summary.read_text() if summary.exists() else ''}", flush=True)
     return 1 if failed else 0
 
 
@@ -150,24 +149,19 @@ def _refuse_what_these_ranks_cannot(config: Config, ranks: Ranks) -> None:
 
 
 def _scores_to_make(run: Run) -> ScoreFolder | None:
-    """The scores that pre-training still needs, if no file was named and none are there."""
+    """The scores of the arm, if no file was named; None too if pre-training is done and has no more need of them."""
     config = run.config
     if not config.needs_scores or config.scores.file is not None:
         return None
     folder = ScoreFolder(config)
-    waits = not all(replicate.pretrain.done for replicate in run.replicates())
-    return folder if waits and not folder.done else None
+    return folder if folder.done or not all(replicate.pretrain.done for replicate in run.replicates()) else None
 
 
 def _prepare(config: Config) -> None:
     """Decode the data now, if there is no cache yet, and refuse what only data and machine can tell."""
     data = datasets.load(config.dataset.name, config.dataset.root)
-    if config.needs_scores and config.scores.file is not None:
-        labels = noisy_labels(config, data.train.labels, len(data.class_names))
-        try:
-            load_scores(Path(config.scores.file), labels)
-        except UserError as error:
-            raise UserError(f"scores.file: {error}") from None
+    if config.needs_scores and (config.scores.file is not None or ScoreFolder(config).done):
+        load_scores(config, noisy_labels(config, data.train.labels, len(data.class_names)))
     _refuse_what_this_machine_cannot(config)
 
 
@@ -202,21 +196,26 @@ def _end_with_the_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _score(folder: ScoreFolder, ranks: Ranks, board: Board, steps_after: int = 0) -> bool:
-    """Train some of the networks and wait for the others; whether it failed."""
+def _score(folder: ScoreFolder, ranks: Ranks, board: Board, replicates: Sequence[Replicate] = ()) -> bool:
+    """Train some of the networks and wait for the others; whether it failed, and with it the replicates that wait."""
     from lth_diet import tracking
     from lth_diet.scoring import Scoring
 
     networks = range(folder.config.scores.networks)
     mine = ranks.deal(networks)
     share = display.scoring_steps_left(folder) * len(mine) // len(networks)
-    progress = display.Progress([], share + steps_after, board.post)
+    progress = display.Progress([replicate.name for replicate in replicates], share, board.post)
     track = Tracker(lambda: tracking.sync_scores(folder.path), folder.path.parents[1], progress)
     others = [number for number in networks if number not in mine]
     try:
         Scoring(folder.config, progress, track, [*mine, *others]).run()
     except Exception as error:
-        _tell(progress, "scores", ranks, _reason(error))
+        reason = _reason(error)
+        for name in [name for name, row in progress.rows.items() if row["state"] != "done"]:
+            progress.end(name, "failed")
+        for replicate in replicates:
+            replicate.fail(f"scores: {reason.splitlines()[0]}")
+        _tell(progress, "scores", ranks, reason)
         return True
     return False
 

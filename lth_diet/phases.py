@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import subprocess
 from collections.abc import Iterator
 from importlib import metadata
@@ -46,14 +47,18 @@ def held(folder: Path, patience: float) -> Iterator[None]:
     except Timeout:
         raise AnotherProcessError(f"{folder} is being trained by another process; wait for it, or end it") from None
     with hold:
-        for part in folder.rglob(".*.part-*"):  # of a process that was killed while it wrote
-            part.unlink(missing_ok=True)
         yield
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote below a folder, which this process has to hold."""
+    for part in folder.rglob(".*.part-*"):
+        part.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that it has its old content or the new one, whenever the process is killed."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    part = path.with_name(f".{path.name}.part-{secrets.token_hex(8)}")
     try:
         with open(part, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

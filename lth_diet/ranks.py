@@ -59,11 +59,11 @@ class Ranks:
 
         one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         before = {key: os.environ.get(key) for key in one}
-        os.environ.update(one)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(self.local_rank)
         distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        os.environ.update(one)
         try:
             yield
         finally:

@@ -28,10 +28,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lth_diet import scores
 from lth_diet.config import DEFAULTS, Config
 from lth_diet.errors import UserError
-from lth_diet.phases import Phase, held, read_json, write_atomically, write_json
+from lth_diet.phases import Phase, clear_parts, held, read_json, write_atomically, write_json
+from lth_diet.scores import Scores
 
 
 class Replicate:
@@ -75,6 +78,7 @@ class Replicate:
 
     def fail(self, reason: str) -> None:
         """Leave word of why this attempt stopped."""
+        self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "failed.json", json.dumps({"reason": reason}))
 
     @property
@@ -86,6 +90,7 @@ class Replicate:
     def held(self, patience: float = 10.0) -> Iterator[None]:
         """Keep other processes out, as `phases.held` does, and forget why the last attempt stopped."""
         with held(self.path, patience):
+            clear_parts(self.path)
             (self.path / "failed.json").unlink(missing_ok=True)
             yield
 
@@ -136,12 +141,18 @@ class _Folder:
     def create(self) -> None:
         """Make the folder and say in it what it is."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "config.json", self._about)
+            with held(self.path, patience=-1):
+                there = self._there()
+                if self._to_say(there) != there:
+                    write_json(self.path / "config.json", self._to_say(there))
         except OSError as error:
             raise UserError(
                 f"runs: {str(self._runs)!r} cannot be written ({error.strerror}); allowed: a folder that can"
             ) from None
+
+    def _to_say(self, there: dict[str, Any] | None) -> dict[str, Any]:
+        """What config.json is to hold, given what it holds."""
+        return there or self._about
 
 
 class Run(_Folder):
@@ -184,11 +195,9 @@ class Run(_Folder):
                 f"allowed: composer -n {there}, or other runs=..."
             )
 
-    def create(self) -> None:
-        there = self._there()
+    def _to_say(self, there: dict[str, Any] | None) -> dict[str, Any]:
         planned = there["planned_levels"] if there else 0
-        self._about["planned_levels"] = max(planned, self.config.prune.levels)
-        super().create()
+        return json.loads(json.dumps({**self._about, "planned_levels": max(planned, self.config.prune.levels)}))
 
     def replicate(self, index: int) -> Replicate:
         return Replicate(self.path / f"replicate_{index}")
@@ -224,10 +233,6 @@ class ScoreFolder(_Folder):
         }
         super().__init__(Path(config.runs) / "scores" / config.scores_id(), about)
 
-    def create(self) -> None:
-        if self._there() is None:
-            super().create()
-
     def network(self, number: int) -> Phase:
         return Phase(self.path / f"network_{number}")
 
@@ -239,20 +244,47 @@ class ScoreFolder(_Folder):
     def done(self) -> bool:
         return (self.path / "manifest.json").exists()
 
+    def load(self, labels: np.ndarray) -> Scores:
+        """The scores.
 
-def scores_file(config: Config) -> Path:
-    """The scores.safetensors that an easy or hard arm uses."""
-    return (
-        Path(config.scores.file) if config.scores.file is not None else ScoreFolder(config).path / "scores.safetensors"
-    )
+        Args:
+            labels: Those that pre-training will see, shape (N,).
+
+        Raises:
+            UserError: If they are damaged, or not made as the configuration says.
+        """
+        remedy = f"delete {self.path / 'manifest.json'}, and the same command makes them again of their networks"
+        try:
+            found = scores.load(self.path / "scores.safetensors", labels)
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from None
+        if found.manifest.get("identity") != json.loads(json.dumps(self.config.scores_identity())):
+            raise UserError(f"{self.path}: scores that another configuration made; {remedy}")
+        return found
+
+
+def load_scores(config: Config, labels: np.ndarray) -> Scores:
+    """The scores that an easy or hard arm chooses by; arguments and errors as of `ScoreFolder.load`."""
+    if config.scores.file is None:
+        return ScoreFolder(config).load(labels)
+    try:
+        return scores.load(Path(config.scores.file), labels)
+    except UserError as error:
+        raise UserError(f"scores.file: {error}") from None
 
 
 def folders(runs: Path) -> tuple[list[Path], list[Path]]:
     """Run directories and folders of scores below a folder, or at it."""
     configs = [*runs.glob("config.json"), *runs.glob("*/config.json"), *runs.glob("scores/*/config.json")]
     found = sorted(config.parent for config in configs)
-    scores = [folder for folder in found if folder.resolve().parent.name == "scores"]
-    return [folder for folder in found if folder not in scores], scores
+    scored = [folder for folder in found if _says(folder, "scores_id")]
+    return [folder for folder in found if folder not in scored], scored
+
+
+def _says(folder: Path, key: str) -> bool:
+    with contextlib.suppress(UserError):
+        return key in read_json(folder / "config.json")
+    return False
 
 
 def verify(runs: Path) -> Iterator[tuple[Path, str]]:

@@ -52,6 +52,11 @@ class Scores:
     manifest: dict[str, Any]
 
     @property
+    def name(self) -> str:
+        """What the numbers are."""
+        return self.manifest.get("score", "EL2N score, 0 to √2")
+
+    @property
     def mean(self) -> np.ndarray:
         """Over the networks, float32 (N,)."""
         return self.el2n.mean(0, dtype=np.float64).astype(np.float32)
@@ -68,7 +73,7 @@ def save(
         labels: That the scores were measured against, shape (N,), with their noise.
         dataset: Name of the data set.
         dataset_fingerprint: `datasets.facts(...).fingerprint`.
-        about: What else the manifest is to tell.
+        about: What else the manifest is to tell; `score` names scores that are not EL2N.
 
     Raises:
         ValueError: If the scores are not finite numbers of that shape and type.
@@ -94,6 +99,8 @@ def manifest_of(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If either file is missing or the scores are not those that the manifest was written with.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; allowed: the path of the scores.safetensors in it")
     manifest = path.with_name("manifest.json")
     try:
         about = read_json(manifest)

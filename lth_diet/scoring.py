@@ -1,7 +1,8 @@
 """Scores a data set: trains K networks and measures the EL2N score of every training example (paper, appendix A)."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from lth_diet.display import Progress
 from lth_diet.examples import Examples, record_scores
 from lth_diet.ingredients import Ingredients
 from lth_diet.loader import EvaluationLoader
-from lth_diet.phases import AnotherProcessError, held, versions
+from lth_diet.phases import AnotherProcessError, clear_parts, held, versions
 from lth_diet.runs import ScoreFolder
 from lth_diet.scores import Scores, el2n
 
@@ -45,7 +46,7 @@ class Scoring:
     def run(self) -> None:
         """Return when the artifact is there, whoever made it."""
         polls = 0
-        while not all(network.done for network in self.folder.networks()):
+        while not (self.folder.done or all(network.done for network in self.folder.networks())):
             if not any(self.train(number) for number in self.order):
                 polls += 1
                 if polls == _PATIENCE:
@@ -53,7 +54,11 @@ class Scoring:
                 time.sleep(_POLL)
         with held(self.folder.path, patience=-1):
             if not self.folder.done:
+                clear_parts(self.folder.path)
                 self.combine()
+            elif not (self.folder.path / "examples/summary.json").exists():
+                labels = Ingredients(self.config, "all").noisy.train.labels
+                self.show(self.folder.load(labels), labels)
         self.track()  # also what an earlier launch could not send
 
     def train(self, number: int) -> bool:
@@ -65,6 +70,7 @@ class Scoring:
             with held(phase.path, patience=0):
                 if phase.done:
                     return False
+                clear_parts(phase.path)
                 ingredients = Ingredients(self.config, phase.name)
                 model, data = ingredients.network(), ingredients.noisy
                 settings = self.config.train
@@ -90,7 +96,7 @@ class Scoring:
         networks = self.folder.networks()
         values = np.stack([load_file(network.verified("el2n.safetensors"))["el2n"] for network in networks])
         labels = ingredients.noisy.train.labels
-        record_scores(self.folder.path / "examples", Examples(ingredients.data, labels, Scores(values, {})))
+        self.show(Scores(values, {}), labels)
         facts = datasets.facts(self.config.dataset.name, self.config.dataset.root)
         scores.save(
             self.folder.path,
@@ -109,12 +115,33 @@ class Scoring:
             versions=versions(),
         )
 
+    def show(self, found: Scores, labels: np.ndarray) -> None:
+        """Draw the artifact; a picture that fails is a warning."""
+        examples = Examples(Ingredients(self.config, "all").data, labels, found)
+        with self.progress.warning("no pictures of the scores"):
+            record_scores(self.folder.path / "examples", examples)
+
 
 @torch.no_grad()
 def probabilities(network: nn.Module, images: EvaluationLoader) -> np.ndarray:
-    """Softmax outputs in evaluation mode and full precision, float64 (N, classes).
+    """Softmax outputs in evaluation mode and single precision (no bf16, no TF32), float64 (N, classes).
 
-    Double precision keeps the easiest examples apart, whose probabilities are 1 in single precision.
+    Softmax in double precision keeps the easiest examples apart, whose probabilities are 1 in single precision.
     """
     network.eval()
-    return torch.cat([network(batch).double().softmax(1).cpu() for batch, _ in images]).numpy()
+    with _without_tf32():
+        return torch.cat([network(batch).double().softmax(1).cpu() for batch, _ in images]).numpy()
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Composer allows TF32 on GPUs, and leaves it so."""
+    places = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed

@@ -39,7 +39,7 @@ def easy(
         size: M, 1 to N - offset.
         class_balanced: Take the easiest of every class, then the second easiest of every class, and so on: classes
             differ by one example at most, as long as they have enough.
-        offset: Skip as many of the easiest.
+        offset: Skip as many of the easiest; if balanced, those that a balanced subset of that size has.
 
     Returns:
         Sorted indices, shape (size,); a smaller subset is part of a larger one.
@@ -67,12 +67,18 @@ def _first(
     if np.isnan(scores).any():
         raise ValueError("a score is not a number (NaN): no order to choose by")
     if class_balanced:
-        place = np.empty(len(order), int)  # of each example of `order` within its class
-        for label in np.unique(labels):
-            members = labels[order] == label
-            place[members] = np.arange(members.sum())
-        order = order[np.argsort(place, kind="stable")]
+        skipped = _in_turn(order, labels)[:offset]
+        return np.sort(_in_turn(order[~np.isin(order, skipped)], labels)[:size])
     return np.sort(order[offset : offset + size])
+
+
+def _in_turn(order: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The first of every class, then the second of every class, and so on."""
+    place = np.empty(len(order), int)  # of each example of `order` within its class
+    for label in np.unique(labels):
+        members = labels[order] == label
+        place[members] = np.arange(members.sum())
+    return order[np.argsort(place, kind="stable")]
 
 
 def _check(examples: int, size: int, offset: int) -> None:

@@ -271,7 +271,8 @@ class _ScoresSync(_Sync):
             self._tag_versions(parent, results[-1])
             for name in ("manifest.json", "scores.safetensors"):
                 self.client.log_artifact(parent.info.run_id, str(self.folder / name))
-            self.client.log_artifacts(parent.info.run_id, str(self.folder / "examples"), "examples")
+            if (self.folder / "examples").exists():
+                self.client.log_artifacts(parent.info.run_id, str(self.folder / "examples"), "examples")
             self._finish(parent, results[-1]["timestamp"])
 
     def _description(self) -> str:

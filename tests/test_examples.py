@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 from lth_diet import datasets, examples, subsets
+from lth_diet.errors import UserError
 from lth_diet.examples import Examples
 from lth_diet.scores import Scores
 
@@ -103,15 +104,47 @@ def test_a_contact_sheet_shows_every_pixel_of_its_images_in_their_rows(noisy):
 
 
 @pytest.mark.parametrize("scored", [True, False])
-def test_the_record_of_a_subset_ends_with_its_indices(noisy, place, scored):
+def test_the_record_of_a_subset_has_numbers_and_pictures(noisy, place, scored):
     indices = choose(noisy)(noisy.scores.mean)
     given = noisy if scored else Examples(noisy.data, noisy.labels)
     summary = examples.record_subset(place, given, indices, choose(noisy) if scored else None)
     assert json.loads((place / "subset.json").read_text()) == summary
     assert ("scores" in summary) == scored
-    assert np.array_equal(load_file(place / "subset.safetensors")["indices"], indices)
     for name in ("subset.png", "images.png"):
         assert rgb(examples.WRONG) in colours(place / name)
+
+
+def test_the_indices_of_a_subset_are_kept_and_other_ones_refused(place):
+    examples.keep_indices(place / "pretrain", np.array([1, 4]))
+    examples.keep_indices(place / "pretrain", np.array([1, 4]))
+    assert load_file(place / "pretrain/subset.safetensors")["indices"].tolist() == [1, 4]
+    with pytest.raises(UserError, match=r"pretrain/subset\.safetensors: pre-training began with other examples"):
+        examples.keep_indices(place / "pretrain", np.array([1, 5]))
+
+
+def test_rows_without_scores_are_not_said_to_be_empty(noisy):
+    given = Examples(noisy.data, noisy.labels)
+    rows = [np.array([label]) if label != 3 else np.array([], int) for label in range(10)]
+    axes = examples.contact_sheet(given, {"some": rows}, "title").axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [*"012", "3\nnone", *"456789"]
+
+
+@pytest.mark.parametrize("values", [[1, np.nextafter(np.float32(1), np.float32(2))], [0.5, 0.5]])
+def test_scores_that_hardly_differ_are_drawn_and_described(noisy, values):
+    rows = np.resize(np.array(values, np.float32), (2, len(noisy.labels)))
+    close = Examples(noisy.data, noisy.labels, Scores(rows, {}))
+    examples.histogram(close)
+    json.dumps(examples.describe_scores(close), allow_nan=False)
+
+
+def test_large_images_of_many_classes_are_thinned_out(noisy):
+    images = np.zeros((300, 200, 130, 3), np.uint8)
+    labels = np.arange(300) % 150
+    split = datasets.Split(images, labels)
+    data = datasets.Dataset("mine", split, split, (0.5,) * 3, (0.2,) * 3, tuple(map(str, range(150))))
+    rows = [np.array([label, label + 150]) for label in range(150)]
+    sheet = examples.contact_sheet(Examples(data, labels), {"some": rows}, "title")
+    assert np.asarray(sheet.axes[0].images[0].get_array()).shape == (100 * 54 - 4, 2 * 37 - 4, 3)
 
 
 def test_a_hundred_classes_and_colour_images_are_drawn(place):

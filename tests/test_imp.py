@@ -13,6 +13,7 @@ from lth_diet.algorithms import ApplyMask, Rewind, SubsetSampling
 from lth_diet.display import Progress
 from lth_diet.errors import UserError
 from lth_diet.masks import Mask, prune_by_magnitude
+from lth_diet.phases import read_json, write_json
 from lth_diet.runs import Run
 from lth_diet.scoring import Scoring
 
@@ -169,6 +170,15 @@ def test_a_random_subset_under_noise_is_balanced_over_the_labels_that_pretrainin
     assert set(record["classes"].values()) == {13}
     assert record["wrong_labels_percent"]["subset"] > 20
     assert "subset.safetensors" in replicate.pretrain.result()["sha256"]
+
+
+def test_replicates_that_would_choose_by_other_scores_are_refused(run, tiny):
+    replicate = run("prune.levels=0", arm="easy")
+    made = Run(config.load(tiny("easy"), ["prune.levels=0"]))
+    path = replicate.pretrain.path / "result.json"
+    write_json(path, read_json(path) | {"scores_sha256": "of other scores"})
+    with pytest.raises(UserError, match=r"replicate_0/pretrain chose by other scores"):
+        imp.IMP(made.config, made.replicate(1), Progress(["replicate_1"], 0), lambda: None).run()
 
 
 def test_a_score_file_by_hand_takes_the_place_of_scoring(run, place, monkeypatch):

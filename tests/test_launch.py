@@ -1,3 +1,4 @@
+import hashlib
 import os
 import subprocess
 import sys
@@ -6,8 +7,10 @@ import numpy as np
 import pytest
 from helpers import ROOT, write_image_folder
 from PIL import Image
+from safetensors.numpy import save
 
 from lth_diet import config, datasets, display, scores
+from lth_diet.phases import read_json, write_json
 from lth_diet.ranks import Ranks
 from lth_diet.runs import Run
 from recipes import imp, score
@@ -37,6 +40,10 @@ BAD = {
     "small subset": (
         ["pretrain.subset.size=8"],
         "pretrain.subset.size: 8 is not allowed; allowed: 64 (a batch) to 1442",
+    ),
+    "offset": (
+        ["arm=easy", "pretrain.subset.offset=1400"],
+        "pretrain.subset.offset: 1400 is not allowed; allowed: 0 to 1378 (a batch has to be left)",
     ),
     "fraction": (["prune.fraction=1.5"], "prune.fraction: 1.5 is not allowed; allowed: less than 1"),
     "folder": (["dataset.name=image_folder", "dataset.root=nowhere"], "dataset.root: 'nowhere' is not allowed"),
@@ -124,6 +131,14 @@ def altered(folder):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
 
 
+def too_short(folder):
+    digits_scores(folder)
+    content = save({"el2n": np.zeros((1, 1441), np.float32)})
+    (folder / "scores.safetensors").write_bytes(content)
+    about = read_json(folder / "manifest.json") | {"sha256": hashlib.sha256(content).hexdigest()}
+    write_json(folder / "manifest.json", about)
+
+
 BAD_SCORES = {
     "missing": (missing, "mine/manifest.json cannot be read (No such file or directory)"),
     "altered": (altered, "mine/scores.safetensors: not the bytes that its manifest.json tells of"),
@@ -135,10 +150,8 @@ BAD_SCORES = {
         lambda folder: digits_scores(folder, np.zeros(1442, int)),
         "scores.file: mine/scores.safetensors: scores against other labels",
     ),
-    "wrong length": (
-        lambda folder: digits_scores(folder, np.zeros(1441, int)),
-        "scores.file: mine/scores.safetensors: scores against other labels",
-    ),
+    "wrong length": (too_short, "scores.file: mine/scores.safetensors: not scores (el2n is float32 of shape (1, 1441)"),
+    "a folder": (lambda folder: digits_scores(folder / "scores.safetensors"), "mine/scores.safetensors is a folder"),
 }
 
 

@@ -40,9 +40,9 @@ RUNS = {
     "composer -n 2 recipes/imp.py -f yamls/cifar10_all.yaml replicates=2 dataset.name=image_folder dataset.root=data/mine": f"{SMALL} {PRETRAIN}",
     "for arm in init all all_half random easy hard; do composer -n 4 recipes/imp.py -f yamls/cifar10_$arm.yaml; done": None,  # below
     "for arm in all all_half random easy; do composer -n 4 recipes/imp.py -f yamls/cifar10_noise10_$arm.yaml; done": None,  # below
-    "composer -n 4 recipes/score.py -f yamls/cifar10_noise10_easy.yaml": f"{DIGITS} scores.networks=4 scores.steps=5 runs=scored",
-    "composer -n 2 recipes/score.py -f yamls/cifar10_noise10_easy.yaml dataset.name=image_folder dataset.root=data/mine scores.networks=4 scores.steps=800": f"{SMALL} {SUBSET} {SCORES} scores.networks=2 runs=scored",
-    "python -m analysis.examples runs/scores/* --arm hard --size 3200 -o examples": "--size 64",
+    "composer -n 4 recipes/score.py -f yamls/cifar10_noise10_easy.yaml": f"{DIGITS} scores.networks=4 scores.steps=5",
+    "composer -n 2 recipes/score.py -f yamls/cifar10_noise10_easy.yaml dataset.name=image_folder dataset.root=data/mine scores.networks=4 scores.steps=800": f"{SMALL} {SUBSET} {SCORES} scores.networks=2",
+    "python -m analysis.examples runs/scores/<id> --root data --arm hard --size 3200 -o examples": None,  # below
     "composer -n 4 recipes/imp.py -f yamls/cinic10_random.yaml parallelism=data": f"{DIGITS} {SUBSET} replicates=1",
     "docker build -t lth_diet --build-arg GIT_COMMIT=$(git rev-parse HEAD) .": None,  # test_docker.py
     "docker run --gpus all -v $PWD/data:/lth_diet/data -v $PWD/runs:/lth_diet/runs lth_diet -n 4 recipes/imp.py -f yamls/cifar100_all.yaml": None,
@@ -88,6 +88,9 @@ def test_the_commands_run(clone):
             run(f"{command} {small}")
     for loop in (command for command in RUNS if command.startswith("for arm")):
         run(loop.replace("composer -n 4", "python").replace("; done", " --plan || exit 1; done"))
+    for scores in (clone / "runs/scores").iterdir():
+        root = "data/mine" if "image_folder" in (scores / "manifest.json").read_text() else "data"
+        run(f"python -m analysis.examples {scores} --root {root} --arm hard --size 64 -o examples")
     run("python -m lth_diet.masks show runs/digits_all-*/replicate_0 1")
     run("python -m lth_diet.masks export runs/digits_all-*/replicate_0 1 -o ticket")
     (block,) = re.findall(r"```python\n(import json.*?)```", README, flags=re.S)

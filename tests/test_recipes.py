@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from lth_diet import tracking
 from lth_diet.masks import Mask
+from lth_diet.phases import Phase
 
 COMPOSER = Path(sys.executable).with_name("composer")
 
@@ -212,9 +213,12 @@ def test_scoring_killed_inside_a_network_ends_with_the_same_bits(tiny):
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    assert not list(Path("runs").glob("scores/*/network_1/result.json"))
+    (network,) = (Phase(found) for found in Path("runs").glob("scores/*/network_1"))
+    assert not network.done
+    kept = network.curve(until=network.checkpoint()[1])
     code, out, err = run(path, *longer, ranks=2, recipe="score")
     assert code == 0, err
+    assert network.curve()[: len(kept)] == kept and kept, "it went on from its checkpoint"
     assert bits("runs") == bits("whole")
 
     before = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.*")}
@@ -238,7 +242,8 @@ def test_a_network_that_diverges_stops_the_launch_with_its_name(tiny):
     code, _, err = run(tiny("easy"), "train.lr=1e30", "scores.steps=20")
     assert code == 1
     assert re.search(r"error: scores: runs/scores/\w+/network_0: the loss is nan at step \d+ with learning rate", err)
-    assert not list(Path("runs").glob("digits*/replicate_*"))
+    (failed,) = Path("runs").glob("digits*/replicate_0/failed.json")
+    assert "network_0: the loss is nan" in failed.read_text()
 
 
 def test_a_replicate_that_fails_leaves_word_and_does_not_stop_the_others(tiny):

@@ -1,4 +1,6 @@
 import json
+import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from lth_diet.display import Progress
 from lth_diet.errors import UserError
 from lth_diet.ingredients import Ingredients
 from lth_diet.loader import EvaluationLoader
-from lth_diet.phases import held
+from lth_diet.phases import held, read_json
 from lth_diet.runs import ScoreFolder
 from lth_diet.scoring import Scoring, probabilities, training
 
@@ -90,6 +92,46 @@ def test_a_finished_artifact_or_network_is_not_computed_again(scoring, monkeypat
     content = (made.folder.path / "scores.safetensors").read_bytes()
     scoring().run()
     assert (made.folder.path / "scores.safetensors").read_bytes() == content
+
+
+def test_an_artifact_outlives_its_networks_and_its_pictures(scoring, monkeypatch):
+    made = scoring()
+    made.run()
+    for name in ("network_0", "network_1", "examples"):
+        shutil.rmtree(made.folder.path / name)
+    monkeypatch.setattr(training, "train", lambda *args: pytest.fail("trained again"))
+    scoring().run()
+    assert len(list((made.folder.path / "examples").iterdir())) == 4
+
+
+def test_a_picture_that_fails_is_a_warning(scoring, monkeypatch):
+    made = scoring()
+    monkeypatch.setattr("lth_diet.scoring.record_scores", lambda *args: 1 / 0)
+    made.run()
+    assert made.folder.done
+    assert made.progress.messages == ["warning: no pictures of the scores (ZeroDivisionError: division by zero)"]
+
+
+def test_scores_that_another_configuration_made_are_refused_with_a_remedy(scoring):
+    made, other = scoring(), scoring("train.lr=0.3")
+    made.run()
+    labels = Ingredients(made.config, "all").data.train.labels
+    for name in ("scores.safetensors", "manifest.json"):
+        shutil.copy(made.folder.path / name, other.folder.path)
+    with pytest.raises(UserError, match=r"scores that another configuration made; delete .*manifest\.json"):
+        other.folder.load(labels)
+
+
+def test_many_processes_may_create_one_folder_at_once(scoring):
+    folder = scoring().folder
+    shutil.rmtree(folder.path)
+    threads = [threading.Thread(target=ScoreFolder(folder.config).create) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert read_json(folder.path / "config.json")["scores_id"] == folder.path.name
+    assert {path.name for path in folder.path.iterdir()} <= {"config.json", ".lock"}
 
 
 def test_a_network_that_another_process_holds_is_left_to_it(scoring):

@@ -87,24 +87,29 @@ def test_easy_and_hard_are_disjoint_as_long_as_both_fit(examples, data):
 def test_a_balanced_subset_has_as_many_of_each_class_to_within_one(classes, data, choose):
     labels = np.repeat(np.arange(classes), 12)
     scores = np.array(data.draw(st.lists(st.integers(0, 9), min_size=len(labels), max_size=len(labels))), np.float32)
-    size = data.draw(st.integers(1, len(labels)))
-    subset = choose(scores, labels, size, class_balanced=True)
+    offset = data.draw(st.integers(0, len(labels) // 2))
+    skipped = choose(scores, labels, offset, class_balanced=True) if offset else np.array([], int)
+    left = np.bincount(np.delete(labels, skipped), minlength=classes)
+    size = data.draw(st.integers(1, int(left.min()) * classes))
+    subset = choose(scores, labels, size, class_balanced=True, offset=offset)
     counts = np.bincount(labels[subset], minlength=classes)
     assert counts.max() - counts.min() <= 1
-    for label in range(classes):  # the easiest, or hardest, of every class
-        own = np.sort(scores[labels == label])[:: 1 if choose is easy else -1]
-        mine = np.sort(scores[subset[labels[subset] == label]])[:: 1 if choose is easy else -1]
+    assert not set(subset) & set(skipped)
+    for label in range(classes):  # the easiest, or hardest, of every class that were not skipped
+        direction = 1 if choose is easy else -1
+        own = np.sort(scores[np.setdiff1d(np.flatnonzero(labels == label), skipped)])[::direction]
+        mine = np.sort(scores[subset[labels[subset] == label]])[::direction]
         assert np.array_equal(mine, own[: counts[label]])
 
 
-@given(scored(), st.data(), st.sampled_from([easy, hard]), st.booleans())
-def test_an_offset_skips_what_a_subset_of_its_size_would_take(examples, data, choose, balanced):
+@given(scored(), st.data(), st.sampled_from([easy, hard]))
+def test_an_offset_skips_what_a_subset_of_its_size_would_take(examples, data, choose):
     scores, labels = examples
     offset = data.draw(st.integers(0, len(labels) - 1))
     size = data.draw(st.integers(1, len(labels) - offset))
-    whole = set(choose(scores, labels, offset + size, balanced))
-    skipped = set(choose(scores, labels, offset, balanced)) if offset else set()
-    assert set(choose(scores, labels, size, balanced, offset)) == whole - skipped
+    whole = set(choose(scores, labels, offset + size))
+    skipped = set(choose(scores, labels, offset)) if offset else set()
+    assert set(choose(scores, labels, size, offset=offset)) == whole - skipped
 
 
 @given(scored(ties=False), st.data(), st.sampled_from([easy, hard]), st.booleans())
@@ -112,8 +117,8 @@ def test_the_order_of_the_data_does_not_matter(examples, data, choose, balanced)
     scores, labels = examples
     order = np.array(data.draw(st.permutations(range(len(labels)))))
     size = data.draw(st.integers(1, len(labels)))
-    permuted = order[choose(scores[order], labels[order], size)]
-    assert set(permuted) == set(choose(scores, labels, size))
+    permuted = order[choose(scores[order], labels[order], size, balanced)]
+    assert set(permuted) == set(choose(scores, labels, size, balanced))
 
 
 def test_equal_scores_are_taken_by_position():

@@ -34,14 +34,17 @@ def test_a_subset_is_shown_too(artifact, place):
 
 BAD = {
     "--arm easy": "--arm and --size make a subset together; allowed: both or neither",
-    "--arm easy --size 2000": "--size 2000 --offset 0; allowed: 1 to 1442",
-    "--arm easy --size 5 --offset 1440": "--size 5 --offset 1440; allowed: 1 to 2",
+    "--arm easy --size 2000": "--size 2000; allowed: 1 to 1442",
+    "--arm easy --size 5 --offset 1440": "--size 5; allowed: 1 to 2",
+    "--arm easy --size 5 --offset 2000": "--offset 2000; allowed: 0 to 1441",
+    "--class-balanced": "--offset and --class-balanced are of a subset; allowed: with --arm and --size",
+    "--root x -o /dev/null": "-o /dev/null: File exists; allowed: a folder to write to",
 }
 
 
 @pytest.mark.parametrize("arguments", BAD)
 def test_bad_input_is_one_sentence(artifact, place, capsys, arguments):
-    assert examples.main([str(artifact), *arguments.split(), "-o", "out"]) == 2
+    assert examples.main([str(artifact), "-o", "out", *arguments.split()]) == 2
     err = capsys.readouterr().err
     assert BAD[arguments] in err and err.count("\n") == 1
     assert not (place / "out").exists()

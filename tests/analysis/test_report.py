@@ -97,7 +97,11 @@ def test_example_pictures_are_on_the_page_where_they_were_logged(experiment, pla
         (place / name).write_bytes(picture())
         client.log_artifact(scores.info.run_id, name, "examples")
     page = write().path.read_text()
-    for caption in ("random/pretrain: scores and classes of the subset", "scores: EL2N scores", "scores: the easiest examples"):
+    for caption in (
+        "random/pretrain: scores and classes of the subset",
+        "scores: EL2N scores",
+        "scores: the easiest examples",
+    ):
         assert f"<figcaption>{caption}" in page
     assert page.count("data:image/png;base64,") == 3
 
