@@ -47,6 +47,7 @@ RUNS = {
     "docker build -t lth_diet --build-arg GIT_COMMIT=$(git rev-parse HEAD) .": None,  # test_docker.py
     "docker run --gpus all -v $PWD/data:/lth_diet/data -v $PWD/runs:/lth_diet/runs lth_diet -n 4 recipes/imp.py -f yamls/cifar100_all.yaml": None,
     "python -m lth_diet.tracking sync runs": "",
+    "python -m lth_diet.runs verify runs": "",
     "python -m analysis.report --experiment digits -o report.html": "--levels 0 1",
     "python -m analysis.collect --experiment digits -o results.csv": "",
     "python -m analysis.dominance results.csv --all-pairs": "--levels 0 1",
