@@ -95,18 +95,21 @@ def manifest_of(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If either file is missing or the scores are not those that the manifest was written with.
     """
-    manifest = path.with_name("manifest.json")
+    manifest = path.parent / "manifest.json"
     try:
         about = json.loads(manifest.read_text())
-        expected = about["sha256"], about["dataset"], about["dataset_fingerprint"], about["labels_sha256"]
+        words = [about[key] for key in ("sha256", "dataset", "dataset_fingerprint", "labels_sha256")]
+        noise, seed = about.get("label_noise", 0), about.get("seed", 0)
+        if not all(isinstance(word, str) for word in words) or not 0 <= noise <= 1 or not 0 <= seed < 2**32:
+            raise ValueError
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
             f"{error.filename} cannot be read ({error.strerror}); allowed: a scores.safetensors with its manifest.json"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{manifest}: not the manifest of scores; allowed: the one written beside them") from None
-    if hashlib.sha256(content).hexdigest() != expected[0]:
+    if hashlib.sha256(content).hexdigest() != about["sha256"]:
         raise UserError(f"{path}: not the bytes that its manifest.json tells of; allowed: the file as it was written")
     return about
 
@@ -144,7 +147,7 @@ def load(path: Path, labels: np.ndarray) -> Scores:
     try:
         values = load_tensors(path.read_bytes())["el2n"]
         _check(values, len(labels))
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not scores ({error}); allowed: a file that scores.save wrote") from None
     return Scores(values, about)
 
