@@ -9,11 +9,12 @@ python -m lth_diet.tracking sync runs       bring MLflow up to date with every r
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 
+from lth_diet.errors import Parser, UserError, expecting, tell
 from lth_diet.figures import accuracy_curves
 from lth_diet.masks import Mask
 from lth_diet.phases import Phase
@@ -30,6 +32,7 @@ from lth_diet.runs import Replicate
 
 _MOST_METRICS = 1000  # that MLflow takes in one request
 _MOST_PARAMS = 100
+_LONGEST_FOLDER = 60  # characters, of up to four bytes each
 _ARTIFACTS = ("mask.safetensors", "subset.safetensors", "subset.json", "subset.png", "images.png")  # of a phase
 
 
@@ -80,9 +83,13 @@ def _alone() -> contextlib.AbstractContextManager:
 
 
 def _artifact_location(experiment: str) -> str | None:
-    """Artifacts of a SQLite store lie beside it, wherever a launch was started; a server has its own place."""
+    """Artifacts of a SQLite store lie beside it, wherever a launch was started; a server has its own place.
+
+    An experiment's name may be anything, such as ../../home: its folder is one below mlartifacts, whatever it is.
+    """
     database = _sqlite_file()
-    return (database.parent / "mlartifacts" / experiment).as_uri() if database else None
+    folder = re.sub(r"[^\w -]", "_", experiment)[:_LONGEST_FOLDER]  # several may share one: each run has its own below
+    return (database.parent / "mlartifacts" / folder).as_uri() if database else None
 
 
 class _Sync:
@@ -293,26 +300,56 @@ def _arm_in_words(about: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lth_diet.tracking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=("sync",))
     parser.add_argument("runs", type=Path, help="folder of run directories, or one of them")
-    runs = parser.parse_args(argv).runs
-    configs = sorted([*runs.glob("config.json"), *runs.glob("*/config.json"), *runs.glob("scores/*/config.json")])
-    if not configs:
-        print(f"error: {runs}: holds no run; allowed: a folder of run directories, or one of them", file=sys.stderr)
-        return 2
-    folders = [config.parent for config in configs]
-    scores = [folder for folder in folders if folder.resolve().parent.name == "scores"]
-    for path in [*scores, *(path for folder in folders for path in sorted(folder.glob("replicate_*")))]:
+    try:
+        folders = _folders(parser.parse_args(argv).runs)
+    except (UserError, OSError) as error:
+        return tell(error)
+    for path, bring_up_to_date in folders:
         try:
-            sync_scores(path) if path in scores else sync(Replicate(path))
+            bring_up_to_date()
+        except UserError as error:  # a damaged mask
+            return tell(error)
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
             print(f"error: {path}: MLflow is not up to date ({type(error).__name__})", file=sys.stderr)
             return 1
         print(f"{path}: up to date")
     return 0
+
+
+def _folders(runs: Path) -> list[tuple[Path, Callable[[], None]]]:
+    """Each folder that a run of MLflow tells of, and what brings that up to date.
+
+    Raises:
+        UserError: If there is none, or one of their files cannot be read.
+    """
+    configs = sorted([*runs.glob("config.json"), *runs.glob("*/config.json"), *runs.glob("scores/*/config.json")])
+    if not configs:
+        raise UserError(f"{runs}: holds no run; allowed: a folder of run directories, or one of them")
+    scores, replicates = [], []
+    for config in configs:
+        folder = config.parent
+        is_scores = folder.resolve().parent.name == "scores"
+        needed = ("experiment", "identity", "dataset", "model", "scores_id" if is_scores else "run_id")
+        with expecting(config, "the config.json of a run"):
+            about = json.loads(config.read_text())
+            if not all(about[key] for key in needed):
+                raise ValueError
+        for result in [*folder.glob("*/result.json"), *folder.glob("*/*/result.json")]:
+            with expecting(result, "the result.json of a finished phase"):
+                json.loads(result.read_text()).keys()
+        if is_scores:
+            scores.append((folder, functools.partial(sync_scores, folder)))
+            continue
+        for path in [*folder.glob("replicate_*"), *folder.glob("replicate_*/level_*")]:
+            if not re.fullmatch(r"(replicate|level)_\d+", path.name):
+                raise UserError(f"{path}: not the directory of a replicate or level; allowed: a number after the _")
+        replicates += [(path, functools.partial(sync, Replicate(path))) for path in sorted(folder.glob("replicate_*"))]
+    return scores + replicates
 
 
 if __name__ == "__main__":
