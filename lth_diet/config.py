@@ -89,7 +89,7 @@ def _depth(value: Any) -> int:
 
 class Model(Section):
     depth: Annotated[int, BeforeValidator(_depth)]
-    width: Count = 16
+    width: Annotated[Count, Field(le=1024)] = 16
     """Channels of the first stage; the next have two and four times as many."""
 
 
@@ -159,7 +159,7 @@ class Config(Section):
     scores: Scores = Scores()
     replicates: Annotated[tuple[int, ...], BeforeValidator(_replicates)] = (0, 1, 2, 3)
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 42
-    threads: Count = 1
+    threads: Annotated[Count, Field(le=1024)] = 1
     """CPU threads a process. Identity: sums depend on how they are split."""
     parallelism: Literal["replicates", "data"] = "replicates"
     """replicates: a rank trains replicates of its own. data: all ranks train each replicate together (DDP)."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,12 +100,19 @@ def _facts(name: str, root: str) -> Facts:
             raise UserError(f"class {odd[0]!r} is not in both train/ and test/; allowed: the same classes in each")
         if len(classes) < 2:
             raise UserError(f"{root} has one class, {next(iter(classes))!r}; allowed: two or more")
-        described = [f"{path.relative_to(root)} {path.stat().st_size}" for _, path in train + test]
+        described = [f"{path.relative_to(root)} {_bytes(path)}" for _, path in train + test]
         fingerprint = hashlib.sha256("\n".join(described).encode(errors="surrogateescape")).hexdigest()[:16]
         return Facts(len(train), len(test), len(classes), fingerprint)
     if name not in _SIZES:  # of scores made elsewhere
         raise UserError(f"data set {name!r} is not known; allowed: {', '.join(_DECODERS)}")
     return Facts(*_SIZES[name], fingerprint=name)
+
+
+def _bytes(path: Path) -> int:
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):  # to read a pipe may take for ever
+        raise UserError(f"{path} is no file; allowed: JPEG and PNG files")
+    return about.st_size
 
 
 def load(name: str, root: str) -> Dataset:

@@ -3,6 +3,7 @@
 import fractions
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -124,6 +125,9 @@ class Mask(Mapping[str, Tensor]):
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["mask"])
+                strange = [name for name in about["order"] if not re.fullmatch(r"\w+(\.\w+)*", name)]
+                if strange:
+                    raise ValueError(f"{strange[0]!r} names no tensor of a network")
                 mask = cls({name: file.get_tensor(name) for name in about["order"]})
                 if mask.remaining != about["remaining"]:
                     raise ValueError("its count of weights left is not that of its header")
