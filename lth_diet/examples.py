@@ -43,6 +43,11 @@ class Examples:
         return self.labels != self.data.train.labels
 
     @property
+    def class_names(self) -> list[str]:
+        """As matplotlib is to draw them: a dollar sign begins no formula, and what is no character is a ?."""
+        return [name.encode(errors="replace").decode().replace("$", r"\$") for name in self.data.class_names]
+
+    @property
     def order(self) -> np.ndarray:
         """Positions from the easiest to the hardest; as they stand without scores."""
         return np.arange(len(self.labels)) if self.scores is None else np.argsort(self.scores.mean, kind="stable")
@@ -150,7 +155,7 @@ def _histogram(axes: Any, examples: Examples, indices: np.ndarray) -> None:
 
 def subset_figure(examples: Examples, indices: np.ndarray) -> Figure:
     """Where a subset lies among the scores, if there are any, and its classes."""
-    names = examples.data.class_names
+    names = examples.class_names
     named = len(names) <= 30
     scored = examples.scores is not None
     figure = Figure(figsize=(11 if scored else 6, max(4, 0.26 * len(names) if named else 4)), dpi=120)
@@ -187,7 +192,7 @@ def contact_sheet(examples: Examples, groups: dict[str, list[np.ndarray]], title
             class as of the others.
         title: Of the figure.
     """
-    images, names = examples.data.train.images, examples.data.class_names
+    images, names = examples.data.train.images, examples.class_names
     height, width = images.shape[1:3]
     gap = max(1, height // 12)
     widest = {heading: max(1, *(len(row) for row in rows)) for heading, rows in groups.items()}
