@@ -100,6 +100,8 @@ def read(path: Path, parts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, li
                 {member.name for member in tar if _is_of(member, parts)},
                 key=lambda name: (parts.index(_place(name)[0]), *_place(name)[1:]),
             )
+        if not names:
+            raise ValueError(f"no images of {' or '.join(parts)}")
         place = {name: index for index, name in enumerate(names)}
         images = np.empty((len(names), 32, 32, 3), np.uint8)
         for name, pixels in tqdm(_pixels(path, place), total=len(names), desc=f"decoding {' + '.join(parts)}"):
