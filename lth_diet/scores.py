@@ -152,7 +152,7 @@ def load(path: Path, labels: np.ndarray) -> Scores:
     try:
         values = load_tensors(path.read_bytes())["el2n"]
         _check(values, len(labels))
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not scores ({error}); allowed: a file that scores.save wrote") from None
     return Scores(values, about)
 

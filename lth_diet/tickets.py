@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from lth_diet.errors import UserError
+from lth_diet.errors import UserError, expecting
 from lth_diet.masks import Mask
 from lth_diet.phases import Phase
 from lth_diet.runs import Replicate
@@ -18,10 +19,11 @@ def finished_level(path: Path, level: int) -> tuple[Replicate, Phase]:
     Raises:
         UserError: If `path` is no replicate's directory or the level is not done.
     """
-    if not (path.parent / "config.json").exists() or not path.name.startswith("replicate_"):
+    if not (path.parent / "config.json").exists() or not re.fullmatch(r"replicate_\d+", path.name):
         raise UserError(f"{path}: not a replicate's directory; allowed: runs/<run>/replicate_<r>")
     replicate = Replicate(path)
-    done = [number for number, phase in replicate.levels() if phase.done]
+    with expecting(path, "level_0, level_1 and so on below it"):
+        done = [number for number, phase in replicate.levels() if phase.done]
     if level not in done:
         raise UserError(f"{path}: level {level} is not done; allowed: {', '.join(map(str, done)) or 'none yet'}")
     return replicate, replicate.level(level)
@@ -45,29 +47,47 @@ def export(path: Path, level: int, output: Path) -> dict[str, Any]:
     if output.exists():
         raise UserError(f"{output}: exists already; allowed: a new folder")
     files = {
-        "mask.safetensors": phase.verified("mask.safetensors"),
-        "rewind_point.safetensors": replicate.pretrain.verified("weights.safetensors"),
-        "weights.safetensors": phase.verified("weights.safetensors"),
-    }
-    about, result = replicate.about, phase.result()
-    hashes = result["sha256"] | {
-        "rewind_point.safetensors": replicate.pretrain.result()["sha256"]["weights.safetensors"]
+        "mask.safetensors": verified(phase, "mask.safetensors"),
+        "rewind_point.safetensors": verified(replicate.pretrain, "weights.safetensors"),
+        "weights.safetensors": verified(phase, "weights.safetensors"),
     }
     keys = ("run_id", "dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "train_steps")
-    card = {
-        **{key: about[key] for key in keys},
+    with expecting(path.parent / "config.json", "that of a run"):
+        about = replicate.about
+        card = {key: about[key] for key in keys}
+        identity = about["identity"]
+    with expecting(phase.path / "result.json", "that of a finished level"):
+        result = phase.result()
+        measured = {key: float(result[key]) for key in ("weights_remaining_percent", "test_accuracy_percent")}
+        hashes = result["sha256"] | {
+            "rewind_point.safetensors": replicate.pretrain.result()["sha256"]["weights.safetensors"]
+        }
+    card |= {
         "replicate": replicate.index,
         "level": level,
-        "weights_remaining_percent": result["weights_remaining_percent"],
-        "test_accuracy_percent": result["test_accuracy_percent"],
+        **measured,
         "layers": Mask.load(files["mask.safetensors"]).table().to_dict("records"),
-        "identity": about["identity"],
+        "identity": identity,
         "sha256": {name: hashes[name] for name in files},
     }
     part = output.with_name(f".{output.name}.part-{os.getpid()}")
-    part.mkdir(parents=True)
-    for name, source in files.items():
-        shutil.copyfile(source, part / name)
-    (part / "card.json").write_text(json.dumps(card, indent=2))
-    part.rename(output)
+    try:
+        part.mkdir(parents=True)
+        for name, source in files.items():
+            shutil.copyfile(source, part / name)
+        (part / "card.json").write_text(json.dumps(card, indent=2))
+        part.rename(output)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{output}: cannot be written ({error.strerror}); allowed: a new folder") from None
     return card
+
+
+def verified(phase: Phase, name: str) -> Path:
+    """`Phase.verified`, of a phase whose result.json may be anything.
+
+    Raises:
+        UserError: If either file is missing or damaged.
+    """
+    with expecting(phase.path / "result.json", "that of a finished phase"):
+        return phase.verified(name)
