@@ -23,12 +23,13 @@ _MOST_REPLICATES = 1000
 _MOST = 2**31  # of a number of steps, images, channels ...
 _MOST_BYTES = 1 << 16  # of a file
 _MOST_DEEP = 20  # sections in sections
+_MOST_DIGITS = 100  # of a number, in whatever notation
 _NOT_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 Arm = Literal["init", "all", "random", "easy", "hard"]
 
 
 def _steps(value: Any) -> int:
-    match = re.fullmatch(r"(\d+)(ba)?", str(value)) if not isinstance(value, bool) else None
+    match = re.fullmatch(r"(\d{1,20})(ba)?", str(value)) if not isinstance(value, bool) else None
     if match is None:
         raise ValueError("allowed: a number of batches, such as 400 or 400ba")
     return int(match[1])
@@ -405,10 +406,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
 
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
-    number = loader.construct_yaml_int(node)
-    if abs(number) >= 2**63:
-        raise _not_here("a number of more than 64 bits", node.start_mark)
-    return number
+    if len(node.value) <= _MOST_DIGITS and abs(number := loader.construct_yaml_int(node)) < 2**63:
+        return number
+    raise _not_here("a number of more than 64 bits", node.start_mark)
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

@@ -30,8 +30,9 @@ class Parser(argparse.ArgumentParser):
 
 def tell(error: UserError | OSError) -> int:
     """Print the sentence; returns the exit status of a command that was given bad input."""
-    told = error if isinstance(error, UserError) else UserError(f"{error.filename}: {error.strerror}")
-    print(f"error: {told}", file=sys.stderr)
+    if isinstance(error, OSError):
+        error = UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    print(f"error: {error}", file=sys.stderr)
     return 2
 
 
