@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         if arguments.command == "show":
             _, phase = tickets.finished_level(arguments.replicate, arguments.level)
-            mask = Mask.load(tickets.verified(phase, "mask.safetensors"))
+            mask = Mask.load(phase.verified("mask.safetensors"))
             print(mask.table().to_string(index=False, formatters={"density": "{:.4f}".format}))
             print(f"{mask.remaining:,} of {mask.total:,} weights remain, {100 * mask.density:.2f} %")
         else:

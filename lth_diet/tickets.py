@@ -22,8 +22,7 @@ def finished_level(path: Path, level: int) -> tuple[Replicate, Phase]:
     if not (path.parent / "config.json").exists() or not re.fullmatch(r"replicate_\d+", path.name):
         raise UserError(f"{path}: not a replicate's directory; allowed: runs/<run>/replicate_<r>")
     replicate = Replicate(path)
-    with expecting(path, "level_0, level_1 and so on below it"):
-        done = [number for number, phase in replicate.levels() if phase.done]
+    done = [number for number, phase in replicate.levels() if phase.done]
     if level not in done:
         raise UserError(f"{path}: level {level} is not done; allowed: {', '.join(map(str, done)) or 'none yet'}")
     return replicate, replicate.level(level)
@@ -47,15 +46,13 @@ def export(path: Path, level: int, output: Path) -> dict[str, Any]:
     if output.exists():
         raise UserError(f"{output}: exists already; allowed: a new folder")
     files = {
-        "mask.safetensors": verified(phase, "mask.safetensors"),
-        "rewind_point.safetensors": verified(replicate.pretrain, "weights.safetensors"),
-        "weights.safetensors": verified(phase, "weights.safetensors"),
+        "mask.safetensors": phase.verified("mask.safetensors"),
+        "rewind_point.safetensors": replicate.pretrain.verified("weights.safetensors"),
+        "weights.safetensors": phase.verified("weights.safetensors"),
     }
     keys = ("run_id", "dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "train_steps")
-    with expecting(path.parent / "config.json", "that of a run"):
-        about = replicate.about
-        card = {key: about[key] for key in keys}
-        identity = about["identity"]
+    about = replicate.about
+    card = {key: about[key] for key in keys}
     with expecting(phase.path / "result.json", "that of a finished level"):
         result = phase.result()
         measured = {key: float(result[key]) for key in ("weights_remaining_percent", "test_accuracy_percent")}
@@ -67,7 +64,7 @@ def export(path: Path, level: int, output: Path) -> dict[str, Any]:
         "level": level,
         **measured,
         "layers": Mask.load(files["mask.safetensors"]).table().to_dict("records"),
-        "identity": identity,
+        "identity": about["identity"],
         "sha256": {name: hashes[name] for name in files},
     }
     part = output.with_name(f".{output.name}.part-{os.getpid()}")
@@ -81,13 +78,3 @@ def export(path: Path, level: int, output: Path) -> dict[str, Any]:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{output}: cannot be written ({error.strerror}); allowed: a new folder") from None
     return card
-
-
-def verified(phase: Phase, name: str) -> Path:
-    """`Phase.verified`, of a phase whose result.json may be anything.
-
-    Raises:
-        UserError: If either file is missing or damaged.
-    """
-    with expecting(phase.path / "result.json", "that of a finished phase"):
-        return phase.verified(name)

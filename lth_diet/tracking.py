@@ -25,8 +25,8 @@ from mlflow.entities import Run as MlflowRun
 from lth_diet.errors import Parser, UserError, tell
 from lth_diet.figures import accuracy_curves
 from lth_diet.masks import Mask
-from lth_diet.phases import Phase, read_json
-from lth_diet.runs import Replicate, folders
+from lth_diet.phases import Phase
+from lth_diet.runs import Replicate, folders, read_config
 
 _MOST_METRICS = 1000  # that MLflow takes in one request
 _MOST_PARAMS = 100
@@ -104,7 +104,7 @@ class _Sync:
     def __init__(self, client: MlflowClient, config: Path, name: str, marks: dict[str, Any], tags: dict[str, Any]):
         self.client = client
         self.config = config
-        self.about = read_json(config)
+        self.about = read_config(config.parent)
         experiment = self.about["experiment"]
         found = client.get_experiment_by_name(experiment)
         location = _artifact_location(experiment)
@@ -255,7 +255,7 @@ class _ScoresSync(_Sync):
 
     def __init__(self, client: MlflowClient, folder: Path):
         self.folder = folder
-        about = read_json(folder / "config.json")
+        about = read_config(folder)
         keys = ("dataset", "model", "label_noise", "seed", "networks", "steps")
         super().__init__(
             client,
@@ -298,6 +298,21 @@ def _arm_in_words(about: dict[str, Any]) -> str:
     return f"pre-trained on {examples}{noise} for {about['rewind_steps']} steps"
 
 
+def _refuse_damaged(directories: list[Path], scored: list[Path]) -> None:
+    """Read what MLflow is to be told before anything is written to it.
+
+    Raises:
+        UserError: If a file is damaged.
+    """
+    for folder in [*directories, *scored]:
+        read_config(folder)
+    replicates = [Replicate(path) for folder in directories for path in folder.glob("replicate_*")]
+    networks = [Phase(path) for folder in scored for path in folder.glob("network_*")]
+    for phase in [*networks, *(phase for replicate in replicates for phase in replicate.phases())]:
+        if phase.done:
+            phase.result()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m lth_diet.tracking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -309,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         directories, scored = folders(runs)
         if not directories and not scored:
             raise UserError(f"{runs}: holds no run; allowed: a folder of run directories, or one of them")
+        _refuse_damaged(directories, scored)
     except (UserError, OSError) as error:
         return tell(error)
     for path in [*scored, *(path for folder in directories for path in sorted(folder.glob("replicate_*")))]:

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.numpy import save
 
 from lth_diet import datasets
+from lth_diet.phases import read_json, write_json
 from lth_diet.scores import fingerprint
 
 
@@ -94,7 +95,7 @@ def scores(about):
     """mine/scores.safetensors and mine/manifest.json for the digits, but for what `about` says.
 
     `name`, `dtype`, `shape` and `value` of the tensor; `bytes`: instead of a safetensors file; `labels`: "zeros";
-    anything else: of the manifest.
+    anything else: of the manifest, where null takes a key out.
     """
     labels = np.zeros(1442, int) if about.pop("labels", None) else datasets.load("digits", "data").train.labels
     values = np.full(about.pop("shape", (1, 1442)), float(about.pop("value", 0.5)), about.pop("dtype", "float32"))
@@ -108,22 +109,25 @@ def scores(about):
     }
     Path("mine").mkdir()
     Path("mine/scores.safetensors").write_bytes(content)
-    Path("mine/manifest.json").write_text(json.dumps(manifest | about))
+    write_json(
+        Path("mine/manifest.json"), {key: value for key, value in (manifest | about).items() if value is not None}
+    )
 
 
 def seal(phases):
     """Folders of phases whose result.json shall hold the checksums of what they hold now."""
     for phase in map(Path, phases):
-        result = json.loads((phase / "result.json").read_text())
+        result = read_json(phase / "result.json")
         result["sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in phase.iterdir()}
-        (phase / "result.json").write_text(json.dumps(result))
+        write_json(phase / "result.json", result)
 
 
 def change(files):
-    """JSON file to keys and their new values; null takes a key out."""
-    for name, values in files.items():
-        about = json.loads(Path(name).read_text()) | values
-        Path(name).write_text(json.dumps({key: value for key, value in about.items() if value is not None}))
+    """JSON file, new or not, to keys and their new values, with the checksum of these; null takes a key out."""
+    for path, values in zip(map(Path, files), files.values(), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = (read_json(path) if path.exists() else {}) | values
+        write_json(path, {key: value for key, value in about.items() if value is not None})
 
 
 def mask(about):

@@ -16,7 +16,7 @@ from bad_inputs import steps
 from helpers import ROOT, TINY
 
 from analysis import examples
-from lth_diet import config, datasets, masks, tracking
+from lth_diet import config, datasets, masks, runs, tracking
 from lth_diet.masks import Mask
 from lth_diet.models import ResNet
 from lth_diet.runs import Run
@@ -27,6 +27,7 @@ COMMANDS = {
     "score": (score.main, ["recipes/score.py"]),
     "masks": (masks.main, ["-m", "lth_diet.masks"]),
     "tracking": (tracking.main, ["-m", "lth_diet.tracking"]),
+    "runs": (runs.main, ["-m", "lth_diet.runs"]),
     "examples": (examples.main, ["-m", "analysis.examples"]),
 }
 CASES = {
