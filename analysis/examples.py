@@ -18,7 +18,7 @@ from typing import get_args
 
 from lth_diet import datasets, label_noise, scores, seeds, subsets
 from lth_diet.config import Dataset
-from lth_diet.errors import UserError
+from lth_diet.errors import Parser, UserError, tell
 from lth_diet.examples import Examples, record_scores, record_subset
 
 
@@ -34,17 +34,18 @@ def load(artifact: Path, root: str) -> Examples:
     """
     path = artifact / "scores.safetensors"
     about = scores.manifest_of(path)
-    if about["dataset"] not in get_args(Dataset.model_fields["name"].annotation):
-        raise UserError(f"{path}: scores of {about['dataset']!r}, which is no data set of lth_diet")
+    known = get_args(Dataset.model_fields["name"].annotation)
+    if about["dataset"] not in known:
+        raise UserError(f"{path}: data set {about['dataset']!r} is not known; allowed: {', '.join(known)}")
     scores.refuse_other_data(path, about["dataset"], datasets.facts(about["dataset"], root).fingerprint)
     data = datasets.load(about["dataset"], root)
-    classes, stream = len(data.class_names), seeds.stream(about.get("seed", 0), "all", "noise")
-    labels = label_noise.randomise(data.train.labels, about.get("label_noise", 0), classes, stream)
+    classes, stream = len(data.class_names), seeds.stream(about.get("seed") or 0, "all", "noise")
+    labels = label_noise.randomise(data.train.labels, about.get("label_noise") or 0, classes, stream)
     return Examples(data, labels, scores.load(path, labels))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, help="folder of scores.safetensors and manifest.json")
     parser.add_argument("--root", default="data", help="folder of the data, as dataset.root")
     parser.add_argument("--arm", choices=("easy", "hard"))
@@ -52,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--offset", type=int, default=0)
     parser.add_argument("--class-balanced", action="store_true")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder")
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         _check(arguments)
         examples = load(arguments.artifact, arguments.root)
         most = len(examples.labels)
@@ -63,11 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"command line: --size {arguments.size}; allowed: 1 to {most - arguments.offset}")
         found = {"scores": record_scores(arguments.output, examples)}
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(error)
     except OSError as error:
-        print(f"error: -o {arguments.output}: {error.strerror}; allowed: a folder to write to", file=sys.stderr)
-        return 2
+        return tell(UserError(f"-o {arguments.output}: {error.strerror}; allowed: a folder to write to"))
     if arguments.arm:
         options = {"size": arguments.size, "class_balanced": arguments.class_balanced, "offset": arguments.offset}
         end = {"easy": subsets.easy, "hard": subsets.hard}[arguments.arm]

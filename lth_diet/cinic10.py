@@ -94,16 +94,21 @@ def read(path: Path, parts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, li
     Returns:
         Images, uint8 (N, 32, 32, 3); labels, int64 (N,), numbering the classes by name; the classes.
     """
-    with tarfile.open(path, "r:gz") as tar:
-        names = sorted(
-            (member.name for member in tar if _is_of(member, parts)),
-            key=lambda name: (parts.index(_place(name)[0]), *_place(name)[1:]),
-        )
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            names = sorted(
+                {member.name for member in tar if _is_of(member, parts)},
+                key=lambda name: (parts.index(_place(name)[0]), *_place(name)[1:]),
+            )
+        if not names:
+            raise ValueError(f"no images of {' or '.join(parts)}")
+        place = {name: index for index, name in enumerate(names)}
+        images = np.empty((len(names), 32, 32, 3), np.uint8)
+        for name, pixels in tqdm(_pixels(path, place), total=len(names), desc=f"decoding {' + '.join(parts)}"):
+            images[place[name]] = pixels
+    except Exception as error:  # tarfile, zlib and Pillow raise nearly anything for a damaged file
+        raise UserError(f"{path}: not the archive of CINIC-10 ({error}); allowed: the official one") from None
     classes = sorted({_place(name)[1] for name in names})
-    place = {name: index for index, name in enumerate(names)}
-    images = np.empty((len(names), 32, 32, 3), np.uint8)
-    for name, pixels in tqdm(_pixels(path, place), total=len(names), desc=f"decoding {' + '.join(parts)}"):
-        images[place[name]] = pixels
     labels = np.array([classes.index(_place(name)[1]) for name in names])
     return images, labels, classes
 
@@ -121,6 +126,8 @@ def _is_of(member: tarfile.TarInfo, parts: tuple[str, ...]) -> bool:
 def _pixels(path: Path, wanted: dict[str, int]) -> Iterator[tuple[str, np.ndarray]]:
     with tarfile.open(path, "r:gz") as tar:
         for member in tar:
-            if member.name in wanted:
-                with Image.open(tar.extractfile(member)) as image:
+            if member.name in wanted and member.isfile():  # a link or device may bear the same name
+                with Image.open(tar.extractfile(member), formats=("PNG",)) as image:
+                    if image.size != (32, 32):
+                        raise ValueError(f"{member.name} has {image.size[0]} x {image.size[1]} pixels")
                     yield member.name, np.asarray(image.convert("RGB"))

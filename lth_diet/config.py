@@ -4,26 +4,32 @@ A configuration is plain YAML with `base:` inheritance and `key.sub=value` overr
 change a result, is hashed to the run id; see `Config.identity`.
 """
 
+import collections
 import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lth_diet import datasets, scores
 from lth_diet.errors import UserError
 
 _MOST_REPLICATES = 1000
+_MOST = 2**31  # of a number of steps, images, channels ...
+_MOST_BYTES = 1 << 16  # of a file
+_MOST_DEEP = 20  # sections in sections
+_MOST_DIGITS = 100  # of a number, in whatever notation
+_NOT_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 Arm = Literal["init", "all", "random", "easy", "hard"]
 
 
 def _steps(value: Any) -> int:
-    match = re.fullmatch(r"(\d+)(ba)?", str(value)) if not isinstance(value, bool) else None
+    match = re.fullmatch(r"(\d{1,20})(ba)?", str(value)) if not isinstance(value, bool) else None
     if match is None:
         raise ValueError("allowed: a number of batches, such as 400 or 400ba")
     return int(match[1])
@@ -42,20 +48,28 @@ def _replicates(value: Any) -> tuple[int, ...]:
     if type(value) is int and 0 < value <= _MOST_REPLICATES:
         return tuple(range(value))
     indices = value if isinstance(value, list | tuple) else []
-    if indices and all(type(index) is int and index >= 0 for index in indices) and len(set(indices)) == len(indices):
+    allowed = all(type(index) is int and 0 <= index < _MOST for index in indices)
+    if allowed and 0 < len(indices) == len(set(indices)) <= _MOST_REPLICATES:
         return tuple(indices)
     raise ValueError(
         f"allowed: a count of 1 to {_MOST_REPLICATES}, such as 4, or a list of different indices such as [0, 2]"
     )
 
 
-Steps = Annotated[int, BeforeValidator(_steps)]
+def _text(value: str) -> str:
+    if _NOT_TEXT.search(value):
+        raise ValueError("allowed: text without control characters")
+    return value
+
+
+Steps = Annotated[int, BeforeValidator(_steps), Field(lt=_MOST)]
 Interval = Annotated[Steps, Field(gt=0)]
 Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
 Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
-Count = Annotated[int, Field(strict=True, gt=0)]
-Index = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, gt=0, lt=_MOST)]
+Index = Annotated[int, Field(strict=True, ge=0, lt=_MOST)]
+Text = Annotated[str, Field(strict=True, min_length=1), AfterValidator(_text)]
 
 
 class Section(BaseModel):
@@ -64,19 +78,19 @@ class Section(BaseModel):
 
 class Dataset(Section):
     name: Literal["cifar10", "cifar100", "cinic10", "image_folder", "digits"]
-    root: Annotated[str, Field(strict=True, min_length=1)] = "data"
+    root: Text = "data"
     """Folder of the data; downloads go there. Not identity: an image folder enters by its fingerprint."""
 
 
 def _depth(value: Any) -> int:
-    if type(value) is not int or value < 8 or value % 6 != 2:
-        raise ValueError("allowed: 6n + 2, such as 20, 32 or 56")
+    if type(value) is not int or not 8 <= value <= 1202 or value % 6 != 2:
+        raise ValueError("allowed: 6n + 2, such as 20, 32 or 56, up to 1202")
     return value
 
 
 class Model(Section):
     depth: Annotated[int, BeforeValidator(_depth)]
-    width: Count = 16
+    width: Annotated[Count, Field(le=1024)] = 16
     """Channels of the first stage; the next have two and four times as many."""
 
 
@@ -123,7 +137,7 @@ class Scores(Section):
     """K, from different initialisations."""
     steps: Interval = 7800
     """t, after which they are evaluated."""
-    file: Annotated[str, Field(strict=True, min_length=1)] | None = None
+    file: Text | None = None
     """A scores.safetensors to use instead; it enters the identity by its sha256."""
 
 
@@ -145,8 +159,8 @@ class Config(Section):
     prune: Prune = Prune()
     scores: Scores = Scores()
     replicates: Annotated[tuple[int, ...], BeforeValidator(_replicates)] = (0, 1, 2, 3)
-    seed: Annotated[Index, Field(lt=2**32)] = 42
-    threads: Count = 1
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 42
+    threads: Annotated[Count, Field(le=1024)] = 1
     """CPU threads a process. Identity: sums depend on how they are split."""
     parallelism: Literal["replicates", "data"] = "replicates"
     """replicates: a rank trains replicates of its own. data: all ranks train each replicate together (DDP)."""
@@ -155,8 +169,8 @@ class Config(Section):
     deterministic: Annotated[bool, Field(strict=True)] = False
     """Deterministic kernels on GPU; on CPU the same bits are promised without."""
     intervals: Intervals = Intervals()
-    runs: Annotated[str, Field(strict=True, min_length=1)] = "runs"
-    experiment: Annotated[str, Field(strict=True, min_length=1)] | None = None
+    runs: Text = "runs"
+    experiment: Text | None = None
     """MLflow experiment; the name of the dataset if none is given."""
 
     @property
@@ -281,8 +295,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree, origin = _read(Path(path), ())
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise UserError(f"command line: {override!r} is not an override; allowed: key.sub=value")
+        if not equals or not all(key.split(".")) or key.count(".") >= _MOST_DEEP:
+            raise UserError(f"command line: {_short(override)} is not an override; allowed: key.sub=value")
         value = _parse(text, f"command line: {key}")
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -361,24 +375,50 @@ def _check(config: Config, problem: Callable[..., UserError]) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
+    """Safe YAML that refuses a key given twice, and what lets a short file become a huge tree or number."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _not_here("an alias; write what it stands for", event.start_mark)
+        if event.tag is not None:
+            raise _not_here(f"a tag, {event.tag}; allowed: values without", event.start_mark)
+        self.depth += 1
+        if self.depth > _MOST_DEEP:
+            raise _not_here(f"more than {_MOST_DEEP} sections or lists in each other", event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _not_here(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+    keys = (loader.construct_object(key, deep=True) for key, _ in node.value)
+    for key, count in collections.Counter(key for key in keys if isinstance(key, Hashable)).items():
+        if count > 1:
+            raise _not_here(f"the key {_short(key)} stands twice", node.start_mark)
     return loader.construct_mapping(node, deep=True)
 
 
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if len(node.value) <= _MOST_DIGITS and abs(number := loader.construct_yaml_int(node)) < 2**63:
+        return number
+    raise _not_here("a number of more than 64 bits", node.start_mark)
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -387,9 +427,13 @@ def _parse(text: str, where: str) -> Any:
 
 def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict, dict[str, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError
+        text = content.decode()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not text of up to {_MOST_BYTES:,} bytes"
         named = f", the base of {children[-1]}," if children else ""
         raise UserError(f"{path}{named} cannot be read: {reason}") from None
     tree = _parse(text, str(path))
@@ -398,7 +442,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict, dict[str, str]]
     base = tree.pop("base", None)
     if base is None:
         return _merge({}, {}, tree, str(path))
-    if not isinstance(base, str):
+    if not isinstance(base, str) or _NOT_TEXT.search(base):
         raise UserError(f"{path}: base: {_short(base)} is not allowed; allowed: a path relative to this file")
     if path.resolve() in [child.resolve() for child in children]:
         raise UserError(f"{path}: base: {base!r} is not allowed; the files are each other's base")

@@ -10,15 +10,18 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
-from lth_diet.errors import UserError
+from lth_diet.errors import UserError, expecting
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_LONGEST_SIDE = 1024  # pixels: a file of a few bytes may claim any number
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # that convert to 8 bits without loss of range
 
 # Per-channel mean and standard deviation over the training set, in units of 0 to 1 (the paper's data sets).
@@ -97,10 +100,19 @@ def _facts(name: str, root: str) -> Facts:
             raise UserError(f"class {odd[0]!r} is not in both train/ and test/; allowed: the same classes in each")
         if len(classes) < 2:
             raise UserError(f"{root} has one class, {next(iter(classes))!r}; allowed: two or more")
-        described = [f"{path.relative_to(root)} {path.stat().st_size}" for _, path in train + test]
+        described = [f"{path.relative_to(root)} {_bytes(path)}" for _, path in train + test]
         fingerprint = hashlib.sha256("\n".join(described).encode(errors="surrogateescape")).hexdigest()[:16]
         return Facts(len(train), len(test), len(classes), fingerprint)
+    if name not in _SIZES:  # of scores made elsewhere
+        raise UserError(f"data set {name!r} is not known; allowed: {', '.join(_DECODERS)}")
     return Facts(*_SIZES[name], fingerprint=name)
+
+
+def _bytes(path: Path) -> int:
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):  # to read a pipe may take for ever
+        raise UserError(f"{path} is no file; allowed: JPEG and PNG files")
+    return about.st_size
 
 
 def load(name: str, root: str) -> Dataset:
@@ -125,17 +137,19 @@ def load(name: str, root: str) -> Dataset:
             raise UserError(
                 f"{folder}: the cache of {name} cannot be written ({reason}); allowed: another place in LTH_DIET_CACHE"
             ) from None
-    about = json.loads((folder / "about.json").read_text())
-    # mode "c" (copy on write) maps the file as "r" does, and lets torch take the array without a copy or a warning
-    arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="c") for key in ("train_x", "train_y", "test_x", "test_y")}
-    return Dataset(
-        name,
-        Split(arrays["train_x"], arrays["train_y"]),
-        Split(arrays["test_x"], arrays["test_y"]),
-        tuple(about["mean"]),
-        tuple(about["std"]),
-        tuple(about["class_names"]),
-    )
+    with expecting(folder, f"the cache of {name} as it was written; delete it to build it again"):
+        about = json.loads((folder / "about.json").read_text())
+        # mode "c" (copy on write) maps the file as "r" does, and lets torch take the array without a copy or a warning
+        keys = ("train_x", "train_y", "test_x", "test_y")
+        arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="c") for key in keys}
+        return Dataset(
+            name,
+            Split(arrays["train_x"], arrays["train_y"]),
+            Split(arrays["test_x"], arrays["test_y"]),
+            tuple(about["mean"]),
+            tuple(about["std"]),
+            tuple(about["class_names"]),
+        )
 
 
 def _cache_folder(name: str, root: str) -> Path:
@@ -233,17 +247,30 @@ def _decode_image_folder(root: str) -> tuple[Split, Split, list[str]]:
 
 
 def _read_image(path: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with _silent(), Image.open(path, formats=("PNG", "JPEG")) as image:
+            if max(image.size) > _LONGEST_SIDE:
+                raise UserError(
+                    f"{path}: {image.size[0]} x {image.size[1]} pixels; allowed: up to {_LONGEST_SIDE} a side"
+                )
             if image.mode not in _MODES:
                 raise UserError(f"{path}: pixels of mode {image.mode}; allowed: 8 bits a channel")
             image = image if image.mode == "L" else image.convert("RGB")
             pixels = np.asarray(image)
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything for a damaged file
         raise UserError(f"{path}: not a readable image ({error}); allowed: whole JPEG and PNG files") from None
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that an image is large is refused, not warned of
+        yield
 
 
 def _size(shape: tuple[int, ...]) -> str:

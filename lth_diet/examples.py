@@ -45,6 +45,11 @@ class Examples:
         return self.labels != self.data.train.labels
 
     @property
+    def class_names(self) -> list[str]:
+        """As matplotlib is to draw them: a dollar sign begins no formula, and what is no character is a ?."""
+        return [name.encode(errors="replace").decode().replace("$", r"\$") for name in self.data.class_names]
+
+    @property
     def order(self) -> np.ndarray:
         """Positions from the easiest to the hardest; as they stand without scores."""
         return np.arange(len(self.labels)) if self.scores is None else np.argsort(self.scores.mean, kind="stable")
@@ -154,7 +159,7 @@ def _histogram(axes: Any, examples: Examples, indices: np.ndarray) -> None:
 
 def subset_figure(examples: Examples, indices: np.ndarray) -> Figure:
     """Where a subset lies among the scores, if there are any, and its classes."""
-    names = examples.data.class_names
+    names = examples.class_names
     named = len(names) <= 30
     scored = examples.scores is not None
     figure = Figure(figsize=(11 if scored else 6, max(4, 0.26 * len(names) if named else 4)), dpi=120)
@@ -193,7 +198,7 @@ def contact_sheet(examples: Examples, groups: dict[str, list[np.ndarray]], title
             class as of the others.
         title: Of the figure.
     """
-    names = examples.data.class_names[:_ROWS]
+    names = examples.class_names[:_ROWS]
     groups = {heading: rows[:_ROWS] for heading, rows in groups.items()}
     coarser = -(-max(examples.data.train.images.shape[1:3]) // _PIXELS)
     images = examples.data.train.images[:, ::coarser, ::coarser]
@@ -211,7 +216,7 @@ def contact_sheet(examples: Examples, groups: dict[str, list[np.ndarray]], title
                 canvas[top : top + height, left : left + width] = images[position]
                 if examples.wrong[position]:
                     true = examples.data.train.labels[position]
-                    frames.append((top, left, examples.data.class_names[true]))
+                    frames.append((top, left, examples.class_names[true]))
             if examples.scores is not None and len(positions):
                 values = examples.scores.mean[positions]
                 ranges[row].append(f"{values.min():.3g} to {values.max():.3g}")

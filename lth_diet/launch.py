@@ -16,12 +16,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from lth_diet import config as configuration
 from lth_diet import datasets, display
 from lth_diet.config import Config
-from lth_diet.errors import UserError
+from lth_diet.errors import Parser, UserError, tell
 from lth_diet.label_noise import noisy_labels
 from lth_diet.phases import AnotherProcessError
 from lth_diet.ranks import Board, Ranks
@@ -30,14 +29,9 @@ from lth_diet.runs import Replicate, Run, ScoreFolder, load_scores
 _PR_SET_PDEATHSIG = 1
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; see --help")
-
-
 def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     """The command line of a recipe: file, overrides, plan."""
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-f", "--file", required=True, help="configuration, such as yamls/cifar10_all.yaml")
     parser.add_argument("--plan", action="store_true", help="print what would run and what exists already, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as prune.levels=3 replicates=[0,1]")
@@ -55,8 +49,8 @@ def imp(argv: Sequence[str] | None, description: str, report: Callable[[Run], No
     Returns:
         0; 2 after a sentence if the input is bad; 1 if a replicate failed.
     """
-    ranks = Ranks.from_environment()
     try:
+        ranks = Ranks.from_environment()
         config, only_plan = _read(argv, description)
         _refuse_what_these_ranks_cannot(config, ranks)
         run = Run(config, ranks.size)
@@ -68,9 +62,8 @@ def imp(argv: Sequence[str] | None, description: str, report: Callable[[Run], No
         run.create()
         if scores:
             scores.create()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return tell(error)
     board = _begin(config, ranks)
     replicates = run.replicates() if config.parallelism == "data" else ranks.deal(run.replicates())
     with _screen(board, run.path.name):
@@ -98,8 +91,8 @@ def score(argv: Sequence[str] | None, description: str) -> int:
     Returns:
         0; 2 after a sentence if the input is bad; 1 if a network failed.
     """
-    ranks = Ranks.from_environment()
     try:
+        ranks = Ranks.from_environment()
         config, only_plan = _read(argv, description)
         if config.scores.file is not None:
             raise UserError(f"scores.file: {config.scores.file!r} leaves nothing to score; allowed: none")
@@ -114,9 +107,8 @@ def score(argv: Sequence[str] | None, description: str) -> int:
             return 0
         _prepare(config)
         folder.create()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return tell(error)
     board = _begin(config, ranks)
     ranks.leave()
     with _screen(board, f"scores/{folder.path.name}"):

@@ -1,9 +1,9 @@
 """Which weights are left: masks, their density, global magnitude pruning, save and load."""
 
-import argparse
 import fractions
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lth_diet.errors import UserError
+from lth_diet.errors import Parser, UserError, tell
 
 
 def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -129,10 +129,13 @@ class Mask(Mapping[str, Tensor]):
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["mask"])
+                strange = [name for name in about["order"] if not re.fullmatch(r"\w+(\.\w+)*", name)]
+                if strange:
+                    raise ValueError(f"{strange[0]!r} names no tensor of a network")
                 mask = cls({name: file.get_tensor(name) for name in about["order"]})
                 if mask.remaining != about["remaining"]:
                     raise ValueError("its count of weights left is not that of its header")
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a mask ({error}); allowed: a safetensors file that Mask.save wrote") from None
         return mask
 
@@ -173,15 +176,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`show` a level's per-layer table, or `export` its ticket."""
     from lth_diet import tickets  # which needs this module
 
-    parser = argparse.ArgumentParser(prog="python -m lth_diet.masks", description=main.__doc__)
+    parser = Parser(prog="python -m lth_diet.masks", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("show", "export"):
         command = commands.add_parser(name)
         command.add_argument("replicate", type=Path, help="runs/<run>/replicate_<r>")
         command.add_argument("level", type=int)
     command.add_argument("-o", "--output", type=Path, required=True, help="folder to make")
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         if arguments.command == "show":
             _, phase = tickets.finished_level(arguments.replicate, arguments.level)
             mask = Mask.load(phase.verified("mask.safetensors"))
@@ -194,8 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{card['weights_remaining_percent']:.1f} % of weights, {card['test_accuracy_percent']:.2f} %"
             )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(error)
     return 0
 
 

@@ -13,9 +13,10 @@ import hashlib
 import json
 import os
 import platform
+import reprlib
 import secrets
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, json.dumps({**content, "checksum": _checksum(content)}, indent=2))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, types: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read what `write_json` wrote.
 
+    Args:
+        path: Of the file.
+        types: Of the values that are needed, by key; with None in it, the key may be missing.
+
     Raises:
-        UserError: If it cannot be read or is not what was written.
+        UserError: If it cannot be read, is not what was written, or a value is of another type.
     """
     try:
         content = json.loads(path.read_text())
@@ -87,8 +92,13 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: damaged, or not written by lth_diet") from None
+    for key, kind in (types or {}).items():
+        value = content.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            there = f"{key}: {reprlib.repr(value)}" if key in content else f"no {key}"
+            raise UserError(f"{path}: {there}, where {getattr(kind, '__name__', kind)} has to be")
     return content
 
 
@@ -137,7 +147,7 @@ class Phase:
             UserError: If the file is damaged.
         """
         try:
-            return read_json(self.path / "result.json")
+            return read_json(self.path / "result.json", {"sha256": dict})
         except UserError as error:
             raise UserError(f"{error}; {self._how_to_recompute()}") from None
 
@@ -161,18 +171,18 @@ class Phase:
             UserError: If it is missing or its content is not what was written.
         """
         path = self.path / name
-        if not path.exists() or sha256(path) != self.result()["sha256"][name]:
+        if not path.is_file() or sha256(path) != self.result()["sha256"].get(name):
             raise UserError(f"{path}: missing or damaged; {self._how_to_recompute()}")
         return path
 
     def damaged(self) -> list[Path]:
         """The files of a finished phase that are missing or not what was written."""
         try:
-            files = read_json(self.path / "result.json")["sha256"]
+            files = self.result()["sha256"]
         except UserError:
             return [self.path / "result.json"]
         paths = {self.path / name: expected for name, expected in files.items()}
-        return [path for path, expected in paths.items() if not path.exists() or sha256(path) != expected]
+        return [path for path, expected in paths.items() if not path.is_file() or sha256(path) != expected]
 
     def _how_to_recompute(self) -> str:
         return f"delete {self.path} and what follows it to compute it again"
@@ -180,9 +190,9 @@ class Phase:
     def checkpoint(self) -> tuple[Path, int] | None:
         """Composer's newest whole checkpoint and its step, or None."""
         try:
-            about = read_json(self.path / "checkpoint.json")
-            path = self.path / about["file"]
-            return (path, about["step"]) if sha256(path) == about["sha256"] else None
+            about = read_json(self.path / "checkpoint.json", {"file": str, "step": int, "sha256": str})
+            path = self.checkpoint_path(about["step"])
+            return (path, about["step"]) if (path.name, sha256(path)) == (about["file"], about["sha256"]) else None
         except (OSError, UserError):
             return None
 

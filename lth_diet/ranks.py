@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+from lth_diet.errors import UserError
+
 Item = TypeVar("Item")
 _VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
 _TIMEOUT = datetime.timedelta(hours=1)
@@ -26,7 +28,17 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        number = {key: int(os.environ.get(key, default)) for key, default in _VARIABLES.items()}
+        """Of this process.
+
+        Raises:
+            UserError: If a variable is not a number.
+        """
+        number = {}
+        for key, default in _VARIABLES.items():
+            try:
+                number[key] = int(os.environ.get(key, default))
+            except ValueError:
+                raise UserError(f"{key}: {os.environ[key]!r} is not allowed; allowed: what a launcher sets") from None
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         return cls(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], address, number["MASTER_PORT"])
 

@@ -23,6 +23,7 @@ python -m lth_diet.runs verify runs         check every file of every run below 
 import argparse
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,24 +33,50 @@ import numpy as np
 
 from lth_diet import scores
 from lth_diet.config import DEFAULTS, Config
-from lth_diet.errors import UserError
+from lth_diet.errors import Parser, UserError, tell
 from lth_diet.phases import Phase, clear_parts, held, read_json, write_atomically, write_json
 from lth_diet.scores import Scores
 
+_RUN = {
+    **dict.fromkeys(("run_id", "dataset", "model", "arm", "experiment"), str),
+    **dict.fromkeys(("rewind_steps", "seed", "train_steps", "planned_levels"), int),
+    "identity": dict,
+    "subset_size": int | None,
+    "label_noise": float | int,
+    "ranks": int | None,
+}
+_SCORES = {
+    **dict.fromkeys(("scores_id", "dataset", "model", "experiment"), str),
+    **dict.fromkeys(("seed", "networks", "steps"), int),
+    "identity": dict,
+    "label_noise": float | int,
+}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json tells of a run directory or a folder of scores.
+
+    Raises:
+        UserError: If it is damaged, or a value is missing or of a wrong type.
+    """
+    path = folder / "config.json"
+    return read_json(path, _SCORES if "scores_id" in read_json(path) else _RUN)
+
 
 class Replicate:
-    """The directory of one replicate: one seed of one arm, all its levels."""
+    """The directory of one replicate: one seed of one arm, all its levels.
+
+    Raises:
+        UserError: If its name has no number.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self.index = _number(path)
 
     @property
     def name(self) -> str:
         return self.path.name
-
-    @property
-    def index(self) -> int:
-        return int(self.name.removeprefix("replicate_"))
 
     @property
     def pretrain(self) -> Phase:
@@ -60,13 +87,13 @@ class Replicate:
 
     def levels(self) -> Iterator[tuple[int, Phase]]:
         """The levels that have been begun, in order."""
-        numbers = sorted(int(path.name.removeprefix("level_")) for path in self.path.glob("level_*"))
+        numbers = sorted(_number(path) for path in self.path.glob("level_*"))
         return ((number, self.level(number)) for number in numbers)
 
     @property
     def about(self) -> dict[str, Any]:
         """The run's config.json."""
-        return read_json(self.path.parent / "config.json")
+        return read_config(self.path.parent)
 
     def phases(self) -> list[Phase]:
         """Pre-training and the levels that have been begun, in order: each is made of those before it."""
@@ -93,6 +120,13 @@ class Replicate:
             clear_parts(self.path)
             (self.path / "failed.json").unlink(missing_ok=True)
             yield
+
+
+def _number(path: Path) -> int:
+    """Of replicate_<r> or level_<L>."""
+    if not re.fullmatch(r"[a-z]+_[0-9]{1,9}", path.name):
+        raise UserError(f"{path}: not the directory of a replicate or level; allowed: a number after the _")
+    return int(path.name.partition("_")[2])
 
 
 class _Folder:
@@ -123,7 +157,7 @@ class _Folder:
                 raise UserError(f"{self.path}: not a run directory (it has no config.json); allowed: an empty place")
             return None
         try:
-            return read_json(path)
+            return read_config(self.path)
         except UserError as error:
             raise UserError(f"{error}; move it away or choose other runs=...") from None
 
@@ -296,7 +330,7 @@ def verify(runs: Path) -> Iterator[tuple[Path, str]]:
     directories, scored = folders(runs)
     for folder in [*directories, *scored]:
         try:
-            read_json(folder / "config.json")
+            read_config(folder)
         except UserError:
             yield folder / "config.json", "run the same command with runs=<another folder>, or restore it"
     for folder in directories:
@@ -322,17 +356,19 @@ def verify(runs: Path) -> Iterator[tuple[Path, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lth_diet.runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=("verify",))
     parser.add_argument("runs", type=Path, help="folder of run directories, or one of them")
-    runs = parser.parse_args(argv).runs
-    directories, scored = folders(runs)
-    if not directories and not scored:
-        print(f"error: {runs}: holds no run; allowed: a folder of run directories, or one of them", file=sys.stderr)
-        return 2
-    damage = list(verify(runs))
+    try:
+        runs = parser.parse_args(argv).runs
+        directories, scored = folders(runs)
+        if not directories and not scored:
+            raise UserError(f"{runs}: holds no run; allowed: a folder of run directories, or one of them")
+        damage = list(verify(runs))
+    except (UserError, OSError) as error:
+        return tell(error)
     for file, remedy in damage:
         print(f"{file}: damaged or missing; {remedy}")
     counts = f"{len(directories)} runs and {len(scored)} sets of scores"

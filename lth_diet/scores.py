@@ -93,18 +93,27 @@ def save(
     write_json(folder / "manifest.json", manifest)
 
 
+_MANIFEST = {
+    **dict.fromkeys(("sha256", "dataset", "dataset_fingerprint", "labels_sha256"), str),
+    "score": str | None,
+    "label_noise": float | int | None,
+    "seed": int | None,
+}
+_MOST = {"label_noise": 1, "seed": 2**32 - 1}
+
+
 def manifest_of(path: Path) -> dict[str, Any]:
     """The manifest that lies beside `path`, a scores.safetensors.
 
     Raises:
-        UserError: If either file is missing or the scores are not those that the manifest was written with.
+        UserError: If either file is missing or not what it should be, or the scores are not those that the manifest was
+            written with.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; allowed: the path of the scores.safetensors in it")
     manifest = path.with_name("manifest.json")
     try:
-        about = read_json(manifest)
-        expected = about["sha256"], about["dataset"], about["dataset_fingerprint"], about["labels_sha256"]
+        about = read_json(manifest, _MANIFEST)
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
@@ -112,9 +121,10 @@ def manifest_of(path: Path) -> dict[str, Any]:
         ) from None
     except UserError as error:
         raise UserError(f"{error}; allowed: the manifest.json that was written beside the scores") from None
-    except KeyError as error:
-        raise UserError(f"{manifest}: has no {error}; allowed: the manifest.json of scores") from None
-    if hashlib.sha256(content).hexdigest() != expected[0]:
+    for key, most in _MOST.items():
+        if not 0 <= (about.get(key) or 0) <= most:
+            raise UserError(f"{manifest}: {key}: {about[key]!r} is not allowed; allowed: 0 to {most}")
+    if hashlib.sha256(content).hexdigest() != about["sha256"]:
         raise UserError(f"{path}: not the bytes that its manifest.json tells of; allowed: the file as it was written")
     return about
 
@@ -152,7 +162,7 @@ def load(path: Path, labels: np.ndarray) -> Scores:
     try:
         values = load_tensors(path.read_bytes())["el2n"]
         _check(values, len(labels))
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not scores ({error}); allowed: a file that scores.save wrote") from None
     return Scores(values, about)
 

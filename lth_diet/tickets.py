@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from lth_diet.errors import UserError
+from lth_diet.errors import UserError, expecting
 from lth_diet.masks import Mask
 from lth_diet.phases import Phase
 from lth_diet.runs import Replicate
@@ -18,7 +19,7 @@ def finished_level(path: Path, level: int) -> tuple[Replicate, Phase]:
     Raises:
         UserError: If `path` is no replicate's directory or the level is not done.
     """
-    if not (path.parent / "config.json").exists() or not path.name.startswith("replicate_"):
+    if not (path.parent / "config.json").exists() or not re.fullmatch(r"replicate_\d+", path.name):
         raise UserError(f"{path}: not a replicate's directory; allowed: runs/<run>/replicate_<r>")
     replicate = Replicate(path)
     done = [number for number, phase in replicate.levels() if phase.done]
@@ -49,25 +50,31 @@ def export(path: Path, level: int, output: Path) -> dict[str, Any]:
         "rewind_point.safetensors": replicate.pretrain.verified("weights.safetensors"),
         "weights.safetensors": phase.verified("weights.safetensors"),
     }
-    about, result = replicate.about, phase.result()
-    hashes = result["sha256"] | {
-        "rewind_point.safetensors": replicate.pretrain.result()["sha256"]["weights.safetensors"]
-    }
     keys = ("run_id", "dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "train_steps")
-    card = {
-        **{key: about[key] for key in keys},
+    about = replicate.about
+    card = {key: about[key] for key in keys}
+    with expecting(phase.path / "result.json", "that of a finished level"):
+        result = phase.result()
+        measured = {key: float(result[key]) for key in ("weights_remaining_percent", "test_accuracy_percent")}
+        hashes = result["sha256"] | {
+            "rewind_point.safetensors": replicate.pretrain.result()["sha256"]["weights.safetensors"]
+        }
+    card |= {
         "replicate": replicate.index,
         "level": level,
-        "weights_remaining_percent": result["weights_remaining_percent"],
-        "test_accuracy_percent": result["test_accuracy_percent"],
+        **measured,
         "layers": Mask.load(files["mask.safetensors"]).table().to_dict("records"),
         "identity": about["identity"],
         "sha256": {name: hashes[name] for name in files},
     }
     part = output.with_name(f".{output.name}.part-{os.getpid()}")
-    part.mkdir(parents=True)
-    for name, source in files.items():
-        shutil.copyfile(source, part / name)
-    (part / "card.json").write_text(json.dumps(card, indent=2))
-    part.rename(output)
+    try:
+        part.mkdir(parents=True)
+        for name, source in files.items():
+            shutil.copyfile(source, part / name)
+        (part / "card.json").write_text(json.dumps(card, indent=2))
+        part.rename(output)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{output}: cannot be written ({error.strerror}); allowed: a new folder") from None
     return card

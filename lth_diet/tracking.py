@@ -22,13 +22,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 
+from lth_diet.errors import Parser, UserError, tell
 from lth_diet.figures import accuracy_curves
 from lth_diet.masks import Mask
-from lth_diet.phases import Phase, read_json
-from lth_diet.runs import Replicate, folders
+from lth_diet.phases import Phase
+from lth_diet.runs import Replicate, folders, read_config
 
 _MOST_METRICS = 1000  # that MLflow takes in one request
 _MOST_PARAMS = 100
+_LONGEST_FOLDER = 60  # characters, of up to four bytes each
 _ARTIFACTS = ("mask.safetensors", "subset.safetensors", "subset.json", "subset.png", "images.png")  # of a phase
 
 
@@ -79,9 +81,13 @@ def _alone() -> contextlib.AbstractContextManager:
 
 
 def _artifact_location(experiment: str) -> str | None:
-    """Artifacts of a SQLite store lie beside it, wherever a launch was started; a server has its own place."""
+    """Artifacts of a SQLite store lie beside it, wherever a launch was started; a server has its own place.
+
+    An experiment's name may be anything, such as ../../home: its folder is one below mlartifacts, whatever it is.
+    """
     database = _sqlite_file()
-    return (database.parent / "mlartifacts" / experiment).as_uri() if database else None
+    folder = re.sub(r"[^\w -]", "_", experiment)[:_LONGEST_FOLDER]  # several may share one: each run has its own below
+    return (database.parent / "mlartifacts" / folder).as_uri() if database else None
 
 
 class _Sync:
@@ -98,7 +104,7 @@ class _Sync:
     def __init__(self, client: MlflowClient, config: Path, name: str, marks: dict[str, Any], tags: dict[str, Any]):
         self.client = client
         self.config = config
-        self.about = read_json(config)
+        self.about = read_config(config.parent)
         experiment = self.about["experiment"]
         found = client.get_experiment_by_name(experiment)
         location = _artifact_location(experiment)
@@ -249,7 +255,7 @@ class _ScoresSync(_Sync):
 
     def __init__(self, client: MlflowClient, folder: Path):
         self.folder = folder
-        about = read_json(folder / "config.json")
+        about = read_config(folder)
         keys = ("dataset", "model", "label_noise", "seed", "networks", "steps")
         super().__init__(
             client,
@@ -292,20 +298,40 @@ def _arm_in_words(about: dict[str, Any]) -> str:
     return f"pre-trained on {examples}{noise} for {about['rewind_steps']} steps"
 
 
+def _refuse_damaged(directories: list[Path], scored: list[Path]) -> None:
+    """Read what MLflow is to be told before anything is written to it.
+
+    Raises:
+        UserError: If a file is damaged.
+    """
+    for folder in [*directories, *scored]:
+        read_config(folder)
+    replicates = [Replicate(path) for folder in directories for path in folder.glob("replicate_*")]
+    networks = [Phase(path) for folder in scored for path in folder.glob("network_*")]
+    for phase in [*networks, *(phase for replicate in replicates for phase in replicate.phases())]:
+        if phase.done:
+            phase.result()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lth_diet.tracking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=("sync",))
     parser.add_argument("runs", type=Path, help="folder of run directories, or one of them")
-    runs = parser.parse_args(argv).runs
-    directories, scored = folders(runs)
-    if not directories and not scored:
-        print(f"error: {runs}: holds no run; allowed: a folder of run directories, or one of them", file=sys.stderr)
-        return 2
+    try:
+        runs = parser.parse_args(argv).runs
+        directories, scored = folders(runs)
+        if not directories and not scored:
+            raise UserError(f"{runs}: holds no run; allowed: a folder of run directories, or one of them")
+        _refuse_damaged(directories, scored)
+    except (UserError, OSError) as error:
+        return tell(error)
     for path in [*scored, *(path for folder in directories for path in sorted(folder.glob("replicate_*")))]:
         try:
             sync_scores(path) if path in scored else sync(Replicate(path))
+        except UserError as error:  # a damaged file
+            return tell(error)
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
             print(f"error: {path}: MLflow is not up to date ({type(error).__name__})", file=sys.stderr)
             return 1

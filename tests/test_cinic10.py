@@ -121,3 +121,86 @@ def test_train_and_valid_are_merged_and_classes_are_numbered_by_name(official, p
 def test_the_sizes_are_those_of_the_official_data_set():
     facts = datasets.facts("cinic10", "data")
     assert (facts.train_size, facts.test_size, facts.classes) == (180_000, 90_000, 10)
+
+
+def hostile(*members):
+    """An archive of (name, type, content or target of a link)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, kind, content in members:
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            if kind == tarfile.REGTYPE:
+                member.size = len(content)
+            else:
+                member.linkname = content
+            tar.addfile(member, io.BytesIO(content) if kind == tarfile.REGTYPE else None)
+    return buffer.getvalue()
+
+
+def png(size=(32, 32)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+GOOD = [(f"{part}/ant/0.png", tarfile.REGTYPE, png()) for part in ("train", "valid", "test")]
+
+
+def load_as_official(place, monkeypatch, content):
+    """Loads an archive whose checksum counts as the official one; what then lies in the folder and above it."""
+    (place / "data").mkdir()
+    (place / "data/CINIC-10.tar.gz").write_bytes(content)
+    monkeypatch.setattr(cinic10, "MD5", hashlib.md5(content).hexdigest())
+    monkeypatch.setenv("LTH_DIET_CACHE", str(place.parent / "cache"))
+    before = set(place.rglob("*"))
+    try:
+        return datasets.load("cinic10", "data")
+    finally:
+        assert set(place.rglob("*")) == before
+        assert not list(place.parent.rglob("trap*"))
+
+
+HARMLESS = {
+    "paths that lead out": [("../../trap.png", tarfile.REGTYPE, png()), ("/tmp/trap.png", tarfile.REGTYPE, png())],
+    "links": [
+        ("train/ant/1.png", tarfile.SYMTYPE, "/etc/passwd"),
+        ("train/ant/2.png", tarfile.LNKTYPE, "/etc/passwd"),
+        ("train/bee", tarfile.SYMTYPE, "../../trap"),
+    ],
+    "devices": [("train/ant/1.png", tarfile.CHRTYPE, ""), ("train/ant/2.png", tarfile.FIFOTYPE, "")],
+    "a device of an image's name": [("train/ant/0.png", tarfile.CHRTYPE, "")],
+    "a link of an image's name": [("train/ant/0.png", tarfile.SYMTYPE, "/etc/passwd")],
+    "an image twice": [("train/ant/0.png", tarfile.REGTYPE, png())],
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_of_a_hostile_archive_only_images_are_read_and_nothing_is_unpacked(place, monkeypatch, case):
+    data = load_as_official(place, monkeypatch, hostile(*GOOD, *HARMLESS[case]))
+    assert data.train.images.shape == (2, 32, 32, 3) and (data.train.images == (255, 0, 0)).all()
+
+
+REFUSED = {
+    "an image of another size": png((31, 32)),
+    "an image of one pixel": png((1, 1)),
+    "text": b"hello",
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_hostile_archive_with_other_than_its_images_is_refused(place, monkeypatch, case):
+    content = hostile(*GOOD, ("train/ant/1.png", tarfile.REGTYPE, REFUSED[case]))
+    with pytest.raises(UserError, match=r"CINIC-10\.tar\.gz: not the archive of CINIC-10 \("):
+        load_as_official(place, monkeypatch, content)
+
+
+NO_ARCHIVES = {"nothing": b"", "text": b"hello", "half": hostile(*GOOD)[:100], "no images": hostile()}
+
+
+@pytest.mark.parametrize("content", NO_ARCHIVES.values(), ids=NO_ARCHIVES)
+def test_what_is_no_whole_archive_is_refused(place, monkeypatch, content):
+    with pytest.raises(UserError, match=r"CINIC-10\.tar\.gz: not the archive of CINIC-10 \("):
+        load_as_official(place, monkeypatch, content)

@@ -1,5 +1,7 @@
+import dataclasses
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -156,3 +158,10 @@ def test_a_hundred_classes_and_colour_images_are_drawn(place):
     examples.record_scores(place, scored)
     examples.record_subset(place, scored, np.arange(50), lambda scores: np.arange(50))
     assert Image.open(place / "easiest.png").height > 3000
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "$x$", os.fsdecode(b"\xff"), "\x1b[31m", "a\nb", "日本"])
+def test_a_class_of_any_name_is_drawn(noisy, place, name):
+    data = dataclasses.replace(noisy.data, class_names=(name, *noisy.data.class_names[1:]))
+    examples.record_subset(place, dataclasses.replace(noisy, data=data), np.arange(100), None)
+    assert name in json.loads((place / "subset.json").read_text())["classes"]

@@ -75,11 +75,47 @@ def test_a_json_file_that_was_altered_is_refused(place):
         phases.read_json(path)
 
 
-def test_what_a_killed_writer_left_is_cleared_by_the_next_holder(phase):
+def test_what_a_killed_writer_left_is_cleared(phase):
     part = phase.path / ".weights.safetensors.part-123"
     part.write_bytes(b"half")
     with phases.held(phase.path.parent, 0):
-        assert not part.exists()
+        phases.clear_parts(phase.path.parent)
+    assert not part.exists()
+
+
+@pytest.mark.parametrize(
+    "about", [{"file": "../trap.pt"}, {"file": "checkpoint-8.pt"}, {"step": "4"}, {"step": True}, {"sha256": None}]
+)
+def test_a_checkpoint_that_is_not_the_one_of_its_step_is_not_resumed_from(phase, about):
+    for path in (phase.checkpoint_path(4), phase.path / "checkpoint-8.pt", phase.path / "../trap.pt"):
+        path.write_bytes(b"the same")
+    told = {"file": "checkpoint-4.pt", "step": 4, "sha256": phases.sha256(phase.checkpoint_path(4))}
+    phases.write_json(phase.path / "checkpoint.json", told)
+    assert phase.checkpoint() == (phase.checkpoint_path(4), 4)
+    phases.write_json(phase.path / "checkpoint.json", told | about)
+    assert phase.checkpoint() is None
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{}", "\0", '{"checksum": 3}'])
+def test_json_that_was_not_written_here_is_told(place, content):
+    (place / "a.json").write_text(content)
+    with pytest.raises(UserError, match=r"a\.json: damaged, or not written by lth_diet"):
+        phases.read_json(place / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({}, "no steps, where int has to be"),
+        ({"steps": "4"}, "steps: '4', where int has to be"),
+        ({"steps": True}, "steps: True, where int has to be"),
+        ({"steps": 4, "size": []}, r"size: \[\], where int \| None has to be"),
+    ],
+)
+def test_a_value_of_another_type_is_told(place, content, sentence):
+    phases.write_json(place / "a.json", content)
+    with pytest.raises(UserError, match=f"a\\.json: {sentence}"):
+        phases.read_json(place / "a.json", {"steps": int, "size": int | None})
 
 
 def test_a_write_that_fails_leaves_nothing_behind(place, monkeypatch):

@@ -337,3 +337,17 @@ def test_a_store_that_cannot_be_reached_is_one_warning(run, monkeypatch):
     track()
     (message,) = progress.messages
     assert message.startswith("warning: MLflow is not up to date") and "tracking sync runs" in message
+
+
+@pytest.mark.parametrize("experiment", ["../../trap", "/tmp/trap", "..", ".", "a/../../../trap", "trap\\..", "é" * 300])
+def test_artifacts_lie_below_mlartifacts_whatever_an_experiment_is_called(run, place, experiment):
+    finish(run.replicate(0).level(0), 0, level=0)
+    config_path = run.path / "config.json"
+    write_json(config_path, read_json(config_path) | {"experiment": experiment})
+    before = set(place.parent.parent.rglob("*"))
+    tracking.sync(run.replicate(0))
+    made = {path for path in place.parent.parent.rglob("*") if path not in before}
+    store = place.parent / "mlartifacts"
+    assert any(path.name == "density.csv" for path in made)
+    assert all(path == store or len(path.relative_to(store).parts) for path in made if path.suffix != ".lock")
+    assert len(list(store.iterdir())) == 1

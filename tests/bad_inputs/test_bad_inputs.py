@@ -1,0 +1,171 @@
+"""Each case of cases.yaml: exit status 2, one sentence, and nothing else changes."""
+
+import copy
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import yaml
+from bad_inputs import steps
+from helpers import ROOT, TINY
+
+from analysis import examples
+from lth_diet import config, datasets, masks, runs, tracking
+from lth_diet.masks import Mask
+from lth_diet.models import ResNet
+from lth_diet.runs import Run
+from recipes import imp, score
+
+COMMANDS = {
+    "imp": (imp.main, ["recipes/imp.py"]),
+    "score": (score.main, ["recipes/score.py"]),
+    "masks": (masks.main, ["-m", "lth_diet.masks"]),
+    "tracking": (tracking.main, ["-m", "lth_diet.tracking"]),
+    "runs": (runs.main, ["-m", "lth_diet.runs"]),
+    "examples": (examples.main, ["-m", "analysis.examples"]),
+}
+CASES = {
+    f"{topic}: {case['case']}": case
+    for topic, cases in yaml.safe_load((Path(__file__).parent / "cases.yaml").read_text()).items()
+    for case in cases
+}
+REAL = [name for name, case in CASES.items() if case.get("real")]
+COMPOSER = [name for name, case in CASES.items() if case.get("composer")]
+BOMBS = [name for name, case in CASES.items() if case.get("bomb")]
+
+IMAGES = """
+arm: all
+dataset: {name: image_folder}
+model: {depth: 8, width: 2}
+train: {steps: 12ba, batch_size: 2}
+pretrain: {steps: 4ba}
+replicates: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The run directory that tiny.yaml with one level leaves, without its training."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(TINY.format(arm="random"))
+    run = Run(config.load(folder / "tiny.yaml", [f"runs={folder}/runs", "prune.levels=1"]))
+    run.create()
+    replicate, mask = run.replicate(0), Mask.dense(ResNet(8, 10, width=2))
+    for phase, result in ((replicate.pretrain, {}), (replicate.level(0), {"level": 0})):
+        for name in ("mask.safetensors", "weights.safetensors"):
+            phase.write(name, mask.to_bytes())
+        measured = {"weights_remaining_percent": 100.0, "test_accuracy_percent": 90.0, "timestamp": 1, "steps": 4}
+        phase.finish(result | measured)
+    run.path.rename(folder / "runs/run")
+    return folder / "runs"
+
+
+@pytest.fixture
+def prepare(place, monkeypatch, finished):
+    """Makes the folder that a case starts from; returns the case's arguments."""
+
+    def make(name):
+        case = copy.deepcopy(CASES[name])  # steps take it apart
+        if case.get("permissions") and not _permissions_matter(place):
+            pytest.skip("permissions bind no administrator")
+        datasets.facts.cache_clear()
+        (place / "tiny.yaml").write_text(TINY.format(arm="random"))
+        (place / "images.yaml").write_text(IMAGES)
+        if case.get("run"):
+            shutil.copytree(finished, place / "runs")
+        for step in case.get("given", []):
+            ((what, value),) = step.items()
+            getattr(steps, what)(value)
+        for key, value in case.get("env", {}).items():
+            monkeypatch.setenv(key, value)
+        command = case["command"]
+        return shlex.split(command) if isinstance(command, str) else command
+
+    return make
+
+
+def _permissions_matter(place):
+    probe = place.parent / "probe"
+    probe.touch(mode=0o000)
+    try:
+        probe.read_bytes()
+    except PermissionError:
+        return True
+    return False
+
+
+def tree(place):
+    """All that lies below a folder: kind, permissions and content by path."""
+
+    def content(path):
+        if path.is_symlink():
+            return path.readlink()
+        return path.read_bytes() if path.is_file() and path.stat().st_mode & 0o400 else None
+
+    return {path.relative_to(place): (path.lstat().st_mode, content(path)) for path in place.rglob("*")}
+
+
+def check(case, err):
+    sentence = err.removesuffix("\n")
+    assert sentence.startswith("error: ") and sentence.isprintable(), err
+    assert re.search(case["sentence"], sentence), err
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_ends_with_2_after_one_sentence_and_changes_nothing(prepare, place, capfd, name):
+    command, *arguments = prepare(name)
+    before = tree(place)
+    assert COMMANDS[command][0](arguments) == 2
+    out, err = capfd.readouterr()
+    check(CASES[name], err)
+    assert out == ""
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_so_does_the_real_command(prepare, place, name):
+    command, *arguments = prepare(name)
+    before = tree(place)
+    script, *rest = COMMANDS[command][1]
+    script = script if script == "-m" else ROOT / script
+    done = subprocess.run([sys.executable, script, *rest, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    check(CASES[name], done.stderr)
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize("name", COMPOSER)
+def test_under_the_launcher_the_sentence_is_told_and_the_status_is_not_zero(prepare, place, name):
+    command, *arguments = prepare(name)
+    before = tree(place)
+    launcher = Path(sys.executable).with_name("composer")
+    command = [launcher, "-n", "2", ROOT / COMMANDS[command][1][0], *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert re.search(f"error: .*{CASES[name]['sentence']}", done.stdout + done.stderr)
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_is_made_to_exhaust_memory_or_time_is_refused_at_once(prepare, name):
+    command, *arguments = prepare(name)
+    tracemalloc.start()
+    begin = time.perf_counter()
+    try:
+        assert COMMANDS[command][0](arguments) == 2
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - begin < 10
+
+
+def test_every_step_is_used():
+    made = {name for name, step in vars(steps).items() if getattr(step, "__module__", None) == steps.__name__}
+    used = {next(iter(step)) for case in CASES.values() for step in case.get("given", [])}
+    assert used == {name for name in made if not name.startswith("_")}

@@ -1,0 +1,87 @@
+"""Configurations that nobody would write are taken or refused in one sentence."""
+
+import shutil
+import string
+
+import pytest
+from helpers import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lth_diet import config
+from lth_diet.errors import UserError
+
+FILES = {path.name: path.read_text() for path in sorted((ROOT / "yamls").rglob("*.yaml"))}
+ODD = ["\t", "- ", "? ", ": ", "{", "}", "[", "]", "&a ", "*a", "!!int ", "!x ", "<<: ", "|\n", ">", "'", '"', "#", "%"]
+ODD += [
+    "---\n",
+    "...\n",
+    "~",
+    ".nan",
+    "-.inf",
+    "1e999",
+    "0x" + "f" * 99,
+    "1:30",
+    "2020-13-45",
+    "=",
+    "\0",
+    "\x1b",
+    "\ufeff",
+]
+ODD += ["\ud800", "\u2028", '"\\0"', '"\\ud800"', "null", "yes", "''", "base: ", "../", "10ba", "- " * 30]
+
+texts = st.sampled_from(ODD) | st.text(max_size=8) | st.sampled_from(sorted(FILES)).map(FILES.get)
+
+
+@st.composite
+def mutated(draw):
+    """A file of yamls/ after some accidents to its lines and characters."""
+    text = FILES[draw(st.sampled_from(sorted(FILES)))]
+    for _ in range(draw(st.integers(1, 5))):
+        by_line = draw(st.booleans())
+        parts = text.splitlines(keepends=True) if by_line else list(text)
+        at = draw(st.integers(0, len(parts)))
+        until = draw(st.integers(at, min(len(parts), at + 3)))
+        new = draw(st.just([]) | st.just(parts[at:until] * 2) | st.lists(texts, min_size=1, max_size=2))
+        text = "".join([*parts[:at], *new, *parts[until:]])
+    return text
+
+
+def is_taken_or_refused_in_one_sentence(path, overrides=()):
+    try:
+        assert len(config.load(path, overrides).run_id()) == 10
+    except UserError as error:
+        assert str(error).isprintable()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a file finds the base files."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    shutil.copytree(ROOT / "yamls/base", folder / "base")
+    return folder
+
+
+@settings(max_examples=300)
+@given(text=mutated())
+def test_any_file(folder, text):
+    path = folder / "fuzz.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    is_taken_or_refused_in_one_sentence(path)
+
+
+@settings(max_examples=300)
+@given(content=st.binary(max_size=60))
+def test_any_bytes(folder, content):
+    path = folder / "bytes.yaml"
+    path.write_bytes(content)
+    is_taken_or_refused_in_one_sentence(path)
+
+
+KEYS = st.sampled_from(sorted(config.DEFAULTS)) | st.text(string.ascii_lowercase + "._\x1b\n", max_size=12) | st.text()
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(KEYS, st.sampled_from(["=", "", "=="]), texts).map("".join), max_size=4))
+def test_any_overrides(overrides):
+    is_taken_or_refused_in_one_sentence(ROOT / "yamls/digits_random.yaml", overrides)
