@@ -12,8 +12,8 @@ RUN pip install --no-cache-dir -r requirements.txt
 
 COPY pyproject.toml .
 COPY lth_diet lth_diet
-RUN pip install --no-cache-dir --no-deps -e .
 COPY analysis analysis
+RUN pip install --no-cache-dir --no-deps -e .
 COPY recipes recipes
 COPY yamls yamls
 
