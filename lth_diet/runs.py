@@ -308,8 +308,14 @@ def load_scores(config: Config, labels: np.ndarray) -> Scores:
 
 
 def folders(runs: Path) -> tuple[list[Path], list[Path]]:
-    """Run directories and folders of scores below a folder, or at it."""
+    """Run directories and folders of scores below a folder, or at it.
+
+    Raises:
+        UserError: If there is none.
+    """
     configs = [*runs.glob("config.json"), *runs.glob("*/config.json"), *runs.glob("scores/*/config.json")]
+    if not configs:
+        raise UserError(f"{runs}: holds no run; allowed: a folder of run directories, or one of them")
     found = sorted(config.parent for config in configs)
     scored = [folder for folder in found if _says(folder, "scores_id")]
     return [folder for folder in found if folder not in scored], scored
@@ -364,8 +370,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         runs = parser.parse_args(argv).runs
         directories, scored = folders(runs)
-        if not directories and not scored:
-            raise UserError(f"{runs}: holds no run; allowed: a folder of run directories, or one of them")
         damage = list(verify(runs))
     except (UserError, OSError) as error:
         return tell(error)

@@ -320,10 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=("sync",))
     parser.add_argument("runs", type=Path, help="folder of run directories, or one of them")
     try:
-        runs = parser.parse_args(argv).runs
-        directories, scored = folders(runs)
-        if not directories and not scored:
-            raise UserError(f"{runs}: holds no run; allowed: a folder of run directories, or one of them")
+        directories, scored = folders(parser.parse_args(argv).runs)
         _refuse_damaged(directories, scored)
     except (UserError, OSError) as error:
         return tell(error)
