@@ -207,6 +207,11 @@ class Phase:
         write_json(self.path / "checkpoint.json", about)
         self._keep_only_checkpoint(path)
 
+    def forget_checkpoint(self) -> None:
+        """Remove the checkpoint of a phase that is done: a process killed as it finished leaves one."""
+        if self.done:
+            self._keep_only_checkpoint(None)
+
     def _keep_only_checkpoint(self, keep: Path | None) -> None:
         if keep is None:
             (self.path / "checkpoint.json").unlink(missing_ok=True)

@@ -118,6 +118,8 @@ class Replicate:
         """Keep other processes out, as `phases.held` does, and forget why the last attempt stopped."""
         with held(self.path, patience):
             clear_parts(self.path)
+            for phase in self.phases():
+                phase.forget_checkpoint()
             (self.path / "failed.json").unlink(missing_ok=True)
             yield
 

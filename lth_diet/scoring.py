@@ -53,6 +53,8 @@ class Scoring:
                     self.progress.say(f"{self.folder.path}: waiting for networks that other processes train")
                 time.sleep(_POLL)
         with held(self.folder.path, patience=-1):
+            for network in self.folder.networks():
+                network.forget_checkpoint()
             if not self.folder.done:
                 clear_parts(self.folder.path)
                 self.combine()

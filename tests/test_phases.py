@@ -126,3 +126,13 @@ def test_a_write_that_fails_leaves_nothing_behind(place, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         phases.write_atomically(place / "file", "content")
     assert not list(place.iterdir())
+
+
+def test_the_checkpoint_of_a_phase_killed_as_it_finished_is_forgotten_later(phase):
+    phase.checkpoint_path(10).write_text("state")
+    phase.commit_checkpoint(10)
+    phase.forget_checkpoint()
+    assert phase.checkpoint()[1] == 10, "a phase that is not done needs it"
+    phases.write_json(phase.path / "result.json", {"sha256": {}})
+    phase.forget_checkpoint()
+    assert not list(phase.path.glob("checkpoint*"))

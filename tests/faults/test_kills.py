@@ -20,7 +20,7 @@ from lth_diet.phases import Phase
 
 KILLS = int(os.environ.get("KILLS", 12))  # `make faults` asks for more
 SMALL = ["prune.levels=1", "pretrain.label_noise=0.1", "replicates=1"]
-CALLS = {"training step": 28, "a file": 20, "MLflow": 8, "pruning": 1}  # at most, of the times that a moment comes
+CALLS = {"training step": 28, "a file": 20, "MLflow": 7, "pruning": 1}  # at most, of the times that a moment comes
 
 
 @pytest.fixture(scope="module")
