@@ -183,7 +183,7 @@ class _Folder:
                     write_json(self.path / "config.json", self._to_say(there))
         except OSError as error:
             raise UserError(
-                f"runs: {str(self._runs)!r} cannot be written ({error.strerror}); allowed: a folder that can"
+                f"runs: {self.config.runs!r} cannot be written ({error.strerror}); allowed: a folder that can"
             ) from None
 
     def _to_say(self, there: dict[str, Any] | None) -> dict[str, Any]:
@@ -204,7 +204,6 @@ class Run(_Folder):
 
     def __init__(self, config: Config, ranks: int = 1):
         self.config = config
-        self._runs = config.runs
         about = {
             "run_id": config.run_id(),
             "identity": config.identity(),
@@ -255,7 +254,6 @@ class ScoreFolder(_Folder):
 
     def __init__(self, config: Config):
         self.config = config
-        self._runs = config.runs
         about = {
             "scores_id": config.scores_id(),
             "identity": config.scores_identity(),
