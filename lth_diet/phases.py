@@ -16,15 +16,19 @@ import platform
 import reprlib
 import secrets
 import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from lth_diet import __version__
 from lth_diet.errors import UserError
+
+LEASE_SECONDS = 60.0
 
 
 class AnotherProcessError(UserError):
@@ -33,22 +37,50 @@ class AnotherProcessError(UserError):
 
 @contextlib.contextmanager
 def held(folder: Path, patience: float) -> Iterator[None]:
-    """Keep other processes out of a folder; the system lets go when this one dies, however it dies.
+    """Keep other processes out of a folder, on this host and on others that share it.
+
+    The hold is a lease that a thread renews. When its holder dies, another process takes it over: at once on the same
+    host; on another, or if the holder has stopped, once it has seen no renewal for `LEASE_SECONDS` by its own clock. A
+    holder that has lost its lease ends where it is, which loses no more than a kill would.
 
     Args:
         folder: Made if it is not there.
-        patience: Seconds to wait for one that is about to end; -1 waits as long as it takes.
+        patience: Seconds to wait for a holder that gives signs of life, as it may be about to end; -1 waits as long as
+            it takes, and 0 does not wait for signs of life either.
 
     Raises:
         AnotherProcessError: If another process holds it for longer.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / ".lease"
+    lease = SoftFileLease(path, lease_duration=LEASE_SECONDS, heartbeat_interval=LEASE_SECONDS / 12, on_compromise=_end)
+    began, renewed = time.monotonic(), _renewed(path)
+
+    def is_hopeless() -> bool:
+        return 0 <= patience < time.monotonic() - began and _renewed(path) != renewed
+
     try:
-        hold = FileLock(folder / ".lock").acquire(timeout=patience)
+        hold = lease.acquire(timeout=0 if patience == 0 else -1, cancel_check=is_hopeless)
     except Timeout:
-        raise AnotherProcessError(f"{folder} is being trained by another process; wait for it, or end it") from None
+        holder = f" (process {lease.owner.pid} on {lease.owner.hostname})" if lease.owner else ""
+        raise AnotherProcessError(
+            f"{folder} is being trained by another process{holder}; wait for it, or end it"
+        ) from None
     with hold:
         yield
+
+
+def _renewed(lease: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        return lease.stat().st_mtime_ns
+    return None
+
+
+def _end(compromise: LeaseCompromise) -> None:
+    folder = Path(compromise.lock_file).parent
+    reason = f"{folder} may have been taken over by another process ({compromise.reason})"
+    print(f"error: {reason}; this one ends", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def clear_parts(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Scores a data set: trains K networks and measures the EL2N score of every training example (paper, appendix A)."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -20,14 +19,13 @@ from lth_diet.phases import AnotherProcessError, clear_parts, held, versions
 from lth_diet.runs import ScoreFolder
 from lth_diet.scores import Scores, el2n
 
-_POLL = 0.5  # seconds
-_PATIENCE = 60  # polls, before a person is told
+_PATIENCE = 10.0  # seconds that one round of waiting gives each network's holder
 
 
 class Scoring:
     """One scores artifact. Any number of processes may make it together: each trains a network that no other holds.
 
-    A process that dies lets go of its network, and another goes on from its last checkpoint.
+    The network of a process that dies goes to another, which goes on from its last checkpoint.
 
     Args:
         config: Its scoring settings.
@@ -45,13 +43,13 @@ class Scoring:
 
     def run(self) -> None:
         """Return when the artifact is there, whoever made it."""
-        polls = 0
+        patience = 0.0
         while not (self.folder.done or all(network.done for network in self.folder.networks())):
-            if not any(self.train(number) for number in self.order):
-                polls += 1
-                if polls == _PATIENCE:
-                    self.progress.say(f"{self.folder.path}: waiting for networks that other processes train")
-                time.sleep(_POLL)
+            if any(self.train(number, patience) for number in self.order):
+                patience = 0.0
+            elif not patience:
+                patience = _PATIENCE
+                self.progress.say(f"{self.folder.path}: waiting for networks that other processes train")
         with held(self.folder.path, patience=-1):
             for network in self.folder.networks():
                 network.forget_checkpoint()
@@ -63,13 +61,18 @@ class Scoring:
                 self.show(self.folder.load(labels), labels)
         self.track()  # also what an earlier launch could not send
 
-    def train(self, number: int) -> bool:
-        """Train and evaluate a network; False if it is done already or in the hands of another process."""
+    def train(self, number: int, patience: float = 0.0) -> bool:
+        """Train and evaluate a network; False if it is done already or in the hands of another process.
+
+        Args:
+            number: Of the network.
+            patience: As of `phases.held`.
+        """
         phase = self.folder.network(number)
         if phase.done:
             return False
         try:
-            with held(phase.path, patience=0):
+            with held(phase.path, patience):
                 if phase.done:
                     return False
                 clear_parts(phase.path)

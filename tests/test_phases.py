@@ -1,3 +1,7 @@
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from lth_diet import phases
@@ -136,3 +140,65 @@ def test_the_checkpoint_of_a_phase_killed_as_it_finished_is_forgotten_later(phas
     phases.write_json(phase.path / "result.json", {"sha256": {}})
     phase.forget_checkpoint()
     assert not list(phase.path.glob("checkpoint*"))
+
+
+HOLDER = """
+import socket, sys, time
+from pathlib import Path
+socket.gethostname = lambda: sys.argv[1]
+from lth_diet import phases
+phases.LEASE_SECONDS = 3.0
+with phases.held(Path("run"), -1):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(place, monkeypatch):
+    """Starts a process on a host that holds the folder `run`."""
+    monkeypatch.setattr(phases, "LEASE_SECONDS", 3.0)
+    started = []
+
+    def start(host):
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, host], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_folder_held_on_another_host_is_refused_by_name_however_long_it_takes(holder, place):
+    process = holder("far")
+    for patience in (0, 4):
+        with (
+            pytest.raises(UserError, match=rf"run is .* another process \(process {process.pid} on far.*\)"),
+            phases.held(place / "run", patience),
+        ):
+            pass
+
+
+def test_what_a_process_held_on_another_host_is_free_some_time_after_it_died(holder, place):
+    process = holder("far")
+    process.kill()
+    process.wait()
+    with pytest.raises(phases.AnotherProcessError), phases.held(place / "run", 0):
+        pass
+    with phases.held(place / "run", 0.1):
+        pass
+
+
+def test_a_process_that_was_stopped_until_another_took_over_ends(holder, place):
+    process = holder("far")
+    process.send_signal(signal.SIGSTOP)
+    with phases.held(place / "run", 0.1):
+        process.send_signal(signal.SIGCONT)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "run may have been taken over by another process (owner-changed); this one ends" in err

@@ -84,7 +84,7 @@ def test_networks_train_on_the_noisy_labels_as_train_says_from_the_first_step(sc
 def test_a_finished_artifact_or_network_is_not_computed_again(scoring, monkeypatch):
     made = scoring()
     made.run()
-    before = {path: path.stat().st_mtime_ns for path in made.folder.path.rglob("*") if path.name != ".lock"}
+    before = {path: path.stat().st_mtime_ns for path in made.folder.path.rglob("*") if path.name != ".lease"}
     monkeypatch.setattr(training, "train", lambda *args: pytest.fail("trained again"))
     scoring().run()
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -131,7 +131,7 @@ def test_many_processes_may_create_one_folder_at_once(scoring):
     for thread in threads:
         thread.join()
     assert read_json(folder.path / "config.json")["scores_id"] == folder.path.name
-    assert {path.name for path in folder.path.iterdir()} <= {"config.json", ".lock"}
+    assert {path.name for path in folder.path.iterdir()} <= {"config.json"}
 
 
 def test_a_network_that_another_process_holds_is_left_to_it(scoring):
