@@ -121,7 +121,7 @@ def train(
         }
     finally:
         loader.clock = lambda: 0
-        trainer.close()
+        trainer.engine.close()  # Trainer.close also waits for the other ranks, of which one may have failed
         atexit.unregister(Engine._close)  # it would keep model and state alive until the process ends
 
 

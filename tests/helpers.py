@@ -1,5 +1,7 @@
 """What several test modules use."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ from composer import Callback
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+COMPOSER = Path(sys.executable).with_name("composer")
 
 TINY = """
 arm: {arm}
@@ -45,3 +48,20 @@ class Spy(Callback):
     def run_event(self, event, state, logger):
         if event.value in self.looks:
             self.seen[event.value].append(self.looks[event.value](state))
+
+
+def start(*arguments, ranks=None, recipe="imp"):
+    """Starts a recipe in the test's folder: with python, or with composer on some ranks."""
+    launcher = [str(COMPOSER), "-n", str(ranks)] if ranks else [sys.executable]
+    return subprocess.Popen(
+        [*launcher, str(ROOT / f"recipes/{recipe}.py"), "-f", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments, ranks=None, recipe="imp"):
+    process = start(*arguments, ranks=ranks, recipe=recipe)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err

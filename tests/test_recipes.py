@@ -10,32 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run, start
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from lth_diet import tracking
 from lth_diet.masks import Mask
 from lth_diet.phases import Phase
-
-COMPOSER = Path(sys.executable).with_name("composer")
-
-
-def start(*arguments, ranks=None, recipe="imp"):
-    """Starts a recipe in the test's folder: with python, or with composer on some ranks."""
-    launcher = [str(COMPOSER), "-n", str(ranks)] if ranks else [sys.executable]
-    return subprocess.Popen(
-        [*launcher, str(ROOT / f"recipes/{recipe}.py"), "-f", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run(*arguments, ranks=None, recipe="imp"):
-    process = start(*arguments, ranks=ranks, recipe=recipe)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
 
 
 def bits(root):
