@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import tempfile
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 from composer import Algorithm, Callback, Evaluator, Event, Logger, State, Trainer
 from composer.core import Engine
+from composer.devices import DeviceGPU
 from composer.models import ComposerClassifier
 from composer.utils import checkpoint, dist
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 from lth_diet.algorithms.network import bare_network
-from lth_diet.config import Config
+from lth_diet.config import Config, Intervals
 from lth_diet.display import Progress
 from lth_diet.loader import EvaluationLoader, Loader
 from lth_diet.phases import Phase
@@ -84,10 +86,10 @@ def train(
         momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
     )
-    recorder = _Recorder(phase, loader, config.intervals.log, progress)
+    recorder = _Recorder(phase, loader, config.intervals, progress)
     began = time.monotonic()
     with _plain_path(resume) as load_path:
-        trainer = Trainer(
+        trainer = _Trainer(
             model=model,
             train_dataloader=loader,
             eval_dataloader=Evaluator(
@@ -100,7 +102,7 @@ def train(
             step_schedulers_every_batch=True,
             algorithms=list(algorithms),
             callbacks=[recorder, _Checkpointer(phase, config.intervals.checkpoint, on_checkpoint)],
-            device=device(),
+            device=_GPU() if device() == "gpu" and dist.get_world_size() == 1 else device(),
             precision=_precision(config),
             deterministic_mode=config.deterministic,
             seed=config.seed,
@@ -160,39 +162,84 @@ def _evaluate_every(interval: int) -> Callable[[State, Event], bool]:
     return is_due
 
 
-class _Recorder(Callback):
-    """Appends to the phase's curve: mean loss since the last row, the learning rate used, evaluations."""
+class _Trainer(Trainer):
+    """Composer's Trainer, whose host does not wait for the device at every step.
 
-    def __init__(self, phase: Phase, loader: Loader, interval: int, progress: Progress):
+    A kernel is launched while the one before it runs, unless the host reads a number from the device in between.
+    Composer reads three a step: the loss, which `_Recorder` collects and reads at an interval, and the sizes of the
+    batch, which one rank knows (see also `_GPU`).
+    """
+
+    def _train_batch(self, use_grad_scaling: bool) -> dict[str, torch.Tensor]:
+        super()._train_batch(use_grad_scaling)
+        return {}
+
+    def _accumulate_time_across_ranks(
+        self, num_samples: int, num_tokens: int, batch_time: datetime.timedelta
+    ) -> tuple[int, int, datetime.timedelta]:
+        if dist.get_world_size() > 1:
+            return super()._accumulate_time_across_ranks(num_samples, num_tokens, batch_time)
+        return num_samples, num_tokens, batch_time
+
+
+class _GPU(DeviceGPU):
+    """A GPU of one rank: single numbers, which Composer sends there to sum them over ranks, stay where they are."""
+
+    def tensor_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return super().tensor_to_device(tensor) if tensor.dim() else tensor
+
+
+class _Recorder(Callback):
+    """Appends to the phase's curve: mean loss since the last row, the learning rate used, evaluations.
+
+    Losses stay on the device until a row, a checkpoint or an evaluation needs them; then all are read, and refused if
+    one is not finite.
+    """
+
+    def __init__(self, phase: Phase, loader: Loader, intervals: Intervals, progress: Progress):
         self.path = phase.path / "curve.jsonl"
         self.name = phase.path
         self.loader = loader
-        self.interval = interval
+        self.intervals = intervals
         self.progress = progress
+        self.unread: list[tuple[int, float, torch.Tensor]] = []
         self.losses = 0.0
         self.batches = 0
         self.lr = 0.0
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         self.lr = state.optimizers[0].param_groups[0]["lr"]
+        self.unread.append((int(state.timestamp.batch) + 1, self.lr, state.loss.detach()))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
-        loss = state.total_loss_dict["loss/train/total"]
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"{self.name}: the loss is {loss} at step {step} with learning rate {self.lr:g}, on batch {step - 1} "
-                f"of order seed {self.loader.order_seed} and augmentation seed {self.loader.augmentation_seed}; "
-                "try a lower train.lr or pretrain.lr"
-            )
-        self.losses += loss
-        self.batches += 1
-        if step % self.interval == 0:
+        if step % self.intervals.log == 0 or step % self.intervals.checkpoint == 0:
+            self._read()
+        if step % self.intervals.log == 0:
             self._append(step, {"train_loss": self.losses / self.batches, "learning_rate": self.lr})
             self.losses, self.batches = 0.0, 0
         self.progress.step(step)
 
+    def _read(self) -> None:
+        """Add up the losses of the steps since the last time, of all ranks."""
+        if not self.unread:
+            return
+        steps, rates, losses = zip(*self.unread, strict=True)
+        self.unread = []
+        values = torch.stack(losses).double()
+        dist.all_reduce(values)
+        for step, lr, loss in zip(steps, rates, (values / dist.get_world_size()).tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"{self.name}: the loss is {loss} at step {step} with learning rate {lr:g}, on batch {step - 1} "
+                    f"of order seed {self.loader.order_seed} and augmentation seed {self.loader.augmentation_seed}; "
+                    "try a lower train.lr or pretrain.lr"
+                )
+            self.losses += loss
+            self.batches += 1
+
     def eval_start(self, state: State, logger: Logger) -> None:
+        self._read()
         if dist.get_world_size() > 1:  # each rank's BatchNorm has seen its own images; rank 0's is what is saved
             for buffer in bare_network(state.model).buffers():
                 dist.broadcast(buffer, src=0)

@@ -126,3 +126,29 @@ def test_a_closed_trainer_is_not_kept_alive(train):
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_losses_are_read_from_the_device_at_an_interval_and_not_at_every_step(train, monkeypatch):
+    reads = []
+    for name in ("cpu", "tolist"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda tensor, original=original: (reads.append(tuple(tensor.shape)), original(tensor))[1],
+        )
+    look = Look()
+    train(training.Schedule(0, 8, 0.1), [look], ["intervals.log=4", "intervals.checkpoint=100"])
+    assert len(look.seen) == 8
+    assert reads[:2] == [(4,), (4,)], "the losses of four steps at a time"
+    assert len(reads) < 8
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_step_and_never_saved(train, phase):
+    with pytest.raises(training.TrainingError) as stopped:
+        train(training.Schedule(0, 8, 1e30), overrides=["intervals.log=1", "intervals.checkpoint=100"])
+    phase.cut_curve(-1)
+    with pytest.raises(training.TrainingError) as later:
+        train(training.Schedule(0, 8, 1e30), overrides=["intervals.log=8", "intervals.checkpoint=6"])
+    assert str(later.value) == str(stopped.value)
+    assert phase.checkpoint() is None

@@ -1,0 +1,138 @@
+"""What the benchmarks train, and what they write: random images (time does not depend on what they show), real code."""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import composer
+import numpy as np
+import torch
+from composer import Algorithm, Event
+
+from lth_diet import datasets, training
+from lth_diet.algorithms import ApplyMask, Rewind
+from lth_diet.config import Config
+from lth_diet.display import Progress
+from lth_diet.loader import EvaluationLoader, Loader
+from lth_diet.masks import Mask
+from lth_diet.models import classifier
+from lth_diet.phases import Phase
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+class Workload:
+    """A level of IMP on random images.
+
+    Args:
+        depth, width: Of the ResNet.
+        batch_size: Images a step.
+        device: "cpu" or "gpu".
+        size: Height and width of the images.
+        examples: Training images.
+        tested: Test images.
+    """
+
+    def __init__(
+        self,
+        depth: int = 20,
+        width: int = 16,
+        batch_size: int = 128,
+        device: str = "cpu",
+        size: int = 32,
+        examples: int = 5120,
+        tested: int = 128,
+    ):
+        self.depth, self.width, self.batch_size, self.device = depth, width, batch_size, device
+        self.where = "cuda" if device == "gpu" else "cpu"
+        random = np.random.default_rng(0)
+        images = random.integers(0, 256, (examples, size, size, 3), dtype=np.uint8)
+        self.split = datasets.Split(images, random.integers(0, 10, examples))
+        test = datasets.Split(images[:tested], self.split.labels[:tested])
+        self.data = datasets.Dataset("cifar10", self.split, test, MEAN, STD, tuple("0123456789"))
+
+    def loader(self) -> Loader:
+        return Loader(self.data, self.batch_size, 1, 2, self.where)
+
+    def train(self, steps: int, algorithms: Sequence[Algorithm] = ()) -> None:
+        """A level's steps, with an all-true mask: `training.train` as IMP calls it."""
+        config = Config.model_validate(
+            {
+                "arm": "init",
+                "dataset": {"name": "cifar10"},
+                "model": {"depth": self.depth, "width": self.width},
+                "train": {"steps": steps, "batch_size": self.batch_size},
+            }
+        )
+        model = classifier(self.depth, 10, self.width, seed=1)
+        algorithms = [Rewind(0, model.module.state_dict()), ApplyMask(Mask.dense(model.module)), *algorithms]
+        evaluation = EvaluationLoader(self.data, self.data.test, device=self.where)
+        with tempfile.TemporaryDirectory() as folder:
+            phase, schedule = Phase(Path(folder)), training.Schedule(0, steps, 0.1)
+            progress = Progress([], 0)
+            training.train(
+                model, self.loader(), evaluation, schedule, algorithms, phase, config, progress, lambda: None
+            )
+
+
+class Clock(Algorithm):
+    """Times the steps from `first` to `last`."""
+
+    def __init__(self, first: int, last: int, device: str):
+        self.first, self.last, self.device = first, last, device
+        self.times: dict[int, float] = {}
+
+    def match(self, event: Event, state: object) -> bool:
+        return event == Event.BATCH_END and int(state.timestamp.batch) in (self.first, self.last)
+
+    def apply(self, event: Event, state: object, logger: object) -> None:
+        self.times[int(state.timestamp.batch)] = now(self.device)
+
+    @property
+    def seconds(self) -> float:
+        """Mean of a step."""
+        return (self.times[self.last] - self.times[self.first]) / (self.last - self.first)
+
+
+def now(device: str) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device == "gpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
+    """Rows under a head, the first column to the left, numbers to the right."""
+    cells = [list(head), *([f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    )
+
+
+def write(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Figures with hardware, versions and the command, to `arguments.output` if there is one."""
+    if not arguments.output:
+        return
+    gpu = getattr(arguments, "device", "cpu") == "gpu"
+    about = {
+        "command": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
+        "hardware": torch.cuda.get_device_name() if gpu else processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "composer": composer.__version__,
+    }
+    arguments.output.write_text(json.dumps(about | figures, indent=2) + "\n")
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
