@@ -88,9 +88,11 @@ class Progress:
 
     @contextlib.contextmanager
     def warning(self, words: str) -> Iterator[None]:
-        """What fails inside is told in a line, and does not stop training."""
+        """What fails inside is told in a line, and does not stop training; but a disk that cannot be written does."""
         try:
             yield
+        except OSError:
+            raise
         except Exception as error:
             self.say(f"warning: {words} ({type(error).__name__}: {error})")
 

@@ -37,6 +37,16 @@ def tell(error: UserError | OSError) -> int:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """While a file is written: an OSError of a write names no file; inside it names this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def expecting(path: Path, what: str) -> Iterator[None]:
     """Whatever goes wrong while a file is read and taken apart means that it is not what it should be.
 

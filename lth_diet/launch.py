@@ -7,6 +7,7 @@ says what this process is.
 import argparse
 import contextlib
 import ctypes
+import errno
 import functools
 import logging
 import os
@@ -251,7 +252,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UserError | TrainingError):
         return str(error)
     if isinstance(error, OSError) and error.filename:
-        return f"{type(error).__name__}: {error.strerror}: {error.filename}; the same command goes on once it is mended"
+        remedy = "there is room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "it is mended"
+        return f"{type(error).__name__}: {error.strerror}: {error.filename}; the same command goes on once {remedy}"
     return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"
 
 

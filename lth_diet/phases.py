@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lth_diet import __version__
-from lth_diet.errors import UserError
+from lth_diet.errors import UserError, naming
 
 
 class AnotherProcessError(UserError):
@@ -58,16 +58,22 @@ def clear_parts(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that it has its old content or the new one, whenever the process is killed."""
+    """Write a file so that it has its old content or the new one, whenever the process is killed.
+
+    Raises:
+        OSError: That names the file, if it cannot be written; it is as it was then.
+    """
     part = path.with_name(f".{path.name}.part-{secrets.token_hex(8)}")
     try:
-        with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with naming(path):
+            with open(part, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
     except OSError:
-        part.unlink(missing_ok=True)  # a full disk has need of the space
+        with contextlib.suppress(OSError):
+            part.unlink()  # a full disk has need of the space
         raise
 
 

@@ -104,9 +104,10 @@ class Replicate:
         return all(self.level(number).done for number in range(levels + 1))
 
     def fail(self, reason: str) -> None:
-        """Leave word of why this attempt stopped."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "failed.json", json.dumps({"reason": reason}))
+        """Leave word of why this attempt stopped, if there is room for it: that may be why."""
+        with contextlib.suppress(OSError):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "failed.json", json.dumps({"reason": reason}))
 
     @property
     def failed(self) -> bool:
