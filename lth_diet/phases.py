@@ -194,11 +194,13 @@ class Phase:
         return f"delete {self.path} and what follows it to compute it again"
 
     def checkpoint(self) -> tuple[Path, int] | None:
-        """Composer's newest whole checkpoint and its step, or None."""
+        """Composer's newest whole checkpoint, with the curve that leads to it, and its step; or None."""
         try:
-            about = read_json(self.path / "checkpoint.json", {"file": str, "step": int, "sha256": str})
-            path = self.checkpoint_path(about["step"])
-            return (path, about["step"]) if (path.name, sha256(path)) == (about["file"], about["sha256"]) else None
+            types = {"file": str, "step": int, "sha256": str, "curve_sha256": str | None}
+            about = read_json(self.path / "checkpoint.json", types)
+            path, step = self.checkpoint_path(about["step"]), about["step"]
+            whole = (path.name, sha256(path)) == (about["file"], about["sha256"])
+            return (path, step) if whole and about.get("curve_sha256") in (None, self._curve_sha256(step)) else None
         except (OSError, UserError):
             return None
 
@@ -209,7 +211,7 @@ class Phase:
     def commit_checkpoint(self, step: int) -> None:
         """Resume from this step from now on."""
         path = self.checkpoint_path(step)
-        about = {"file": path.name, "step": step, "sha256": sha256(path)}
+        about = {"file": path.name, "step": step, "sha256": sha256(path), "curve_sha256": self._curve_sha256(step)}
         write_json(self.path / "checkpoint.json", about)
         self._keep_only_checkpoint(path)
 
@@ -229,14 +231,17 @@ class Phase:
         """Rows of the training curve, up to and with step `until`."""
         path = self.path / "curve.jsonl"
         rows = []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        for line in path.read_bytes().splitlines() if path.exists() else ():
             try:
                 row = json.loads(line)
-            except ValueError:  # the last line of a process that was killed
+                if until is None or row["step"] <= until:
+                    rows.append(row)
+            except (ValueError, KeyError, TypeError):  # the last line of a process that was killed
                 break
-            if until is None or row["step"] <= until:
-                rows.append(row)
         return rows
+
+    def _curve_sha256(self, until: int) -> str:
+        return hashlib.sha256(json.dumps(self.curve(until)).encode()).hexdigest()
 
     def cut_curve(self, until: int) -> None:
         """Drop the rows after step `until`: they will be measured again."""
