@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from safetensors import SafetensorError
+
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
@@ -57,5 +59,5 @@ def expecting(path: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); allowed: {what}") from None
-    except _DAMAGED:
+    except (*_DAMAGED, SafetensorError):
         raise UserError(f"{path}: damaged; allowed: {what}") from None
