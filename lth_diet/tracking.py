@@ -13,6 +13,7 @@ import glob
 import os
 import re
 import secrets
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from lth_diet.errors import Parser, UserError, tell
 from lth_diet.figures import accuracy_curves
@@ -44,7 +46,7 @@ def tracking_uri() -> str:
 def how_to_look() -> str:
     """What shows the store: a command for a local one, else its address without what is secret in it."""
     if database := _sqlite_file():
-        return f"mlflow ui --backend-store-uri sqlite:///{database}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}"
     return re.sub(r"//[^/@]*@", "//", tracking_uri())
 
 
@@ -72,7 +74,8 @@ def sync_scores(folder: Path) -> None:
     Raises:
         Exception: Whatever MLflow raises if its store cannot be reached.
     """
-    with FileLock(folder / ".mlflow.lock"), _alone():  # several ranks make one artifact
+    writable = os.access(folder, os.W_OK)  # several ranks make one artifact, but not where they cannot write
+    with FileLock(folder / ".mlflow.lock") if writable else contextlib.nullcontext(), _alone():
         _ScoresSync(MlflowClient(tracking_uri()), folder).run()
 
 
@@ -91,7 +94,8 @@ def _create(database: Path) -> None:
     part = f".part-{secrets.token_hex(8)}"
     where, mark, options = tracking_uri().partition("?")
     try:
-        MlflowClient(f"{where}{part}{mark}{options}").search_experiments()
+        # MlflowClient would put the working folder's name into SQL as it is
+        SqlAlchemyStore(f"{where}{part}{mark}{options}", (database.parent / "mlartifacts").as_uri())
         Path(f"{database}{part}").rename(database)
     finally:
         for rest in database.parent.glob(f"{glob.escape(database.name)}.part-*"):  # also of one that was killed
@@ -166,6 +170,8 @@ class _Sync:
             child = known.get(phase.name)
             if (child and child.info.status == "FINISHED") or not (phase.done or checkpoint):
                 continue
+            if phase.done and (damaged := phase.damaged()):
+                raise UserError(f"{damaged[0]}: missing or damaged; `python -m lth_diet.runs verify` tells what to do")
             if child is None:
                 tags = self.tags | {"phase": phase.name, "mlflow.parentRunId": parent.info.run_id}
                 child = self._create(f"{self.name}/{phase.name}", tags)

@@ -374,13 +374,15 @@ def test_what_a_killed_sync_left_out_is_sent_by_the_next(run, monkeypatch, call)
 
 
 def test_a_store_whose_making_was_killed_is_made_anew(run, place, monkeypatch):
-    def killed(client):
-        raise KeyboardInterrupt
+    class Killed(tracking.SqlAlchemyStore):
+        def __init__(self, *args):
+            super().__init__(*args)
+            raise KeyboardInterrupt
 
     finish(run.replicate(0).level(0), 0, level=0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/new.db?timeout=60")
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "search_experiments", killed)
+        patch.setattr(tracking, "SqlAlchemyStore", Killed)
         with pytest.raises(KeyboardInterrupt):
             tracking.sync(run.replicate(0))
     assert not (place / "new.db").exists()

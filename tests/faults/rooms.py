@@ -1,9 +1,9 @@
-"""Runs commands beside mounts of its own: to be started by `unshare -rm`, without which nobody but root may mount.
+"""Runs commands, beside mounts of its own if it is started by `unshare -rm`.
 
 A server that has imported everything forks a process a command. Reads a JSON object a line and answers with an exit
 status on a line. {"run": [...]} is a command of the system. {"module", "arguments", "environment", "folder", "output"}
-calls the module's main; with "fill", [the end of a path, a folder], the folder's disk is full from the moment on that
-such a file is opened to be written.
+calls the module's main; with "fault", [the end of a path, a folder], the folder's disk is full from the moment on that
+such a file is opened to be written; without a folder the process is killed then.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import traceback
@@ -27,14 +28,14 @@ def fill(folder):
             file.write(bytes(1024))
 
 
-def fill_when_written(name, folder):
-    """Fill the disk just before a file is opened: its first bytes find no room."""
+def arm(name, folder):
+    """Fill a disk just before a file is opened, so that its first bytes find no room, or end this process."""
     full = []
 
     def hook(event, arguments):
         if event == "open" and not full and re.sub(r"\.part-\w+$", "", str(arguments[0])).endswith(name):
             full.append(True)
-            fill(folder)
+            fill(folder) if folder else os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
 
@@ -45,8 +46,8 @@ def command(told):
     output = os.open(told["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    if told["fill"]:
-        fill_when_written(*told["fill"])
+    if told["fault"]:
+        arm(*told["fault"])
     try:
         return importlib.import_module(told["module"]).main(told["arguments"])
     except Exception:
