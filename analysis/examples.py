@@ -63,16 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.arm and not 0 < arguments.size <= most - arguments.offset:
             raise UserError(f"command line: --size {arguments.size}; allowed: 1 to {most - arguments.offset}")
         found = {"scores": record_scores(arguments.output, examples)}
+        if arguments.arm:
+            options = {"size": arguments.size, "class_balanced": arguments.class_balanced, "offset": arguments.offset}
+            end = {"easy": subsets.easy, "hard": subsets.hard}[arguments.arm]
+            choose = functools.partial(end, labels=examples.labels, **options)
+            indices = choose(examples.scores.mean)
+            found["subset"] = record_subset(arguments.output, examples, indices, choose)
     except UserError as error:
         return tell(error)
     except OSError as error:
         return tell(UserError(f"-o {arguments.output}: {error.strerror}; allowed: a folder to write to"))
-    if arguments.arm:
-        options = {"size": arguments.size, "class_balanced": arguments.class_balanced, "offset": arguments.offset}
-        end = {"easy": subsets.easy, "hard": subsets.hard}[arguments.arm]
-        choose = functools.partial(end, labels=examples.labels, **options)
-        indices = choose(examples.scores.mean)
-        found["subset"] = record_subset(arguments.output, examples, indices, choose)
     print(json.dumps(found, indent=2))
     print(f"pictures: {arguments.output.resolve()}")
     return 0

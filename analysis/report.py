@@ -33,6 +33,7 @@ from analysis.figures import Panel, Results
 from lth_diet import runs as run_directory
 from lth_diet.config import DEFAULTS
 from lth_diet.errors import UserError
+from lth_diet.phases import write_atomically
 from lth_diet.tracking import tracking_uri as default_tracking_uri
 
 _MOST_ARMS = 10  # of a matrix that a phone can show
@@ -182,7 +183,7 @@ def _write(
         interval=dominance.interval,
         signs=dominance.SIGNS,
     )
-    collect.write(output, lambda path: path.write_text(page, encoding="utf-8"))
+    collect.write(output, lambda path: write_atomically(path.resolve(), page))
     return Report(output, [*(finding.sentence() for finding in findings), *about_matching, *about_dense])
 
 

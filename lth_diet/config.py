@@ -298,6 +298,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         if not equals or not all(key.split(".")) or key.count(".") >= _MOST_DEEP:
             raise UserError(f"command line: {_short(override)} is not an override; allowed: key.sub=value")
         value = _parse(text, f"command line: {key}")
+        if _ends_in_comment(text):
+            raise UserError(
+                f"command line: {key}: {_short(text)} ends in a comment, for YAML; allowed: quotes within quotes, "
+                f"as in {key}='\"...\"'"
+            )
         for part in reversed(key.split(".")):
             value = {part: value}
         tree, origin = _merge(tree, origin, value, "command line")
@@ -423,6 +428,11 @@ def _parse(text: str, where: str) -> Any:
         line = f" in line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}: not YAML{line}: {reason}") from None
+
+
+def _ends_in_comment(text: str) -> bool:
+    value = yaml.compose(text)
+    return "#" in (text[value.end_mark.index :] if value else text)
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict, dict[str, str]]:

@@ -133,9 +133,9 @@ def load(name: str, root: str) -> Dataset:
                 if not folder.exists():
                     _build(name, root, folder)
         except OSError as error:
-            reason = error.strerror or type(error).__name__
             raise UserError(
-                f"{folder}: the cache of {name} cannot be written ({reason}); allowed: another place in LTH_DIET_CACHE"
+                f"{folder}: the cache of {name} cannot be written ({error.strerror or error}); allowed: a place with "
+                "room, such as another one in LTH_DIET_CACHE"
             ) from None
     with expecting(folder, f"the cache of {name} as it was written; delete it to build it again"):
         about = json.loads((folder / "about.json").read_text())
@@ -167,13 +167,17 @@ def _build(name: str, root: str, folder: Path) -> None:
     train, test, class_names = _DECODERS[name](root)
     mean, std = _STATISTICS.get(name) or _statistics(train.images)
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    part.mkdir()
-    for key, split in (("train", train), ("test", test)):
-        np.save(part / f"{key}_x.npy", split.images)
-        np.save(part / f"{key}_y.npy", split.labels.astype(np.int64))
-    about = {"mean": mean, "std": std, "class_names": class_names}
-    (part / "about.json").write_text(json.dumps(about))
-    part.rename(folder)
+    try:
+        part.mkdir()
+        for key, split in (("train", train), ("test", test)):
+            np.save(part / f"{key}_x.npy", split.images)
+            np.save(part / f"{key}_y.npy", split.labels.astype(np.int64))
+        about = {"mean": mean, "std": std, "class_names": class_names}
+        (part / "about.json").write_text(json.dumps(about))
+        part.rename(folder)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

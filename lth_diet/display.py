@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import json
 import sys
 import threading
 import time
@@ -15,7 +16,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lth_diet.phases import Phase
+from lth_diet.errors import UserError
+from lth_diet.phases import Phase, read_json
 from lth_diet.runs import Replicate, Run, ScoreFolder
 
 Notice = dict[str, Any]
@@ -88,9 +90,11 @@ class Progress:
 
     @contextlib.contextmanager
     def warning(self, words: str) -> Iterator[None]:
-        """What fails inside is told in a line, and does not stop training."""
+        """What fails inside is told in a line, and does not stop training; but a disk that cannot be written does."""
         try:
             yield
+        except OSError:
+            raise
         except Exception as error:
             self.say(f"warning: {words} ({type(error).__name__}: {error})")
 
@@ -264,14 +268,19 @@ def plan(run: Run, scores: ScoreFolder | None = None) -> str:
     return "\n".join([*lines, f"total: {total:,} steps to train"])
 
 
+def summary(folder: ScoreFolder) -> str:
+    """What is known of finished scores; nothing, if it could not be drawn."""
+    path = folder.path / "examples/summary.json"
+    return json.dumps(read_json(path), indent=2) if path.exists() else ""
+
+
 def table(run: Run) -> str:
     """Level, weights remaining and test accuracy (mean ± sd over the replicates so far) of a run."""
-    rows = [
-        (level, phase.result()["weights_remaining_percent"], phase.result()["test_accuracy_percent"])
-        for replicate in run.replicates()
-        for level, phase in replicate.levels()
-        if phase.done
-    ]
+    rows = []
+    for level, phase in (pair for replicate in run.replicates() for pair in replicate.levels() if pair[1].done):
+        with contextlib.suppress(UserError):  # a damaged result, which has been told
+            result = phase.result()
+            rows.append((level, result["weights_remaining_percent"], result["test_accuracy_percent"]))
     if not rows:
         return "no level is done yet"
     frame = pd.DataFrame(rows, columns=["level", "weights", "accuracy"])

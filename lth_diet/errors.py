@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from safetensors import SafetensorError
+
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
@@ -37,6 +39,16 @@ def tell(error: UserError | OSError) -> int:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """While a file is written: an OSError of a write names no file; inside it names this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def expecting(path: Path, what: str) -> Iterator[None]:
     """Whatever goes wrong while a file is read and taken apart means that it is not what it should be.
 
@@ -47,5 +59,5 @@ def expecting(path: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); allowed: {what}") from None
-    except _DAMAGED:
+    except (*_DAMAGED, SafetensorError):
         raise UserError(f"{path}: damaged; allowed: {what}") from None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from safetensors.numpy import load_file as load_tensors
+from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from lth_diet.datasets import Dataset
-from lth_diet.errors import UserError
-from lth_diet.phases import write_atomically
+from lth_diet.errors import UserError, expecting
+from lth_diet.phases import write_atomically, write_json
 from lth_diet.scores import Scores
 
 Choice = Callable[[np.ndarray], np.ndarray]
@@ -271,7 +270,7 @@ def record_scores(folder: Path, examples: Examples) -> dict[str, Any]:
     for name, rows in (("easiest", easiest), ("hardest", hardest)):
         title = f"{examples.data.name}: the {name} training images of each class, {name} first"
         write_atomically(folder / f"{name}.png", _png(contact_sheet(examples, {name: rows}, title)))
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
+    write_json(folder / "summary.json", summary)
     return summary
 
 
@@ -294,7 +293,7 @@ def record_subset(folder: Path, examples: Examples, indices: np.ndarray, choose:
     shown = examples if choose else dataclasses.replace(examples, scores=None)
     title = f"{examples.data.name}: images of the subset of {len(indices):,}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "subset.json", json.dumps(summary, indent=2))
+    write_json(folder / "subset.json", summary)
     write_atomically(folder / "subset.png", _png(subset_figure(shown, indices)))
     write_atomically(folder / "images.png", _png(contact_sheet(shown, groups, title)))
     return summary
@@ -307,7 +306,10 @@ def keep_indices(folder: Path, indices: np.ndarray) -> None:
         UserError: If it is there with other indices: what began with them cannot go on with these.
     """
     path = folder / "subset.safetensors"
-    if path.exists() and not np.array_equal(load_tensors(path)["indices"], indices):
-        raise UserError(f"{path}: pre-training began with other examples; delete {folder} to begin again")
+    if path.exists():
+        with expecting(path, f"the examples that pre-training began with; delete {folder} to begin again"):
+            there = load_tensors(path.read_bytes())["indices"]
+        if not np.array_equal(there, indices):
+            raise UserError(f"{path}: pre-training began with other examples; delete {folder} to begin again")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save_tensors({"indices": indices.astype(np.int64)}))

@@ -7,9 +7,11 @@ says what this process is.
 import argparse
 import contextlib
 import ctypes
+import errno
 import functools
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -114,9 +116,8 @@ def score(argv: Sequence[str] | None, description: str) -> int:
     with _screen(board, f"scores/{folder.path.name}"):
         failed = _score(folder, ranks, board)
         board.wait()
-    summary = folder.path / "examples/summary.json"
     if ranks.rank == 0 and not failed:
-        print(f"\n{folder.path}\n{summary.read_text() if summary.exists() else ''}", flush=True)
+        print(f"\n{folder.path}\n{display.summary(folder)}", flush=True)
     return 1 if failed else 0
 
 
@@ -251,7 +252,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UserError | TrainingError):
         return str(error)
     if isinstance(error, OSError) and error.filename:
-        return f"{type(error).__name__}: {error.strerror}: {error.filename}; the same command goes on once it is mended"
+        remedy = "there is room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "it is mended"
+        return f"{type(error).__name__}: {error.strerror}: {error.filename}; the same command goes on once {remedy}"
     return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"
 
 
@@ -277,7 +279,7 @@ class Tracker:
             if not self.warned:
                 self.progress.say(
                     f"warning: MLflow is not up to date ({type(error).__name__}); training goes on, and "
-                    f"`python -m lth_diet.tracking sync {self.runs}` catches up later"
+                    f"`python -m lth_diet.tracking sync {shlex.quote(str(self.runs))}` catches up later"
                 )
             self.warned = True
 

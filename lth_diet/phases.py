@@ -26,7 +26,7 @@ from typing import Any
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from lth_diet import __version__
-from lth_diet.errors import UserError
+from lth_diet.errors import UserError, naming
 
 LEASE_SECONDS = 60.0
 
@@ -90,16 +90,22 @@ def clear_parts(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that it has its old content or the new one, whenever the process is killed."""
+    """Write a file so that it has its old content or the new one, whenever the process is killed.
+
+    Raises:
+        OSError: That names the file, if it cannot be written; it is as it was then.
+    """
     part = path.with_name(f".{path.name}.part-{secrets.token_hex(8)}")
     try:
-        with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with naming(path):
+            with open(part, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
     except OSError:
-        part.unlink(missing_ok=True)  # a full disk has need of the space
+        with contextlib.suppress(OSError):
+            part.unlink()  # a full disk has need of the space
         raise
 
 
@@ -220,11 +226,13 @@ class Phase:
         return f"delete {self.path} and what follows it to compute it again"
 
     def checkpoint(self) -> tuple[Path, int] | None:
-        """Composer's newest whole checkpoint and its step, or None."""
+        """Composer's newest whole checkpoint, with the curve that leads to it, and its step; or None."""
         try:
-            about = read_json(self.path / "checkpoint.json", {"file": str, "step": int, "sha256": str})
-            path = self.checkpoint_path(about["step"])
-            return (path, about["step"]) if (path.name, sha256(path)) == (about["file"], about["sha256"]) else None
+            types = {"file": str, "step": int, "sha256": str, "curve_sha256": str | None}
+            about = read_json(self.path / "checkpoint.json", types)
+            path, step = self.checkpoint_path(about["step"]), about["step"]
+            whole = (path.name, sha256(path)) == (about["file"], about["sha256"])
+            return (path, step) if whole and about.get("curve_sha256") in (None, self._curve_sha256(step)) else None
         except (OSError, UserError):
             return None
 
@@ -235,7 +243,7 @@ class Phase:
     def commit_checkpoint(self, step: int) -> None:
         """Resume from this step from now on."""
         path = self.checkpoint_path(step)
-        about = {"file": path.name, "step": step, "sha256": sha256(path)}
+        about = {"file": path.name, "step": step, "sha256": sha256(path), "curve_sha256": self._curve_sha256(step)}
         write_json(self.path / "checkpoint.json", about)
         self._keep_only_checkpoint(path)
 
@@ -255,14 +263,17 @@ class Phase:
         """Rows of the training curve, up to and with step `until`."""
         path = self.path / "curve.jsonl"
         rows = []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        for line in path.read_bytes().splitlines() if path.exists() else ():
             try:
                 row = json.loads(line)
-            except ValueError:  # the last line of a process that was killed
+                if until is None or row["step"] <= until:
+                    rows.append(row)
+            except (ValueError, KeyError, TypeError):  # the last line of a process that was killed
                 break
-            if until is None or row["step"] <= until:
-                rows.append(row)
         return rows
+
+    def _curve_sha256(self, until: int) -> str:
+        return hashlib.sha256(json.dumps(self.curve(until)).encode()).hexdigest()
 
     def cut_curve(self, until: int) -> None:
         """Drop the rows after step `until`: they will be measured again."""

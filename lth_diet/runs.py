@@ -34,7 +34,7 @@ import numpy as np
 from lth_diet import scores
 from lth_diet.config import DEFAULTS, Config
 from lth_diet.errors import Parser, UserError, tell
-from lth_diet.phases import Phase, clear_parts, held, read_json, write_atomically, write_json
+from lth_diet.phases import Phase, clear_parts, held, read_json, write_json
 from lth_diet.scores import Scores
 
 _RUN = {
@@ -104,9 +104,10 @@ class Replicate:
         return all(self.level(number).done for number in range(levels + 1))
 
     def fail(self, reason: str) -> None:
-        """Leave word of why this attempt stopped."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "failed.json", json.dumps({"reason": reason}))
+        """Leave word of why this attempt stopped, if there is room for it: that may be why."""
+        with contextlib.suppress(OSError):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "failed.json", {"reason": reason})
 
     @property
     def failed(self) -> bool:
@@ -327,6 +328,16 @@ def _says(folder: Path, key: str) -> bool:
     return False
 
 
+def _damaged(path: Path) -> bool:
+    """Whether a JSON file is there and not what was written."""
+    try:
+        if path.exists():
+            read_json(path)
+    except UserError:
+        return True
+    return False
+
+
 def verify(runs: Path) -> Iterator[tuple[Path, str]]:
     """Check what is finished below a folder.
 
@@ -341,6 +352,8 @@ def verify(runs: Path) -> Iterator[tuple[Path, str]]:
             yield folder / "config.json", "run the same command with runs=<another folder>, or restore it"
     for folder in directories:
         for path in sorted(folder.glob("replicate_*")):
+            if _damaged(path / "pretrain/subset.json"):
+                yield path / "pretrain/subset.json", "python -m analysis.examples writes its like"
             phases = Replicate(path).phases()
             for number, phase in enumerate(phases):
                 for file in phase.damaged() if phase.done else ():
@@ -353,12 +366,14 @@ def verify(runs: Path) -> Iterator[tuple[Path, str]]:
                     file,
                     f"delete {phase.path} and {folder / 'manifest.json'}, and the same command computes it again",
                 )
+        if _damaged(folder / "examples/summary.json"):
+            yield folder / "examples/summary.json", "the same command writes it again"
         if (folder / "manifest.json").exists():
             try:
                 scores.manifest_of(folder / "scores.safetensors")
             except UserError:
-                name = folder / "scores.safetensors"
-                yield name, f"delete {folder / 'manifest.json'}, and the same command makes it of its networks"
+                name = "manifest.json" if _damaged(folder / "manifest.json") else "scores.safetensors"
+                yield folder / name, f"delete {folder / 'manifest.json'}, and the same command makes it of its networks"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,10 +12,11 @@ from torch import nn
 from lth_diet import datasets, scores, seeds, training
 from lth_diet.config import Config
 from lth_diet.display import Progress
+from lth_diet.errors import UserError
 from lth_diet.examples import Examples, record_scores
 from lth_diet.ingredients import Ingredients
 from lth_diet.loader import EvaluationLoader
-from lth_diet.phases import AnotherProcessError, clear_parts, held, versions
+from lth_diet.phases import AnotherProcessError, clear_parts, held, read_json, versions
 from lth_diet.runs import ScoreFolder
 from lth_diet.scores import Scores, el2n
 
@@ -56,7 +57,7 @@ class Scoring:
             if not self.folder.done:
                 clear_parts(self.folder.path)
                 self.combine()
-            elif not (self.folder.path / "examples/summary.json").exists():
+            elif not self.shown:
                 labels = Ingredients(self.config, "all").noisy.train.labels
                 self.show(self.folder.load(labels), labels)
         self.track()  # also what an earlier launch could not send
@@ -119,6 +120,14 @@ class Scoring:
             identity=self.config.scores_identity(),
             versions=versions(),
         )
+
+    @property
+    def shown(self) -> bool:
+        """Whether the artifact has been drawn."""
+        try:
+            return bool(read_json(self.folder.path / "examples/summary.json"))
+        except UserError:
+            return False
 
     def show(self, found: Scores, labels: np.ndarray) -> None:
         """Draw the artifact; a picture that fails is a warning."""

@@ -9,8 +9,11 @@ python -m lth_diet.tracking sync runs       bring MLflow up to date with every r
 
 import argparse
 import contextlib
+import glob
 import os
 import re
+import secrets
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +24,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from lth_diet.errors import Parser, UserError, tell
 from lth_diet.figures import accuracy_curves
@@ -42,14 +46,14 @@ def tracking_uri() -> str:
 def how_to_look() -> str:
     """What shows the store: a command for a local one, else its address without what is secret in it."""
     if database := _sqlite_file():
-        return f"mlflow ui --backend-store-uri sqlite:///{database}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}"
     return re.sub(r"//[^/@]*@", "//", tracking_uri())
 
 
 def _sqlite_file() -> Path | None:
     """The file of a local store; None if the store is a server."""
-    uri = tracking_uri()
-    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+    where, _, _ = tracking_uri().partition("?")  # options of SQLAlchemy
+    return Path(where.removeprefix("sqlite:///")).resolve() if where.startswith("sqlite:///") else None
 
 
 def sync(replicate: Replicate) -> None:
@@ -70,14 +74,32 @@ def sync_scores(folder: Path) -> None:
     Raises:
         Exception: Whatever MLflow raises if its store cannot be reached.
     """
-    with FileLock(folder / ".mlflow.lock"), _alone():  # several ranks make one artifact
+    writable = os.access(folder, os.W_OK)  # several ranks make one artifact, but not where they cannot write
+    with FileLock(folder / ".mlflow.lock") if writable else contextlib.nullcontext(), _alone():
         _ScoresSync(MlflowClient(tracking_uri()), folder).run()
 
 
-def _alone() -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
     """SQLite can neither be created nor written by two processes at once."""
     database = _sqlite_file()
-    return FileLock(f"{database}.lock") if database else contextlib.nullcontext()
+    with FileLock(f"{database}.lock") if database else contextlib.nullcontext():
+        if database and not database.exists():
+            _create(database)
+        yield
+
+
+def _create(database: Path) -> None:
+    """Make a local store whole or not at all: MLflow makes it in many steps, and does not go on with half of them."""
+    part = f".part-{secrets.token_hex(8)}"
+    where, mark, options = tracking_uri().partition("?")
+    try:
+        # MlflowClient would put the working folder's name into SQL as it is
+        SqlAlchemyStore(f"{where}{part}{mark}{options}", (database.parent / "mlartifacts").as_uri())
+        Path(f"{database}{part}").rename(database)
+    finally:
+        for rest in database.parent.glob(f"{glob.escape(database.name)}.part-*"):  # also of one that was killed
+            rest.unlink()
 
 
 def _artifact_location(experiment: str) -> str | None:
@@ -127,7 +149,7 @@ class _Sync:
             self.client.log_batch(run.info.run_id, params=params[start : start + _MOST_PARAMS])
         if found:
             self.client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        else:
+        if run.info.status != "FINISHED":
             self.client.log_artifact(run.info.run_id, str(self.config))
         return run
 
@@ -148,10 +170,12 @@ class _Sync:
             child = known.get(phase.name)
             if (child and child.info.status == "FINISHED") or not (phase.done or checkpoint):
                 continue
+            if phase.done and (damaged := phase.damaged()):
+                raise UserError(f"{damaged[0]}: missing or damaged; `python -m lth_diet.runs verify` tells what to do")
             if child is None:
                 tags = self.tags | {"phase": phase.name, "mlflow.parentRunId": parent.info.run_id}
                 child = self._create(f"{self.name}/{phase.name}", tags)
-            self._log(child, phase.curve(until=None if phase.done else checkpoint[1]))
+            self._send(child, self._lacking(child, phase.curve(until=None if phase.done else checkpoint[1])))
             if phase.done:
                 self._tag_versions(child, phase.result())
                 self._log_artifacts(child, phase)
@@ -182,22 +206,23 @@ class _Sync:
             if not token:
                 return
 
-    def _log(self, run: MlflowRun, rows: list[dict[str, Any]]) -> int:
-        """Send the points that MLflow lacks, and count them; one is there if its step has its value."""
+    def _lacking(self, run: MlflowRun, rows: list[dict[str, Any]]) -> list[Metric]:
+        """The points that MLflow lacks; one is there if its step has its value."""
         there = {
             (key, point.step, point.value)
             for key in run.data.metrics
             for point in self.client.get_metric_history(run.info.run_id, key)
         }
-        metrics = [
+        return [
             Metric(key, float(value), row["timestamp"], row["step"])
             for row in rows
             for key, value in row.items()
             if key not in ("step", "timestamp") and (key, row["step"], float(value)) not in there
         ]
+
+    def _send(self, run: MlflowRun, metrics: list[Metric]) -> None:
         for start in range(0, len(metrics), _MOST_METRICS):
             self.client.log_batch(run.info.run_id, metrics=metrics[start : start + _MOST_METRICS])
-        return len(metrics)
 
     def _finish(self, run: MlflowRun, timestamp: int | None) -> None:
         if run.info.status != "FINISHED":
@@ -224,12 +249,13 @@ class _ReplicateSync(_Sync):
         keys = ("test_accuracy_percent", "weights_remaining_percent", "timestamp")
         rows = [{"step": result["level"]} | {key: result[key] for key in keys} for result in results]
         parent = self._parent(rows, self._description())
-        if self._log(parent, rows):
+        if lacking := self._lacking(parent, rows):
             self._tag_versions(parent, results[-1])
             frame = pd.DataFrame(results).rename(columns={"test_accuracy_percent": "mean"}).assign(std=pd.NA, count=1)
             title = f"{self.about['dataset']}, {self.about['model']}, replicate {self.replicate.index}"
             figure = accuracy_curves({_arm_in_words(self.about): frame}, title)
             self.client.log_figure(parent.info.run_id, figure, "accuracy.png")
+            self._send(parent, lacking)  # last: when they are there, so is all that goes with them
         self._phases(parent, self.replicate.phases())
         if self.replicate.finished(self.about["planned_levels"]):
             self._finish(parent, results[-1]["timestamp"])
@@ -271,7 +297,7 @@ class _ScoresSync(_Sync):
         keys = ("test_accuracy_percent", "timestamp")
         rows = [{"step": result["network"]} | {key: result[key] for key in keys} for result in results]
         parent = self._parent(rows, self._description())
-        self._log(parent, rows)
+        self._send(parent, self._lacking(parent, rows))
         self._phases(parent, networks)
         if (self.folder / "manifest.json").exists() and parent.info.status != "FINISHED":
             self._tag_versions(parent, results[-1])

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from lth_diet.algorithms.network import bare_network
 from lth_diet.config import Config, Intervals
 from lth_diet.display import Progress
+from lth_diet.errors import naming
 from lth_diet.loader import EvaluationLoader, Loader
 from lth_diet.phases import Phase
 
@@ -256,7 +257,7 @@ class _Recorder(Callback):
     def _append(self, step: int, metrics: dict[str, float]) -> None:
         row = {"step": step, "timestamp": time.time_ns() // 1_000_000, **metrics}
         if dist.get_global_rank() == 0:
-            with open(self.path, "a") as file:
+            with naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
@@ -277,16 +278,18 @@ class _Checkpointer(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
         if step % self.interval == 0 and step < state.max_duration.value:
-            literal = str(self.phase.checkpoint_path(step)).replace("{", "{{").replace("}", "}}")
+            path = self.phase.checkpoint_path(step)
+            literal = str(path).replace("{", "{{").replace("}", "}}")
             try:
                 checkpoint.save_checkpoint(state, literal)
+                if dist.get_global_rank() == 0:
+                    self.phase.commit_checkpoint(step)
             except (OSError, RuntimeError) as error:  # PyTorch's own error of a full disk is a RuntimeError
-                self.phase.checkpoint_path(step).unlink(missing_ok=True)
-                reason = str(error).splitlines()[0]
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
                 raise TrainingError(
-                    f"{self.phase.path}: the checkpoint of step {step} cannot be written ({reason}); make room, and "
-                    "the same command goes on"
+                    f"{path} cannot be written ({reason}); the same command goes on once there is room"
                 ) from None
             if dist.get_global_rank() == 0:
-                self.phase.commit_checkpoint(step)
                 self.on_checkpoint()

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from lth_diet import datasets, examples, subsets
 from lth_diet.errors import UserError
 from lth_diet.examples import Examples
+from lth_diet.phases import read_json
 from lth_diet.scores import Scores
 
 
@@ -85,7 +86,7 @@ def test_the_pictures_of_scores_show_wrong_labels_in_their_colour(noisy, place):
     examples.record_scores(place / "noisy", noisy)
     clean = Examples(noisy.data, noisy.data.train.labels, noisy.scores)
     summary = examples.record_scores(place / "clean", clean)
-    assert json.loads((place / "clean/summary.json").read_text()) == summary
+    assert read_json(place / "clean/summary.json") == summary
     for name in ("histogram.png", "hardest.png"):
         assert rgb(examples.WRONG) in colours(place / "noisy" / name)
         assert rgb(examples.WRONG) not in colours(place / "clean" / name)
@@ -110,7 +111,7 @@ def test_the_record_of_a_subset_has_numbers_and_pictures(noisy, place, scored):
     indices = choose(noisy)(noisy.scores.mean)
     given = noisy if scored else Examples(noisy.data, noisy.labels)
     summary = examples.record_subset(place, given, indices, choose(noisy) if scored else None)
-    assert json.loads((place / "subset.json").read_text()) == summary
+    assert read_json(place / "subset.json") == summary
     assert ("scores" in summary) == scored
     for name in ("subset.png", "images.png"):
         assert rgb(examples.WRONG) in colours(place / name)
@@ -164,4 +165,4 @@ def test_a_hundred_classes_and_colour_images_are_drawn(place):
 def test_a_class_of_any_name_is_drawn(noisy, place, name):
     data = dataclasses.replace(noisy.data, class_names=(name, *noisy.data.class_names[1:]))
     examples.record_subset(place, dataclasses.replace(noisy, data=data), np.arange(100), None)
-    assert name in json.loads((place / "subset.json").read_text())["classes"]
+    assert name in read_json(place / "subset.json")["classes"]

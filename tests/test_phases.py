@@ -202,3 +202,16 @@ def test_a_process_that_was_stopped_until_another_took_over_ends(holder, place):
         _, err = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "run may have been taken over by another process (owner-changed); this one ends" in err
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"step": 2, "a": 3}\n{"step": 4, "a": 2}\n', b'{"step": 2, "a": 1}\n', b"\xff[", b"[]\n"]
+)
+def test_a_checkpoint_is_not_resumed_from_without_the_curve_that_leads_to_it(phase, content):
+    phase.checkpoint_path(4).write_text("state")
+    phase.commit_checkpoint(4)
+    assert phase.checkpoint() == (phase.checkpoint_path(4), 4)
+    (phase.path / "curve.jsonl").write_bytes(content)
+    assert phase.checkpoint() is None
+    phase.cut_curve(-1)
+    assert (phase.path / "curve.jsonl").read_bytes() == b""

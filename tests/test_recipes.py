@@ -103,7 +103,7 @@ def test_the_same_command_goes_on_after_the_launcher_was_killed(tiny):
 @pytest.mark.integration
 def test_a_run_in_a_folder_with_an_odd_name_is_resumed_too(tiny):
     path = tiny()
-    odd = ["runs=a {b} #c?d ü", "train.steps=300", "intervals.checkpoint=10", "prune.levels=0"]
+    odd = ['runs="a {b} #c?d ü"', "train.steps=300", "intervals.checkpoint=10", "prune.levels=0"]
     process = start(path, *odd)
     while not list(Path().glob("a*/*/replicate_0/level_0/checkpoint.json")):
         assert process.poll() is None, process.communicate()

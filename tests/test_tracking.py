@@ -351,3 +351,42 @@ def test_artifacts_lie_below_mlartifacts_whatever_an_experiment_is_called(run, p
     assert any(path.name == "density.csv" for path in made)
     assert all(path == store or len(path.relative_to(store).parts) for path in made if path.suffix != ".lock")
     assert len(list(store.iterdir())) == 1
+
+
+@pytest.mark.parametrize("call", ["log_artifact", "log_figure", "log_text", "set_terminated", "log_batch"])
+def test_what_a_killed_sync_left_out_is_sent_by_the_next(run, monkeypatch, call):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    finish(run.replicate(0).level(0), 0, level=0)
+    finish(run.replicate(0).level(1), 0, level=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, call, killed)
+        with pytest.raises(KeyboardInterrupt):
+            tracking.sync(run.replicate(0))
+    tracking.sync(run.replicate(0))
+    runs, client = stored(), MlflowClient(tracking.tracking_uri())
+    status, tags, params, metrics = runs[f"{run.path.name}/replicate_0"]
+    assert status == "FINISHED" and "version.torch" in tags and "train.lr" in params
+    assert sorted(metrics["test_accuracy_percent"]) == [(0, 90.0), (1, 90.0)]
+    parent = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], "tags.phase = 'all'")[0]
+    assert {item.path for item in client.list_artifacts(parent.info.run_id)} == {"accuracy.png", "config.json"}
+
+
+def test_a_store_whose_making_was_killed_is_made_anew(run, place, monkeypatch):
+    class Killed(tracking.SqlAlchemyStore):
+        def __init__(self, *args):
+            super().__init__(*args)
+            raise KeyboardInterrupt
+
+    finish(run.replicate(0).level(0), 0, level=0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/new.db?timeout=60")
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "SqlAlchemyStore", Killed)
+        with pytest.raises(KeyboardInterrupt):
+            tracking.sync(run.replicate(0))
+    assert not (place / "new.db").exists()
+    (place / "new.db.part-123").write_text("half a store")
+    tracking.sync(run.replicate(0))
+    assert len(stored()) == 2
+    assert sorted(path.name for path in place.glob("new*")) == ["new.db", "new.db.lock"]
