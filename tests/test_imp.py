@@ -212,13 +212,13 @@ class Settings(Algorithm):
 @pytest.fixture
 def phases(monkeypatch):
     """The settings of every phase that is trained."""
-    seen, real = [], imp.training.Trainer
+    seen, real = [], imp.training._Trainer
 
     def build(algorithms, **options):
         seen.append(Settings(options))
         return real(algorithms=[*algorithms, seen[-1]], **options)
 
-    monkeypatch.setattr(imp.training, "Trainer", build)
+    monkeypatch.setattr(imp.training, "_Trainer", build)
     return seen
 
 
