@@ -32,7 +32,7 @@ from analysis.claims import Claim, Finding
 from analysis.figures import Panel, Results
 from lth_diet import runs as run_directory
 from lth_diet.config import DEFAULTS
-from lth_diet.errors import UserError
+from lth_diet.errors import Parser, UserError
 from lth_diet.tracking import tracking_uri as default_tracking_uri
 
 _MOST_ARMS = 10  # of a matrix that a phone can show
@@ -354,7 +354,7 @@ def _runs(parents: list[Run]) -> list[dict[str, str]]:
 
 @collect.one_sentence
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m analysis.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tracking-uri", default=default_tracking_uri())

@@ -15,7 +15,7 @@ import yaml
 from bad_inputs import steps
 from helpers import ROOT, TINY
 
-from analysis import examples
+from analysis import claims, collect, dominance, examples, figures, matching, power, report
 from lth_diet import config, datasets, masks, runs, tracking
 from lth_diet.masks import Mask
 from lth_diet.models import ResNet
@@ -29,6 +29,13 @@ COMMANDS = {
     "tracking": (tracking.main, ["-m", "lth_diet.tracking"]),
     "runs": (runs.main, ["-m", "lth_diet.runs"]),
     "examples": (examples.main, ["-m", "analysis.examples"]),
+    "claims": (claims.main, ["-m", "analysis.claims"]),
+    "collect": (collect.main, ["-m", "analysis.collect"]),
+    "dominance": (dominance.main, ["-m", "analysis.dominance"]),
+    "figures": (figures.main, ["-m", "analysis.figures"]),
+    "matching": (matching.main, ["-m", "analysis.matching"]),
+    "power": (power.main, ["-m", "analysis.power"]),
+    "report": (report.main, ["-m", "analysis.report"]),
 }
 CASES = {
     f"{topic}: {case['case']}": case
