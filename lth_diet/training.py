@@ -16,6 +16,7 @@ from composer import Algorithm, Callback, Evaluator, Event, Logger, State, Train
 from composer.core import Engine
 from composer.models import ComposerClassifier
 from composer.utils import checkpoint, dist
+from torch.distributed.checkpoint.state_dict import _get_fqns
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
@@ -123,6 +124,7 @@ def train(
         loader.clock = lambda: 0
         trainer.close()
         atexit.unregister(Engine._close)  # it would keep model and state alive until the process ends
+        _get_fqns.cache_clear()  # so would PyTorch's names of the parameters of every model that was saved
 
 
 @contextlib.contextmanager
