@@ -283,7 +283,11 @@ class Tracker:
 
 
 def _conclude(run: Run) -> None:
-    print(f"\n{run.path}\n{display.table(run)}")
+    try:
+        table = display.table(run)
+    except UserError as error:  # a damaged file, which has failed its replicate
+        table = f"no table: {error}"
+    print(f"\n{run.path}\n{table}")
     for replicate in run.replicates():
         if replicate.failed:
             print(f"replicate {replicate.index} failed: see {replicate.path / 'failed.json'}")

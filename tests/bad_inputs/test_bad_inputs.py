@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from bad_inputs import steps
-from helpers import ROOT, TINY
+from helpers import MEASURED, ROOT, TINY
 
 from analysis import claims, collect, dominance, examples, figures, matching, power, report
 from lth_diet import config, datasets, masks, runs, tracking
@@ -64,11 +64,10 @@ def finished(tmp_path_factory):
     run = Run(config.load(folder / "tiny.yaml", [f"runs={folder}/runs", "prune.levels=1"]))
     run.create()
     replicate, mask = run.replicate(0), Mask.dense(ResNet(8, 10, width=2))
-    for phase, result in ((replicate.pretrain, {}), (replicate.level(0), {"level": 0})):
+    for phase in (replicate.pretrain, replicate.level(0)):
         for name in ("mask.safetensors", "weights.safetensors"):
             phase.write(name, mask.to_bytes())
-        measured = {"weights_remaining_percent": 100.0, "test_accuracy_percent": 90.0, "timestamp": 1, "steps": 4}
-        phase.finish(result | measured)
+        phase.finish(MEASURED)
     run.path.rename(folder / "runs/run")
     return folder / "runs"
 
