@@ -15,7 +15,7 @@ from analysis import arms, collect, dominance, paper
 from analysis.arms import Arm, Curve
 from analysis.dominance import Comparison, compare
 from analysis.paper import Family
-from lth_diet.errors import UserError
+from lth_diet.errors import Parser, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,7 @@ def table(frame: pd.DataFrame, margin: float, levels: tuple[int, int], confidenc
 
 @collect.one_sentence
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m analysis.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     dominance.add_source(parser)

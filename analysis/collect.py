@@ -17,9 +17,10 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from analysis.arms import Arm
-from lth_diet.errors import UserError
+from lth_diet.errors import Parser, UserError, tell
 from lth_diet.tracking import tracking_uri
 
 COLUMNS = {
@@ -82,12 +83,13 @@ def store(tracking_uri: str, experiment: str | None) -> tuple[MlflowClient, list
         (tracking_uri.removeprefix(kind) for kind in ("sqlite:///", "file://") if tracking_uri.startswith(kind)),
         tracking_uri if "://" not in tracking_uri else None,
     )
-    if local is not None and not Path(local).exists():  # MLflow would create it
+    there = Path.is_file if tracking_uri.startswith("sqlite:") else Path.is_dir
+    if local is not None and not (local and there(Path(local))):  # MLflow would create it
         raise UserError(f"no MLflow store at {local}; allowed: sqlite:///<file> that is there, or http://<server>")
     try:
         client = MlflowClient(tracking_uri)
         found = {one.name: one.experiment_id for one in client.search_experiments()}
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError, ValueError) as error:  # a ValueError: of an address that is none
         reason = str(error).splitlines()[0].partition(" with exception")[0][:200]
         text = f"the MLflow store {tracking_uri} cannot be read: {reason}"
         raise UserError(re.sub(r"//[^/@]*@", "//", text)) from None  # without what is secret in the address
@@ -258,8 +260,7 @@ def one_sentence(command: Callable[[Sequence[str] | None], int]) -> Callable[[Se
         try:
             return command(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return tell(error)
 
     return run
 
@@ -272,7 +273,7 @@ def say_incomplete(frame: pd.DataFrame) -> None:
 
 @one_sentence
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m analysis.collect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tracking-uri", default=tracking_uri())

@@ -46,7 +46,7 @@ from analysis.difference import (
     verdict,
     welch,
 )
-from lth_diet.errors import UserError
+from lth_diet.errors import Parser, UserError
 
 MARGIN = 0.3
 LEVELS = (3, 12)
@@ -377,7 +377,7 @@ def source(arguments: argparse.Namespace) -> pd.DataFrame:
 
 @collect.one_sentence
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m analysis.dominance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_source(parser)

@@ -22,7 +22,7 @@ from matplotlib.ticker import NullLocator
 from analysis import arms, collect, paper
 from analysis.arms import Arm, Curve
 from analysis.paper import Family
-from lth_diet.errors import UserError
+from lth_diet.errors import Parser, UserError
 
 NUMBERS = (2, 3, 4, 5, 6, 7)
 LEVELS_DRAWN = (8, 10, 12)
@@ -328,7 +328,7 @@ def _different(results: Results) -> list[int]:
 
 @collect.one_sentence
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m analysis.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, nargs="?", help="CSV file of python -m analysis.collect")

@@ -30,7 +30,7 @@ from analysis.figures import Results
 from analysis.paper import Family
 from lth_diet import datasets
 from lth_diet.config import Dataset
-from lth_diet.errors import UserError
+from lth_diet.errors import Parser, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ def matches(results: Results, margin: float, levels: tuple[int, int], confidence
 
 @collect.one_sentence
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m analysis.matching", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     dominance.add_source(parser)
@@ -172,19 +172,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     dominance.check_range(arguments)
     frame = collect.select(dominance.source(arguments), arguments.dataset, arguments.model)
     found = matches(figures.results_by_dataset(frame), arguments.margin, arguments.levels, arguments.confidence)
+    drawable = [one for one in found if _rows(one)]
+    suffixes = ("svg", "png") if arguments.output and drawable else ()
+    paths = [arguments.output / f"matching.{suffix}" for suffix in suffixes]
+    if paths:
+        drawn = figure(drawable)
+        collect.write(arguments.output, lambda path: path.mkdir(parents=True, exist_ok=True))
+    for path in paths:
+        collect.write(path, drawn.savefig)
     for one in found:
         print(in_words(one))
         for entry in one.entries:
             worst = f"worst {entry.worst['difference']:+.2f} at level {entry.worst['level']}"
             print(f"  {entry.arm!s:36} {entry.cost:>14,.0f}  {entry.comparison.verdict:16}  {worst}")
-    drawable = [one for one in found if _rows(one)]
-    if arguments.output and drawable:
-        drawn = figure(drawable)
-        collect.write(arguments.output, lambda path: path.mkdir(parents=True, exist_ok=True))
-        for suffix in ("svg", "png"):
-            path = arguments.output / f"matching.{suffix}"
-            collect.write(path, drawn.savefig)
-            print(path)
+    for path in paths:
+        print(path)
     return 0
 
 

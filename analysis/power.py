@@ -16,9 +16,11 @@ import numpy as np
 
 from analysis import arms, collect, difference, dominance, paper
 from analysis.difference import Difference
+from lth_diet.errors import Parser, UserError
 
 LEVELS_CORRELATION = 0.5
 PAIRS_CORRELATION = 0.5
+_MOST_SIMULATIONS = 100_000  # 130 MB an arm
 
 
 def simulate(
@@ -81,12 +83,15 @@ def published_sds(family: paper.Family, levels: tuple[int, int] = dominance.LEVE
     return tuple(curves[arm].summary.loc[levels[0] : levels[1], "sd"].to_numpy() for arm in pair)
 
 
+@collect.one_sentence
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m analysis.power", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--simulations", type=int, default=4000)
     simulations = parser.parse_args(argv).simulations
+    if not 1 <= simulations <= _MOST_SIMULATIONS:
+        raise UserError(f"--simulations: {simulations} is not allowed; allowed: 1 to {_MOST_SIMULATIONS:,}")
     print("Equal arms: how often `weakly dominates` is found, in % (per level / pooled / mean).\n")
     print("| data | margin | pairs | n = 4 | n = 8 | n = 16 |\n|---|---|---|---|---|---|")
     for family in paper.CLEAN:

@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from analysis.claims import Claim, Finding
 from analysis.figures import Panel, Results
 from lth_diet import runs as run_directory
 from lth_diet.config import DEFAULTS
-from lth_diet.errors import UserError
+from lth_diet.errors import Parser, UserError
 from lth_diet.phases import write_atomically
 from lth_diet.tracking import tracking_uri as default_tracking_uri
 
@@ -309,7 +310,8 @@ def _examples(client: MlflowClient, experiments: list[str]) -> list[Picture]:
             there |= {entry.path for entry in client.list_artifacts(run.info.run_id, "examples")}
         for name, words in _EXAMPLES.items():
             if name in there:
-                content = Path(client.download_artifacts(run.info.run_id, name)).read_bytes()
+                with tempfile.TemporaryDirectory() as folder:  # where MLflow downloads to by itself, it leaves the file
+                    content = Path(client.download_artifacts(run.info.run_id, name, folder)).read_bytes()
                 if content.startswith(b"\x89PNG") and len(content) <= _MOST_BYTES:
                     source = "data:image/png;base64," + base64.b64encode(content).decode()
                     pictures.append(Picture(source, f"{run.info.run_name}: {words}"))
@@ -355,7 +357,7 @@ def _runs(parents: list[Run]) -> list[dict[str, str]]:
 
 @collect.one_sentence
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m analysis.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tracking-uri", default=default_tracking_uri())

@@ -1,5 +1,7 @@
 """Accuracy against weights remaining, as a matplotlib figure."""
 
+import math
+
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -24,7 +26,8 @@ def accuracy_curves(curves: dict[str, pd.DataFrame], title: str) -> Figure:
         axes.plot(x, mean, color=colour, marker=marker, markersize=5, label=f"{label} (n = {counts})")
         axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
     everywhere = pd.concat(list(curves.values())).weights_remaining_percent
-    ticks = sorted(everywhere.unique(), reverse=True)[:: 1 if everywhere.nunique() < 6 else 2]
+    levels = sorted(everywhere.unique(), reverse=True)
+    ticks = levels[:: 1 if len(levels) < 6 else max(2, math.ceil(len(levels) / 12))]
     axes.set_xscale("log")
     axes.invert_xaxis()
     axes.set_xticks(ticks, [f"{tick:.1f}" for tick in ticks])

@@ -30,6 +30,14 @@ from lth_diet.errors import UserError, naming
 
 LEASE_SECONDS = 60.0
 
+_NUMBER = float | int
+_MEASURED = {"test_accuracy_percent": _NUMBER, "timestamp": int}
+_RESULTS = {
+    "level": {"level": int, "weights_remaining_percent": _NUMBER, **_MEASURED},
+    "network": {"network": int, **_MEASURED},
+}
+"""Types of what result.json has to hold, by kind of phase; pre-training measures nothing where it has no steps."""
+
 
 class AnotherProcessError(UserError):
     """Another process works in this folder."""
@@ -182,10 +190,11 @@ class Phase:
         """The measurements of a finished phase.
 
         Raises:
-            UserError: If the file is damaged.
+            UserError: If the file is damaged, or a measurement is missing or of a wrong type.
         """
+        types = {"sha256": dict, "versions": dict | None, **_RESULTS.get(self.name.partition("_")[0], {})}
         try:
-            return read_json(self.path / "result.json", {"sha256": dict})
+            return read_json(self.path / "result.json", types)
         except UserError as error:
             raise UserError(f"{error}; {self._how_to_recompute()}") from None
 

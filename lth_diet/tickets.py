@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lth_diet.errors import UserError, expecting
+from lth_diet.errors import UserError
 from lth_diet.masks import Mask
 from lth_diet.phases import Phase
 from lth_diet.runs import Replicate
@@ -53,12 +53,11 @@ def export(path: Path, level: int, output: Path) -> dict[str, Any]:
     keys = ("run_id", "dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "train_steps")
     about = replicate.about
     card = {key: about[key] for key in keys}
-    with expecting(phase.path / "result.json", "that of a finished level"):
-        result = phase.result()
-        measured = {key: float(result[key]) for key in ("weights_remaining_percent", "test_accuracy_percent")}
-        hashes = result["sha256"] | {
-            "rewind_point.safetensors": replicate.pretrain.result()["sha256"]["weights.safetensors"]
-        }
+    result = phase.result()
+    measured = {key: float(result[key]) for key in ("weights_remaining_percent", "test_accuracy_percent")}
+    hashes = result["sha256"] | {
+        "rewind_point.safetensors": replicate.pretrain.result()["sha256"]["weights.safetensors"]
+    }
     card |= {
         "replicate": replicate.index,
         "level": level,

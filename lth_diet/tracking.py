@@ -191,7 +191,7 @@ class _Sync:
 
     def _tag_versions(self, run: MlflowRun, result: dict[str, Any]) -> None:
         """Tell what trained a phase."""
-        tags = [RunTag(f"version.{name}", version) for name, version in result.get("versions", {}).items()]
+        tags = [RunTag(f"version.{name}", version) for name, version in (result.get("versions") or {}).items()]
         self.client.log_batch(run.info.run_id, tags=tags)
 
     def _create(self, name: str, tags: dict[str, str]) -> MlflowRun:
@@ -324,19 +324,26 @@ def _arm_in_words(about: dict[str, Any]) -> str:
     return f"pre-trained on {examples}{noise} for {about['rewind_steps']} steps"
 
 
-def _refuse_damaged(directories: list[Path], scored: list[Path]) -> None:
-    """Read what MLflow is to be told before anything is written to it.
+def _sync_folder(folder: Path, scored: bool) -> None:
+    """Bring MLflow up to date with a run directory or folder of scores, and say so.
+
+    All that MLflow is to be told is read before anything is written to it.
 
     Raises:
         UserError: If a file is damaged.
     """
-    for folder in [*directories, *scored]:
-        read_config(folder)
-    replicates = [Replicate(path) for folder in directories for path in folder.glob("replicate_*")]
-    networks = [Phase(path) for folder in scored for path in folder.glob("network_*")]
+    read_config(folder)
+    replicates = [Replicate(path) for path in sorted(folder.glob("replicate_*"))]
+    networks = [Phase(path) for path in folder.glob("network_*")]
     for phase in [*networks, *(phase for replicate in replicates for phase in replicate.phases())]:
         if phase.done:
             phase.result()
+    if scored:
+        sync_scores(folder)
+        print(f"{folder}: up to date")
+    for replicate in replicates:
+        sync(replicate)
+        print(f"{replicate.path}: up to date")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -347,19 +354,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, help="folder of run directories, or one of them")
     try:
         directories, scored = folders(parser.parse_args(argv).runs)
-        _refuse_damaged(directories, scored)
     except (UserError, OSError) as error:
         return tell(error)
-    for path in [*scored, *(path for folder in directories for path in sorted(folder.glob("replicate_*")))]:
+    status = 0
+    for folder in [*scored, *directories]:
         try:
-            sync_scores(path) if path in scored else sync(Replicate(path))
-        except UserError as error:  # a damaged file
-            return tell(error)
+            _sync_folder(folder, folder in scored)
+        except UserError as error:  # a damaged file, which is no harm to the others
+            status = tell(error)
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
-            print(f"error: {path}: MLflow is not up to date ({type(error).__name__})", file=sys.stderr)
+            print(f"error: {folder}: MLflow is not up to date ({type(error).__name__})", file=sys.stderr)
             return 1
-        print(f"{path}: up to date")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -24,6 +24,16 @@ replicates: 1
 experiment: tiny
 """
 
+MEASURED = {
+    "level": 0,
+    "network": 0,
+    "steps": 4,
+    "weights_remaining_percent": 100.0,
+    "test_accuracy_percent": 90.0,
+    "timestamp": 1,
+}
+"""What a finished phase of any kind has to tell."""
+
 
 def write_image_folder(root, sizes=None, shape=(8, 8), suffix=".png", seed=0):
     """Images of noise in the true layout: `root/<part>/<class>/NNNN<suffix>`."""

@@ -2,6 +2,7 @@ import io
 import re
 
 import pytest
+from helpers import MEASURED
 from rich.console import Console
 
 from lth_diet import config, display
@@ -94,6 +95,7 @@ def test_the_table_has_mean_and_standard_deviation_over_the_replicates_so_far(ti
         for level, accuracy in enumerate(accuracies):
             phase = run.replicate(index).level(level)
             phase.write("curve.jsonl", b"")
-            phase.finish({"weights_remaining_percent": 100 * 0.8**level, "test_accuracy_percent": accuracy})
+            measured = {"weights_remaining_percent": 100 * 0.8**level, "test_accuracy_percent": accuracy}
+            phase.finish(MEASURED | measured)
     rows = [re.sub(" +", " ", line.strip()) for line in display.table(run).splitlines()[1:]]
     assert rows == ["0 100.0 % 91.00 ± 1.41 % 2", "1 80.0 % 80.00 % 1"]

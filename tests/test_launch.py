@@ -2,6 +2,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,6 +218,18 @@ def test_the_plan_tells_phases_steps_and_what_exists_and_writes_nothing(tiny, pl
     assert out.count("level 2    64.0 % of weights  steps 4 to 12  to do") == 2
     assert "replicate 1: 28 steps to train" in out and "total: 56 steps to train" in out
     assert files(place) == before
+
+
+def test_a_result_without_measurements_fails_its_replicate_in_a_sentence(tiny, capsys):
+    command = ["-f", str(tiny("init")), "prune.levels=0"]
+    assert imp.main(command) == 0
+    (path,) = Path("runs").glob("*/replicate_0/level_0/result.json")
+    write_json(path, {key: value for key, value in read_json(path).items() if key != "test_accuracy_percent"})
+    capsys.readouterr()
+    assert imp.main(command) == 1
+    out, err = capsys.readouterr()
+    assert f"no table: {path}: no test_accuracy_percent, where float | int has to be; delete " in out
+    assert f"error: replicate 0: {path}: no test_accuracy_percent" in err and "Traceback" not in out + err
 
 
 def test_the_plan_counts_from_done_phases_and_checkpoints(tiny):

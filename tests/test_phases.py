@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import MEASURED
 
 from lth_diet import phases
 from lth_diet.errors import UserError
@@ -31,14 +32,14 @@ def test_a_write_that_is_killed_leaves_the_old_content(place, monkeypatch):
 
 def test_a_phase_is_done_when_its_result_is_written(phase):
     assert not phase.done
-    phase.finish({"level": 0})
+    phase.finish(MEASURED)
     assert phase.done
     assert phase.result()["level"] == 0
     assert phase.verified("curve.jsonl").exists()
 
 
 def test_a_file_that_is_not_what_was_written_is_refused(phase):
-    phase.finish({})
+    phase.finish(MEASURED)
     (phase.path / "curve.jsonl").write_text("else")
     with pytest.raises(UserError, match=r"level_0/curve\.jsonl: missing or damaged; delete "):
         phase.verified("curve.jsonl")
@@ -66,7 +67,7 @@ def test_only_a_committed_whole_checkpoint_counts(phase):
 def test_a_finished_phase_keeps_no_checkpoint(phase):
     phase.checkpoint_path(10).write_text("state")
     phase.commit_checkpoint(10)
-    phase.finish({})
+    phase.finish(MEASURED)
     assert not list(phase.path.glob("checkpoint*"))
 
 

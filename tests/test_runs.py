@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import MEASURED
 
 from lth_diet import config, runs, scores
 from lth_diet.errors import UserError
@@ -107,7 +108,7 @@ def finished(tiny):
     for phase in (replicate.pretrain, replicate.level(0), replicate.level(1), *folder.networks()):
         phase.write("curve.jsonl", b"{}")
         phase.write("weights.safetensors", b"weights")
-        phase.finish({})
+        phase.finish(MEASURED)
     scores.save(folder.path, np.zeros((2, 3), np.float32), np.zeros(3, int), "digits", "digits")
     return run, folder
 

@@ -328,6 +328,20 @@ def test_the_command_refuses_a_folder_without_runs_and_an_unreachable_store(run,
     assert "MLflow is not up to date" in capsys.readouterr().err
 
 
+def test_a_result_without_measurements_is_one_sentence_and_other_runs_are_synced(run, tiny, capsys):
+    other = Run(config.load(tiny("init"), []))
+    other.create()
+    for made in (run, other):
+        finish(made.replicate(0).level(0), 0, level=0)
+    path = run.replicate(0).level(0).path / "result.json"
+    write_json(path, {key: value for key, value in read_json(path).items() if key != "test_accuracy_percent"})
+    assert tracking.main(["sync", "runs"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: {path}: no test_accuracy_percent, where float | int has to be; delete ")
+    assert err.count("\n") == 1 and out == f"{other.path}/replicate_0: up to date\n"
+    assert set(stored()) == {f"{other.path.name}/replicate_0", f"{other.path.name}/replicate_0/level_0"}
+
+
 def test_a_store_that_cannot_be_reached_is_one_warning(run, monkeypatch):
     finish(run.replicate(0).level(0), 0, level=0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/no/such/place.db")

@@ -6,6 +6,17 @@ from torch import Tensor
 
 from lth_diet.algorithms.network import bare_network
 
+_EVENTS = frozenset(
+    {
+        Event.FIT_START,
+        Event.BATCH_START,
+        Event.AFTER_BACKWARD,
+        Event.BATCH_END,
+        Event.EVAL_START,
+        Event.PREDICT_START,
+    }
+)
+
 
 class ApplyMask(Algorithm):
     """Keeps pruned weights at exactly zero while a network trains (the m ⊙ w of the paper's Algorithm 1).
@@ -55,14 +66,7 @@ class ApplyMask(Algorithm):
         self._factors: list[Tensor] = []
 
     def match(self, event: Event, state: State) -> bool:
-        return event in (
-            Event.FIT_START,
-            Event.BATCH_START,
-            Event.AFTER_BACKWARD,
-            Event.BATCH_END,
-            Event.EVAL_START,
-            Event.PREDICT_START,
-        )
+        return event in _EVENTS
 
     @torch.no_grad()
     def apply(self, event: Event, state: State, logger: Logger) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 from bad_inputs import steps
-from helpers import ROOT, TINY
+from helpers import MEASURED, ROOT, TINY
 
-from analysis import examples
+from analysis import claims, collect, dominance, examples, figures, matching, power, report
 from lth_diet import config, datasets, masks, runs, tracking
 from lth_diet.masks import Mask
 from lth_diet.models import ResNet
@@ -29,6 +29,13 @@ COMMANDS = {
     "tracking": (tracking.main, ["-m", "lth_diet.tracking"]),
     "runs": (runs.main, ["-m", "lth_diet.runs"]),
     "examples": (examples.main, ["-m", "analysis.examples"]),
+    "claims": (claims.main, ["-m", "analysis.claims"]),
+    "collect": (collect.main, ["-m", "analysis.collect"]),
+    "dominance": (dominance.main, ["-m", "analysis.dominance"]),
+    "figures": (figures.main, ["-m", "analysis.figures"]),
+    "matching": (matching.main, ["-m", "analysis.matching"]),
+    "power": (power.main, ["-m", "analysis.power"]),
+    "report": (report.main, ["-m", "analysis.report"]),
 }
 CASES = {
     f"{topic}: {case['case']}": case
@@ -57,11 +64,10 @@ def finished(tmp_path_factory):
     run = Run(config.load(folder / "tiny.yaml", [f"runs={folder}/runs", "prune.levels=1"]))
     run.create()
     replicate, mask = run.replicate(0), Mask.dense(ResNet(8, 10, width=2))
-    for phase, result in ((replicate.pretrain, {}), (replicate.level(0), {"level": 0})):
+    for phase in (replicate.pretrain, replicate.level(0)):
         for name in ("mask.safetensors", "weights.safetensors"):
             phase.write(name, mask.to_bytes())
-        measured = {"weights_remaining_percent": 100.0, "test_accuracy_percent": 90.0, "timestamp": 1, "steps": 4}
-        phase.finish(result | measured)
+        phase.finish(MEASURED)
     run.path.rename(folder / "runs/run")
     return folder / "runs"
 
