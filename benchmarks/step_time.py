@@ -1,6 +1,6 @@
 """Seconds a training step: ours, plain Composer, and a bare PyTorch loop, in turn in one run.
 
-python benchmarks/step_time.py                        # ResNet-20, batch 128, 2 threads, fp32 on the CPU
+python benchmarks/step_time.py --compile              # ResNet-20, batch 128, 2 threads, fp32 on the CPU
 python benchmarks/step_time.py --device gpu --steps 500
 
 ours      training.train with an all-true mask, Rewind and the device-resident loader, channels last
@@ -59,9 +59,9 @@ class Benchmark:
     def clock(self) -> Clock:
         return Clock(self.warmup, self.last, self.device)
 
-    def ours(self) -> float:
+    def ours(self, compiled: bool = False) -> float:
         clock = self.clock()
-        self.work.train(self.last, [clock])
+        self.work.train(self.last, [clock], compiled)
         return clock.seconds
 
     def composer(self, workers: int) -> float:
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile too")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("-o", "--output", type=Path, help="JSON with every measurement")
     arguments = parser.parse_args()
@@ -124,6 +125,9 @@ def main() -> None:
         "composer, 2 workers": lambda: bench.composer(2),
         "bare": bench.bare,
     }
+    if arguments.compile:
+        contenders["ours, compiled"] = lambda: bench.ours(compiled=True)
+        bench.ours(compiled=True)  # it is compiled here, once
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(arguments.repeats):
         for name, run in contenders.items():
@@ -134,6 +138,8 @@ def main() -> None:
     rows = [(name, median[name], min(values), max(values)) for name, values in times.items()]
     print(table(rows, ("ms a step", "median", "least", "most")))
     print(f"ours is {ours / median['bare']:.3f} x the bare loop, plain Composer {plain / ours:.3f} x ours")
+    if arguments.compile:
+        print(f"plain Composer is {plain / median['ours, compiled']:.3f} x ours, compiled")
     write(arguments, {"milliseconds": times, "median": median})
 
 

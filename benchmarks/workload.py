@@ -60,7 +60,7 @@ class Workload:
     def loader(self) -> Loader:
         return Loader(self.data, self.batch_size, 1, 2, self.where)
 
-    def train(self, steps: int, algorithms: Sequence[Algorithm] = ()) -> None:
+    def train(self, steps: int, algorithms: Sequence[Algorithm] = (), compiled: bool = False) -> None:
         """A level's steps, with an all-true mask: `training.train` as IMP calls it."""
         config = Config.model_validate(
             {
@@ -68,6 +68,7 @@ class Workload:
                 "dataset": {"name": "cifar10"},
                 "model": {"depth": self.depth, "width": self.width},
                 "train": {"steps": steps, "batch_size": self.batch_size},
+                "compile": compiled,
             }
         )
         model = classifier(self.depth, 10, self.width, seed=1)

@@ -168,6 +168,8 @@ class Config(Section):
     """auto: fp32 on CPU, bf16 on GPU."""
     deterministic: Annotated[bool, Field(strict=True)] = False
     """Deterministic kernels on GPU; on CPU the same bits are promised without."""
+    compile: Annotated[bool, Field(strict=True)] = False
+    """Train a network that torch.compile has translated, on GPU with CUDA graphs; once a process, not once a level."""
     intervals: Intervals = Intervals()
     runs: Text = "runs"
     experiment: Text | None = None
@@ -223,7 +225,7 @@ class Config(Section):
         """The fields that change the scores, in dotted keys: arms that agree in them share one artifact."""
         fields = self._fields()
         heeded = ("dataset.", "model.", "train.", "pretrain.label_noise", "scores.networks", "scores.steps")
-        heeded += ("seed", "threads", "precision", "deterministic")
+        heeded += ("seed", "threads", "precision", "deterministic", "compile")
         milestones = tuple(step for step in self.train.milestones if step < self.scores.steps)
         ignored = ("train.steps",) if milestones else ("train.steps", "train.gamma")
         fields["train.milestones"] = milestones

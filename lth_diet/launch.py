@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -181,6 +182,10 @@ def _refuse_what_this_machine_cannot(config: Config) -> None:
 
         if not torch.cuda.is_available():
             raise UserError("precision: 'bf16' is not allowed without a GPU; allowed: auto, fp32")
+    if config.compile and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
+        raise UserError(
+            "compile: True is not allowed without a C++ compiler; allowed: False, or one in CXX or the PATH"
+        )
 
 
 def _end_with_the_launcher() -> None:

@@ -251,18 +251,23 @@ class _ReplicateSync(_Sync):
         parent = self._parent(rows, self._description())
         if lacking := self._lacking(parent, rows):
             self._tag_versions(parent, results[-1])
-            frame = pd.DataFrame(results).rename(columns={"test_accuracy_percent": "mean"}).assign(std=pd.NA, count=1)
-            title = f"{self.about['dataset']}, {self.about['model']}, replicate {self.replicate.index}"
-            figure = accuracy_curves({_arm_in_words(self.about): frame}, title)
-            self.client.log_figure(parent.info.run_id, figure, "accuracy.png")
-            self._send(parent, lacking)  # last: when they are there, so is all that goes with them
+            self._send(parent, lacking)  # last: when they are there, so are the tags that go with them
         self._phases(parent, self.replicate.phases())
-        if self.replicate.finished(self.about["planned_levels"]):
-            self._finish(parent, results[-1]["timestamp"])
-        else:  # or more levels were asked for
-            status = "FAILED" if self.replicate.failed else "RUNNING"
-            if parent.info.status != status:
+        finished = self.replicate.finished(self.about["planned_levels"])  # not any more, if more levels were asked for
+        status = "FINISHED" if finished else "FAILED" if self.replicate.failed else "RUNNING"
+        if parent.info.status != status:
+            if results and status != "RUNNING":
+                self._draw(parent, results)
+            if finished:
+                self._finish(parent, results[-1]["timestamp"])
+            else:
                 self.client.update_run(parent.info.run_id, status=status)
+
+    def _draw(self, parent: MlflowRun, results: list[dict[str, Any]]) -> None:
+        frame = pd.DataFrame(results).rename(columns={"test_accuracy_percent": "mean"}).assign(std=pd.NA, count=1)
+        title = f"{self.about['dataset']}, {self.about['model']}, replicate {self.replicate.index}"
+        figure = accuracy_curves({_arm_in_words(self.about): frame}, title)
+        self.client.log_figure(parent.info.run_id, figure, "accuracy.png")
 
     def _description(self) -> str:
         about, fraction = self.about, self.about["identity"]["prune.fraction"]

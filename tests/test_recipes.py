@@ -186,6 +186,7 @@ def test_scores_that_two_launches_of_two_ranks_need_are_computed_once(tiny):
     assert artifacts == {"images.png", "subset.json", "subset.png", "subset.safetensors"}
 
 
+@pytest.mark.integration
 def test_scoring_killed_inside_a_network_ends_with_the_same_bits(tiny):
     path = tiny("easy")
     longer = ["scores.steps=300", "scores.networks=3", "intervals.checkpoint=10", "pretrain.label_noise=0.1"]

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from composer import Algorithm, Event
@@ -58,7 +60,8 @@ def test_the_learning_rate_of_a_rewound_level_is_that_of_table_1_at_every_step(t
     assert look.seen == expected
 
 
-def test_a_resumed_training_ends_with_the_same_bits_curve_and_learning_rates(train, phase):
+def test_a_resumed_training_ends_with_the_same_bits_curve_and_learning_rates(train, phase, monkeypatch):
+    monkeypatch.setattr(training, "TELL_SECONDS", 0)
     whole, first, second = (classifier(8, 10, width=2, channels=1, seed=1) for _ in range(3))
     schedule = training.Schedule(0, 8, 0.1, (5,))
     overrides = ["intervals.evaluate=4", "intervals.log=4"]
@@ -152,3 +155,22 @@ def test_a_loss_that_is_not_finite_is_named_by_its_step_and_never_saved(train, p
         train(training.Schedule(0, 8, 1e30), overrides=["intervals.log=8", "intervals.checkpoint=6"])
     assert str(later.value) == str(stopped.value)
     assert phase.checkpoint() is None
+
+
+@pytest.mark.integration
+def test_a_compiled_network_trains_to_the_same_losses_and_is_compiled_once_a_process(train, phase):
+    def losses(*overrides):
+        (phase.path / "curve.jsonl").unlink(missing_ok=True)
+        model = classifier(8, 10, width=2, channels=1, seed=1)
+        began = time.monotonic()
+        result = train(training.Schedule(0, 8, 0.1), overrides=["intervals.log=1", *overrides], model=model)
+        rows = [row["train_loss"] for row in phase.curve() if "train_loss" in row]
+        return rows, result["test_accuracy_percent"], time.monotonic() - began
+
+    plain, accuracy, _ = losses()
+    compiled, compiled_accuracy, first = losses("compile=true")
+    again, again_accuracy, second = losses("compile=true")
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert compiled_accuracy == pytest.approx(accuracy, abs=1)
+    assert (again, again_accuracy) == (compiled, compiled_accuracy)
+    assert second < first / 2

@@ -113,6 +113,7 @@ def victim(command):
 
 
 def main():
+    training.TELL_SECONDS = 0.0
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
