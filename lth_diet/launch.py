@@ -24,18 +24,18 @@ from lth_diet.errors import Parser, UserError, tell
 from lth_diet.label_noise import noisy_labels
 from lth_diet.phases import AnotherProcessError
 from lth_diet.ranks import Board, Ranks
-from lth_diet.runs import Replicate, Run, ScoreFolder, load_scores
+from lth_diet.runs import Replicate, Run, ScoreFolder, load_scores, scores_to_make
 
 _PR_SET_PDEATHSIG = 1
 
 
-def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
-    """The command line of a recipe: file, overrides, plan."""
+def parser(description: str) -> Parser:
+    """Of the command line of a recipe: file, overrides, plan."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-f", "--file", required=True, help="configuration, such as yamls/cifar10_all.yaml")
     parser.add_argument("--plan", action="store_true", help="print what would run and what exists already, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as prune.levels=3 replicates=[0,1]")
-    return parser.parse_intermixed_args(argv)
+    return parser
 
 
 def imp(argv: Sequence[str] | None, description: str, report: Callable[[Run], None]) -> int:
@@ -54,7 +54,7 @@ def imp(argv: Sequence[str] | None, description: str, report: Callable[[Run], No
         config, only_plan = _read(argv, description)
         _refuse_what_these_ranks_cannot(config, ranks)
         run = Run(config, ranks.size)
-        scores = _scores_to_make(run)
+        scores = scores_to_make(run)
         if only_plan:
             print(display.plan(run, scores))
             return 0
@@ -122,7 +122,7 @@ def score(argv: Sequence[str] | None, description: str) -> int:
 
 def _read(argv: Sequence[str] | None, description: str) -> tuple[Config, bool]:
     """The configuration, and whether only its plan is asked for."""
-    arguments = parse(argv, description)
+    arguments = parser(description).parse_intermixed_args(argv)
     return configuration.load(arguments.file, arguments.overrides), arguments.plan
 
 
@@ -138,15 +138,6 @@ def _refuse_what_these_ranks_cannot(config: Config, ranks: Ranks) -> None:
             f"command line: {ranks.size} ranks for {len(config.replicates)} replicates; allowed: composer -n "
             f"{len(config.replicates)} or fewer, more replicates, or parallelism=data"
         )
-
-
-def _scores_to_make(run: Run) -> ScoreFolder | None:
-    """The scores of the arm, if no file was named; None too if pre-training is done and has no more need of them."""
-    config = run.config
-    if not config.needs_scores or config.scores.file is not None:
-        return None
-    folder = ScoreFolder(config)
-    return folder if folder.done or not all(replicate.pretrain.done for replicate in run.replicates()) else None
 
 
 def _prepare(config: Config) -> None:
