@@ -6,11 +6,9 @@ says what this process is.
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import logging
 import os
-import signal
 import sys
 import traceback
 import warnings
@@ -25,8 +23,6 @@ from lth_diet.label_noise import noisy_labels
 from lth_diet.phases import AnotherProcessError
 from lth_diet.ranks import Board, Ranks
 from lth_diet.runs import Replicate, Run, ScoreFolder, load_scores, scores_to_make
-
-_PR_SET_PDEATHSIG = 1
 
 
 def parser(description: str) -> Parser:
@@ -58,6 +54,7 @@ def imp(argv: Sequence[str] | None, description: str, report: Callable[[Run], No
         if only_plan:
             print(display.plan(run, scores))
             return 0
+        ranks.end_with_launcher()
         _prepare(config)
         run.create()
         if scores:
@@ -105,6 +102,7 @@ def score(argv: Sequence[str] | None, description: str) -> int:
         if only_plan:
             print(display.plan_scores(folder))
             return 0
+        ranks.end_with_launcher()
         _prepare(config)
         folder.create()
     except (UserError, OSError) as error:
@@ -151,8 +149,6 @@ def _prepare(config: Config) -> None:
 def _begin(config: Config, ranks: Ranks) -> Board:
     """What every launch does once its input is known to be good."""
     _be_quiet()
-    if ranks.size > 1:
-        _end_with_the_launcher()
     os.environ.update({key: str(config.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
     board = ranks.board()
     import torch
@@ -171,12 +167,6 @@ def _refuse_what_this_machine_cannot(config: Config) -> None:
 
         if not torch.cuda.is_available():
             raise UserError("precision: 'bf16' is not allowed without a GPU; allowed: auto, fp32")
-
-
-def _end_with_the_launcher() -> None:
-    """Ranks that outlive a killed launcher would hold their replicates against the next launch (Linux only)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _score(folder: ScoreFolder, ranks: Ranks, board: Board, replicates: Sequence[Replicate] = ()) -> bool:

@@ -189,3 +189,13 @@ def test_bad_input_is_found_before_ray_or_torch_is_imported(grid):
     command = [sys.executable, "-c", script, "-f", str(grid()), "train.lr=fast"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+def test_only_the_cluster_imports_ray():
+    importing = [
+        path.name
+        for folder in ("lth_diet", "recipes", "analysis")
+        for path in (ROOT / folder).rglob("*.py")
+        if "import ray" in path.read_text()
+    ]
+    assert importing == ["cluster.py"]
