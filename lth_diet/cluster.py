@@ -33,8 +33,10 @@ from lth_diet.ranks import end_with_parent
 from lth_diet.runs import Replicate
 from lth_diet.sweep import Settings, Sweep, Work
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL = 0.5  # seconds
 _PATIENCE = 15.0  # seconds for tasks that are stopped
+_DEVICES = "CUDA_VISIBLE_DEVICES"
 _WINDOW = 60.0  # seconds over which a rate is measured
 _OBJECTS = 80 << 20  # bytes of shared memory for Ray, which has next to nothing to keep here
 
@@ -58,9 +60,9 @@ def run(sweep: Sweep, address: str | None, recipes: Path) -> int:
         print(f"{sweep.path}: everything is finished")
         return 0
     try:
-        with _connected(sweep.settings, address) as dashboard:
+        with _connected(sweep.settings, address) as dashboard, _interruptible():
             engine = Engine(sweep.settings, left, recipes)
-            with _interruptible(), Screen(engine, f"{sweep.path}  {dashboard}") as screen:
+            with Screen(engine, f"{sweep.path}  {dashboard}") as screen:
                 engine.run(screen)
         return screen.conclude()
     except KeyboardInterrupt:
@@ -74,7 +76,7 @@ def _connected(settings: Settings, address: str | None) -> Iterator[str]:
     """A Ray cluster for a while; gives its dashboard's address."""
     if address not in (None, "auto"):
         _refuse_dead(address)
-    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
     own = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "object_store_memory": _OBJECTS}
@@ -106,18 +108,17 @@ def _no_cluster(address: str | None) -> UserError:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C, which Ray has no say in."""
+    """SIGTERM is as Ctrl-C, whatever Ray makes of it."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
     try:
         yield
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # what follows ends by itself
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclasses.dataclass
@@ -136,8 +137,18 @@ class Job:
     logs: list[Path] = dataclasses.field(default_factory=list)
 
 
+def jobs_of(work: list[Work], room: int) -> list[Job]:
+    """In the order in which they start: the scores, with a job for each network if there is room, then the longest."""
+    jobs = []
+    for each in sorted(work, key=lambda each: (each.recipe != "score", -each.steps_left)):
+        several = min(room, max(each.trainings_left, 1)) if each.recipe == "score" else 1
+        names = [f"{each.name}/process_{number}" for number in range(several)] if several > 1 else [each.name]
+        jobs += [Job(each, name) for name in names]
+    return jobs
+
+
 class Engine:
-    """Starts jobs, the scores first, then the longest; a Ray task an attempt.
+    """Starts jobs in their order where there is room; an attempt of a job is a Ray task.
 
     Args:
         settings: Of the sweep.
@@ -164,10 +175,7 @@ class Engine:
                 f"gpus_per_run: {self.gpus:g} and cpus_per_run: {self.cpus} are more than any node has; allowed: what "
                 f"fits into one of the nodes, which have {there.get('GPU', 0):g} GPUs and {there['CPU']:g} CPUs in all"
             )
-        self.jobs = []
-        for each in sorted(work, key=lambda each: (each.recipe != "score", -each.steps_left)):
-            several = min(room, max(each.trainings_left, 1)) if each.recipe == "score" else 1
-            self.jobs += [Job(each, f"{each.name}/process_{n}" if several > 1 else each.name) for n in range(several)]
+        self.jobs = jobs_of(work, room)
         self._scores = {each.name: each for each in work if each.recipe == "score"}
         self._running: dict[ray.ObjectRef, Job] = {}
         self._attempt = ray.remote(max_retries=0)(_attempt)
@@ -185,8 +193,8 @@ class Engine:
                     self._conclude(self._running.pop(task), task, screen)
                 screen.refresh()
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # what follows ends by itself
             for task in self._running:
                 ray.cancel(task, force=False)  # a KeyboardInterrupt there, and the task ends its process
             if self._running:
@@ -224,7 +232,7 @@ class Engine:
         task = self._attempt.options(num_cpus=self.cpus, num_gpus=self.gpus, name=job.name).remote(
             ["-n", "1", str((self.recipes / f"{job.work.recipe}.py").resolve()), *job.work.arguments],
             str(Path.cwd()),
-            {**ours, "OMP_NUM_THREADS": str(job.work.config.threads)},
+            ours | {"OMP_NUM_THREADS": str(job.work.config.threads)} | ({} if self.gpus else {_DEVICES: ""}),
             str(job.logs[-1].resolve()),
         )
         self._running[task] = job
@@ -261,7 +269,7 @@ def _attempt(arguments: list[str], folder: str, environment: dict[str, str], log
     command = [str(Path(sys.executable).with_name("composer")), *arguments]
     raylet = os.getppid()
     with open(log, "w") as file:
-        devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        devices = (os.environ | environment).get(_DEVICES)
         print(f"{socket.gethostname()}, GPU {devices or 'none'}: {shlex.join(command)}", file=file, flush=True)
         process = subprocess.Popen(
             command,
@@ -312,7 +320,7 @@ class Screen:
         every: Seconds between two plain lines.
     """
 
-    def __init__(self, engine: Engine, title: str, console: Console | None = None, every: float = 10.0):
+    def __init__(self, engine: Engine, title: str, console: Console | None = None, every: float = 30.0):
         self.engine, self.title, self.every = engine, title, every
         self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None

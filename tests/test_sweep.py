@@ -1,4 +1,5 @@
 import itertools
+import re
 import subprocess
 import sys
 
@@ -89,6 +90,13 @@ def test_a_run_is_what_its_arguments_tell_a_recipe(grid):
         told = config.load(path, overrides)
         assert (flag, told) == ("-f", point.run.config)
         assert told.experiment == "0x1F" and told.seed == 3 and told.prune.levels == 1
+
+
+def test_the_sweep_file_of_the_readme_is_one(place):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    (place / "readme.yaml").write_text(block.replace("..", str(ROOT / "yamls")))
+    swept = Sweep(place / "readme.yaml")
+    assert len(swept.runs) == 1 + 4 and swept.settings.gpus_per_run == 0.5
 
 
 def test_a_run_of_two_grids_is_there_once(grid):
