@@ -86,6 +86,8 @@ def _connected(settings: Settings, address: str | None) -> Iterator[str]:
             address or "local", log_to_driver=False, logging_level="ERROR", **(own if address is None else {})
         )
     except (ConnectionError, SystemExit):
+        if address is None:
+            raise
         raise _no_cluster(address) from None
     try:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
@@ -102,7 +104,7 @@ def _refuse_dead(address: str) -> None:
         raise _no_cluster(address) from None
 
 
-def _no_cluster(address: str | None) -> UserError:
+def _no_cluster(address: str) -> UserError:
     return UserError(f"--address: {address!r} is not the address of a Ray cluster that runs; allowed: host:port, auto")
 
 
@@ -173,7 +175,7 @@ class Engine:
         if not room:
             raise UserError(
                 f"gpus_per_run: {self.gpus:g} and cpus_per_run: {self.cpus} are more than any node has; allowed: what "
-                f"fits into one of the nodes, which have {there.get('GPU', 0):g} GPUs and {there['CPU']:g} CPUs in all"
+                f"fits into one node, of {there.get('GPU', 0):g} GPUs and {there.get('CPU', 0):g} CPUs on all of them"
             )
         self.jobs = jobs_of(work, room)
         self._scores = {each.name: each for each in work if each.recipe == "score"}
@@ -290,9 +292,8 @@ def _attempt(arguments: list[str], folder: str, environment: dict[str, str], log
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the launcher and its rank; a run may be killed at any moment
             process.wait()
-    return (
-        process.returncode - 256 if process.returncode > 128 else process.returncode
-    )  # the launcher passes -9 on as 247
+    status = process.returncode
+    return status - 256 if status > 128 else status  # the launcher passes its rank's -9 on as 247
 
 
 def _crash(job: Job, status: int) -> str:
@@ -349,12 +350,12 @@ class Screen:
             return
         self._refreshed = now
         running = {job.work.name: job for job in self.engine.jobs if job.state == "running"}
-        rows = [(job, *_where(job.work), self._rate(job.work, now)) for job in running.values()]
+        rows = [(job, *_where(job.work)) for job in running.values()]
+        rates = [self._rate(job.work.name, left, now) for job, *_, left in rows]
         waiting = {job.work.name: job.work for job in self.engine.jobs if job.state == "waiting"}
         left = sum(work.steps_left for name, work in waiting.items() if name not in running)
-        left += sum(steps for *_, steps, _ in rows)
-        rate = sum(rate for *_, rate in rows)
-        summary = f"{self._counts()}; {rate:.1f} steps/s, ETA {duration(left, rate)}"
+        left += sum(steps for *_, steps in rows)
+        summary = f"{self._counts()}; {sum(rates):.1f} steps/s, ETA {duration(left, sum(rates))}"
         if not self._live:
             self.console.print(summary)
             return
@@ -364,17 +365,16 @@ class Screen:
             ("attempt", "right"),
         ):  # fmt: skip
             table.add_column(name, justify=side, no_wrap=True)
-        for job, phase, step, last, steps, rate in rows:
+        for (job, phase, step, last, steps), rate in zip(rows, rates, strict=True):
             table.add_row(
                 job.work.name, job.work.config.arm_in_words, words(phase), f"{step:,}/{last:,}", f"{rate:.1f}",
                 duration(steps, rate), str(len(job.logs)),
             )  # fmt: skip
         self._live.update(Group(table, Text(summary)), refresh=True)
 
-    def _rate(self, work: Work, now: float) -> float:
+    def _rate(self, name: str, left: int, now: float) -> float:
         """Steps a second, over the last while."""
-        left = _where(work)[3]
-        window = self._measured.setdefault(work.name, collections.deque())
+        window = self._measured.setdefault(name, collections.deque())
         if window and left > window[-1][1]:  # goes on at a checkpoint
             window.clear()
         window.append((now, left))
@@ -400,7 +400,11 @@ class Screen:
 
 def _where(work: Work) -> tuple[str, int, int, int]:
     """The phase that is trained, its step and last step, and the steps left over all phases, by their curves."""
-    at = [(phase, _step(phase.curve(), first), last) for phase, first, last in work.phases if not phase.done]
+    at = [
+        (phase, _step(phase.curve(), first), last)
+        for phase, first, last in work.phases
+        if first < last and not phase.done
+    ]
     if not at:
         return "", 0, 0, 0
     phase, step, last = next((each for each in reversed(at) if (each[0].path / "curve.jsonl").exists()), at[0])

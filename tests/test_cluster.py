@@ -193,15 +193,16 @@ def test_the_screen_counts_jobs_and_shows_what_runs_and_what_failed(jobs, place,
     assert f"failed: {jobs[2].name} ({jobs[2].work.config.arm_in_words}): the loss is nan\n  log: c.log" in out
 
 
-def test_the_rate_is_that_of_the_last_attempt(jobs):
-    screen, work = Screen(Told(jobs), ""), jobs[1].work
-    level = work.folder.level(0)
-    level.write("curve.jsonl", b'{"step": 2}\n')
-    assert screen._rate(work, 10.0) == 0
-    level.write("curve.jsonl", b'{"step": 8}\n')
-    assert screen._rate(work, 12.0) == 3
-    level.write("curve.jsonl", b'{"step": 4}\n')
-    assert screen._rate(work, 14.0) == 0
+def test_the_rate_is_that_of_the_last_attempt():
+    screen = Screen(Told([]), "")
+    assert [screen._rate("run", left, now) for left, now in ((22, 10), (16, 12), (20, 14), (10, 16))] == [0, 3, 0, 5]
+
+
+def test_what_a_run_has_left_follows_its_curve(jobs):
+    work = jobs[1].work
+    assert cluster._where(work) == ("level_0", 0, 12, 24)
+    work.folder.level(0).write("curve.jsonl", b'{"step": 8}\n{"st')
+    assert cluster._where(work) == ("level_0", 8, 12, 16)
 
 
 def test_a_sweep_that_is_finished_starts_nothing(grid, capsys):
@@ -229,7 +230,7 @@ def test_an_interrupted_sweep_leaves_no_process_and_the_same_command_goes_on(gri
         assert err == "interrupted: 0 of 2 are done; the same command goes on\n"
         assert trainers(place) == []
     process = start(path, "cpus=2", *LONGER)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
     assert "0 running, 2 done, 0 failed, 0 waiting" in out
     assert len(list(Path("runs/sweep-logs").glob("*/replicate_0/attempt_*.log"))) == 3
@@ -243,7 +244,7 @@ def test_a_crash_is_tried_again_and_a_failure_is_told_once_and_stops_no_other(gr
     process = start(path, "cpus=2")
     for launched in wait_for(lambda: [p for p in trainers(place) if "train.lr=0.1" in p.cmdline()], process):
         launched.kill()
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 1, out + err
     assert out.count("killed by signal 9; starts again, from the last step saved; log: ") == 1
     assert "0 running, 1 done, 1 failed, 0 waiting" in out
@@ -283,7 +284,7 @@ def test_a_node_killed_in_the_middle_leaves_the_bits_of_a_serial_run(grid, place
         wait_for(trains, process)
         for each in [raylet, *raylet.children()]:  # not what the workers started
             each.kill()
-        out, err = process.communicate(timeout=500)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == 0, out + err
         assert out.count("starts again, from the last step saved") == 1, out
     finally:
