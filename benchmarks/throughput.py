@@ -35,7 +35,7 @@ def replicate(arguments: argparse.Namespace, barrier: Barrier, results: multipro
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
     clock = Together(arguments.warmup, arguments.warmup + arguments.steps, arguments.device, barrier)
-    Workload(arguments.depth, device=arguments.device).train(clock.last, [clock])
+    Workload(arguments.depth, device=arguments.device, examples=50_000).train(clock.last, [clock])
     results.put((*clock.times.values(), psutil.Process().memory_info().rss / 2**20))
 
 

@@ -6,12 +6,13 @@ change a result, is hashed to the run id; see `Config.identity`.
 
 import collections
 import difflib
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -196,6 +197,14 @@ class Config(Section):
         return self.experiment or self.dataset.name
 
     @property
+    def arm_in_words(self) -> str:
+        """Such as `random 2048, t_r = 200, 10 % noise`."""
+        size = f" {self.subset_size}" if self.subset_size is not None else ""
+        steps = f", t_r = {self.rewind_steps}" if self.arm != "init" else ""
+        noise = f", {100 * self.label_noise:g} % noise" if self.label_noise else ""
+        return f"{self.arm}{size}{steps}{noise}"
+
+    @property
     def model_name(self) -> str:
         return f"ResNet-{self.model.depth}" + (f" width {self.model.width}" if self.model.width != 16 else "")
 
@@ -284,42 +293,77 @@ DEFAULTS = _defaults(Config)
 """Dotted key to frozen default of every field (None: it has none)."""
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+Layer = tuple[str, dict[str, Any]]
+"""A tree of settings, and where it is from."""
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), layers: Iterable[Layer] = ()) -> Config:
     """Read, merge and validate a configuration.
 
     Args:
         path: A YAML file; its `base:` is a path relative to it, and is read first.
         overrides: `key.sub=value`, the value in YAML.
+        layers: What is merged over the file before the overrides are, in order.
 
     Raises:
         UserError: With a sentence naming file, key, value and what is allowed.
     """
     tree, origin = _read(Path(path), ())
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")) or key.count(".") >= _MOST_DEEP:
-            raise UserError(f"command line: {_short(override)} is not an override; allowed: key.sub=value")
-        value = _parse(text, f"command line: {key}")
-        if _ends_in_comment(text):
-            raise UserError(
-                f"command line: {key}: {_short(text)} ends in a comment, for YAML; allowed: quotes within quotes, "
-                f"as in {key}='\"...\"'"
-            )
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        tree, origin = _merge(tree, origin, value, "command line")
+    for where, layer in [*layers, *(("command line", nested(*override(text))) for text in overrides)]:
+        tree, origin = _merge(tree, origin, layer, where)
+    config = validate(Config, tree, origin, str(path))
+    _check(config, functools.partial(_problem, origin, str(path)))
+    return config
 
-    def problem(key: str, value: Any, allowed: str) -> UserError:
-        where = next((origin[k] for k in _upwards(key) if k in origin), str(path))
-        return UserError(f"{where}: {key}: {_short(value)} is not allowed; {allowed}")
 
+def override(text: str) -> tuple[str, Any]:
+    """Key and value of a `key.sub=value`.
+
+    Raises:
+        UserError: If it is none, or the value is no YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")) or key.count(".") >= _MOST_DEEP:
+        raise UserError(f"command line: {short(text)} is not an override; allowed: key.sub=value")
+    parsed = parse(value, f"command line: {key}")
+    if _ends_in_comment(value):
+        raise UserError(
+            f"command line: {key}: {short(value)} ends in a comment, for YAML; allowed: quotes within quotes, "
+            f"as in {key}='\"...\"'"
+        )
+    return key, parsed
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """`{"a": {"b": 1}}` of `"a.b", 1`."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def validate(section: type[AnySection], tree: dict[str, Any], origin: dict[str, str], path: str) -> AnySection:
+    """A section of a tree.
+
+    Args:
+        section: Its class.
+        tree: What was read.
+        origin: Dotted key to where it is from.
+        path: Of the file, for keys that have no origin.
+
+    Raises:
+        UserError: With a sentence naming file, key, value and what is allowed.
+    """
     try:
-        config = Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as errors:
         unknown = [error for error in errors.errors() if error["type"] == "extra_forbidden"]
-        raise _sentence([*unknown, *errors.errors()][0], origin, str(path), problem) from None
-    _check(config, problem)
-    return config
+        raise _sentence([*unknown, *errors.errors()][0], origin, path) from None
+
+
+def _problem(origin: dict[str, str], path: str, key: str, value: Any, allowed: str) -> UserError:
+    where = next((origin[k] for k in _upwards(key) if k in origin), path)
+    return UserError(f"{where}: {key}: {short(value)} is not allowed; {allowed}")
 
 
 def _upwards(key: str) -> Iterable[str]:
@@ -327,12 +371,13 @@ def _upwards(key: str) -> Iterable[str]:
     return (".".join(parts[:n]) for n in range(len(parts), 0, -1))
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """As it is quoted in a sentence."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _sentence(error: dict, origin: dict[str, str], path: str, problem: Callable[..., UserError]) -> UserError:
+def _sentence(error: dict, origin: dict[str, str], path: str) -> UserError:
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0.5)
@@ -344,9 +389,9 @@ def _sentence(error: dict, origin: dict[str, str], path: str, problem: Callable[
     if error["type"] == "missing":
         return UserError(f"{path}: {key} is missing; give it here, in the base file or as {key}=... after the file")
     if error["type"] in ("model_type", "model_attributes_type"):
-        return problem(key, error["input"], f"allowed: a section of keys below {key}:")
+        return _problem(origin, path, key, error["input"], f"allowed: a section of keys below {key}:")
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "allowed:")
-    return problem(key, error["input"], message)
+    return _problem(origin, path, key, error["input"], message)
 
 
 def _check(config: Config, problem: Callable[..., UserError]) -> None:
@@ -408,7 +453,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     keys = (loader.construct_object(key, deep=True) for key, _ in node.value)
     for key, count in collections.Counter(key for key in keys if isinstance(key, Hashable)).items():
         if count > 1:
-            raise _not_here(f"the key {_short(key)} stands twice", node.start_mark)
+            raise _not_here(f"the key {short(key)} stands twice", node.start_mark)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -422,7 +467,12 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
-def _parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> Any:
+    """Safe YAML.
+
+    Raises:
+        UserError: If it is none; `where` is its subject.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, TypeError) as error:
@@ -437,7 +487,16 @@ def _ends_in_comment(text: str) -> bool:
     return "#" in (text[value.end_mark.index :] if value else text)
 
 
-def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict, dict[str, str]]:
+def read_tree(path: Path, named: str = "") -> dict[str, Any]:
+    """Keys and values of a YAML file.
+
+    Args:
+        path: Of the file.
+        named: Where its name stands, for the sentence.
+
+    Raises:
+        UserError: If it cannot be read or holds something else.
+    """
     try:
         with open(path, "rb") as file:
             content = file.read(_MOST_BYTES + 1)
@@ -446,16 +505,20 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict, dict[str, str]]
         text = content.decode()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not text of up to {_MOST_BYTES:,} bytes"
-        named = f", the base of {children[-1]}," if children else ""
         raise UserError(f"{path}{named} cannot be read: {reason}") from None
-    tree = _parse(text, str(path))
+    tree = parse(text, str(path))
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise UserError(f"{path}: not a configuration; allowed: keys and values, as in yamls/cifar10_all.yaml")
+    return tree
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict, dict[str, str]]:
+    tree = read_tree(path, f", the base of {children[-1]}," if children else "")
     base = tree.pop("base", None)
     if base is None:
         return _merge({}, {}, tree, str(path))
     if not isinstance(base, str) or _NOT_TEXT.search(base):
-        raise UserError(f"{path}: base: {_short(base)} is not allowed; allowed: a path relative to this file")
+        raise UserError(f"{path}: base: {short(base)} is not allowed; allowed: a path relative to this file")
     if path.resolve() in [child.resolve() for child in children]:
         raise UserError(f"{path}: base: {base!r} is not allowed; the files are each other's base")
     return _merge(*_read(path.parent / base, (*children, path)), tree, str(path))

@@ -165,9 +165,9 @@ class Screen:
         if row["state"] == "training" and row.get("rate") and now - self._lines.get(name, 0) >= self.every:
             self._lines[name] = now
             pace = f"step {row['step']}/{row['last']}  {row['rate']:.1f} steps/s"
-            level_left = _duration(row["last"] - row["step"], row["rate"])
+            level_left = duration(row["last"] - row["step"], row["rate"])
             line = _line(name, row["phase"], row["weights"])
-            self.console.print(f"{line}  {pace}  ETA phase {level_left}, run {_duration(left, row['rate'])}")
+            self.console.print(f"{line}  {pace}  ETA phase {level_left}, run {duration(left, row['rate'])}")
 
     def _table(self, rows: list[tuple[Notice, int]]) -> Group:
         table = Table(title=self.title, title_justify="left", expand=False)
@@ -177,24 +177,24 @@ class Screen:
         ):  # fmt: skip
             table.add_column(name, justify=side, no_wrap=name != "test accuracy of what is done, %")
         for row, _ in sorted(rows, key=lambda pair: _place(pair[0]["name"])):
-            name = _words(row["name"])
+            name = words(row["name"])
             accuracies = " ".join(f"{accuracy:.1f}" for _, accuracy in row.get("results", {}).values())
             if row["state"] != "training":
                 table.add_row(name, row["state"], "", "", "", "", accuracies)
                 continue
             rate, step, last = row["rate"], row.get("step", 0), row.get("last", 0)
             table.add_row(
-                name, _words(row["phase"]), f"{row['weights']:.1f} %", f"{step:,}/{last:,}",
-                f"{rate:.1f}" if rate else "", _duration(last - step, rate), accuracies,
+                name, words(row["phase"]), f"{row['weights']:.1f} %", f"{step:,}/{last:,}",
+                f"{rate:.1f}" if rate else "", duration(last - step, rate), accuracies,
             )  # fmt: skip
         rates = [(left, row["rate"]) for row, left in rows if row["state"] == "training" and row.get("rate")]
         if all(row["state"] in ("done", "failed") for row, _ in rows):
             return Group(table)
         slowest = max((left / rate for left, rate in rates), default=None)
-        return Group(table, Text(f"ETA of the run {'?' if slowest is None else _duration(slowest, 1)}"))
+        return Group(table, Text(f"ETA of the run {'?' if slowest is None else duration(slowest, 1)}"))
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
     """`level_1` as `level 1`."""
     return name.replace("_", " ")
 
@@ -206,26 +206,28 @@ def _place(name: str) -> tuple[str, int]:
 
 
 def _line(name: str, phase: str, weights_remaining_percent: float) -> str:
-    return f"{_words(name)}  {_words(phase):<8}  {weights_remaining_percent:5.1f} % of weights"
+    return f"{words(name)}  {words(phase):<8}  {weights_remaining_percent:5.1f} % of weights"
 
 
-def _duration(steps: float, rate: float | None) -> str:
+def duration(steps: float, rate: float | None) -> str:
+    """Of some steps at so many a second."""
     return str(datetime.timedelta(seconds=round(steps / rate))) if rate else "?"
 
 
 def steps_left(run: Run, replicate: Replicate) -> int:
     """Steps that a replicate has yet to train, counted from its checkpoints."""
-    return sum(last - _start(phase, first) for phase, first, last in _phases(run, replicate) if not phase.done)
+    return sum(last - start(phase, first) for phase, first, last in phases(run, replicate) if not phase.done)
 
 
-def _phases(run: Run, replicate: Replicate) -> list[tuple[Phase, int, int]]:
-    """Every phase of a replicate with its first and last step."""
+def phases(run: Run, replicate: Replicate) -> list[tuple[Phase, int, int]]:
+    """Every phase of a replicate, with its first and last step."""
     first, last = run.config.rewind_steps, run.config.train.steps
     levels = range(run.config.prune.levels + 1)
     return [(replicate.pretrain, 0, first), *((replicate.level(level), first, last) for level in levels)]
 
 
-def _start(phase: Phase, first: int) -> int:
+def start(phase: Phase, first: int) -> int:
+    """The step that a phase that is not done goes on at."""
     checkpoint = phase.checkpoint()
     return checkpoint[1] if checkpoint else first
 
@@ -233,7 +235,7 @@ def _start(phase: Phase, first: int) -> int:
 def scoring_steps_left(folder: ScoreFolder) -> int:
     """Steps that the networks of a scores artifact have yet to train, counted from their checkpoints."""
     last = folder.config.scores.steps
-    return sum(last - _start(network, 0) for network in folder.networks() if not network.done)
+    return sum(last - start(network, 0) for network in folder.networks() if not network.done)
 
 
 def plan_scores(folder: ScoreFolder) -> str:
@@ -244,13 +246,13 @@ def plan_scores(folder: ScoreFolder) -> str:
     if folder.done:
         return f"{lines[0]}  done"
     for network in folder.networks():
-        lines.append(f"  {_words(network.name):<10} steps 0 to {last}  {_state(network, 0)}")
+        lines.append(f"  {words(network.name):<10} steps 0 to {last}  {_state(network, 0)}")
     return "\n".join([*lines, f"scores: {scoring_steps_left(folder):,} steps to train"])
 
 
 def _state(phase: Phase, first: int) -> str:
-    start = _start(phase, first)
-    return "done" if phase.done else f"goes on at step {start}" if start > first else "to do"
+    step = start(phase, first)
+    return "done" if phase.done else f"goes on at step {step}" if step > first else "to do"
 
 
 def plan(run: Run, scores: ScoreFolder | None = None) -> str:
@@ -259,10 +261,10 @@ def plan(run: Run, scores: ScoreFolder | None = None) -> str:
     lines += [f"{run.path}: {run.config.model_name}, arm {run.config.arm}, run id {run.config.run_id()}"]
     for replicate in run.replicates():
         lines.append(f"replicate {replicate.index}: {steps_left(run, replicate):,} steps to train")
-        for number, (phase, first, last) in enumerate(_phases(run, replicate)):
+        for number, (phase, first, last) in enumerate(phases(run, replicate)):
             weights = 100 * (1 - run.config.prune.fraction) ** max(number - 1, 0)
             state = _state(phase, first)
-            lines.append(f"  {_words(phase.name):<9} {weights:>5.1f} % of weights  steps {first} to {last}  {state}")
+            lines.append(f"  {words(phase.name):<9} {weights:>5.1f} % of weights  steps {first} to {last}  {state}")
     total = sum(steps_left(run, replicate) for replicate in run.replicates())
     total += scoring_steps_left(scores) if scores else 0
     return "\n".join([*lines, f"total: {total:,} steps to train"])

@@ -6,14 +6,12 @@ says what this process is.
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import functools
 import logging
 import os
 import shlex
 import shutil
-import signal
 import sys
 import traceback
 import warnings
@@ -27,18 +25,16 @@ from lth_diet.errors import Parser, UserError, tell
 from lth_diet.label_noise import noisy_labels
 from lth_diet.phases import AnotherProcessError
 from lth_diet.ranks import Board, Ranks
-from lth_diet.runs import Replicate, Run, ScoreFolder, load_scores
-
-_PR_SET_PDEATHSIG = 1
+from lth_diet.runs import Replicate, Run, ScoreFolder, load_scores, scores_to_make
 
 
-def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
-    """The command line of a recipe: file, overrides, plan."""
+def parser(description: str) -> Parser:
+    """Of the command line of a recipe: file, overrides, plan."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-f", "--file", required=True, help="configuration, such as yamls/cifar10_all.yaml")
     parser.add_argument("--plan", action="store_true", help="print what would run and what exists already, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as prune.levels=3 replicates=[0,1]")
-    return parser.parse_intermixed_args(argv)
+    return parser
 
 
 def imp(argv: Sequence[str] | None, description: str, report: Callable[[Run], None]) -> int:
@@ -57,10 +53,11 @@ def imp(argv: Sequence[str] | None, description: str, report: Callable[[Run], No
         config, only_plan = _read(argv, description)
         _refuse_what_these_ranks_cannot(config, ranks)
         run = Run(config, ranks.size)
-        scores = _scores_to_make(run)
+        scores = scores_to_make(run)
         if only_plan:
             print(display.plan(run, scores))
             return 0
+        ranks.end_with_launcher()
         _prepare(config)
         run.create()
         if scores:
@@ -108,6 +105,7 @@ def score(argv: Sequence[str] | None, description: str) -> int:
         if only_plan:
             print(display.plan_scores(folder))
             return 0
+        ranks.end_with_launcher()
         _prepare(config)
         folder.create()
     except (UserError, OSError) as error:
@@ -124,7 +122,7 @@ def score(argv: Sequence[str] | None, description: str) -> int:
 
 def _read(argv: Sequence[str] | None, description: str) -> tuple[Config, bool]:
     """The configuration, and whether only its plan is asked for."""
-    arguments = parse(argv, description)
+    arguments = parser(description).parse_intermixed_args(argv)
     return configuration.load(arguments.file, arguments.overrides), arguments.plan
 
 
@@ -142,15 +140,6 @@ def _refuse_what_these_ranks_cannot(config: Config, ranks: Ranks) -> None:
         )
 
 
-def _scores_to_make(run: Run) -> ScoreFolder | None:
-    """The scores of the arm, if no file was named; None too if pre-training is done and has no more need of them."""
-    config = run.config
-    if not config.needs_scores or config.scores.file is not None:
-        return None
-    folder = ScoreFolder(config)
-    return folder if folder.done or not all(replicate.pretrain.done for replicate in run.replicates()) else None
-
-
 def _prepare(config: Config) -> None:
     """Decode the data now, if there is no cache yet, and refuse what only data and machine can tell."""
     data = datasets.load(config.dataset.name, config.dataset.root)
@@ -162,8 +151,6 @@ def _prepare(config: Config) -> None:
 def _begin(config: Config, ranks: Ranks) -> Board:
     """What every launch does once its input is known to be good."""
     _be_quiet()
-    if ranks.size > 1:
-        _end_with_the_launcher()
     os.environ.update({key: str(config.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
     board = ranks.board()
     import torch
@@ -186,12 +173,6 @@ def _refuse_what_this_machine_cannot(config: Config) -> None:
         raise UserError(
             "compile: True is not allowed without a C++ compiler; allowed: False, or one in CXX or the PATH"
         )
-
-
-def _end_with_the_launcher() -> None:
-    """Ranks that outlive a killed launcher would hold their replicates against the next launch (Linux only)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _score(folder: ScoreFolder, ranks: Ranks, board: Board, replicates: Sequence[Replicate] = ()) -> bool:

@@ -1,10 +1,12 @@
 """The processes of one launch: who this one is, which replicates are its own, and what the ranks tell each other."""
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -13,7 +15,21 @@ from lth_diet.errors import UserError
 
 Item = TypeVar("Item")
 _VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up now: a forked process may not
+_PR_SET_PDEATHSIG = 1
 _TIMEOUT = datetime.timedelta(hours=1)
+
+
+def end_with_parent(parent: int | None = None) -> None:
+    """Have the system kill this process when the one that started it ends, however it ends (Linux only).
+
+    Args:
+        parent: Its process id, to end at once if it is gone already.
+    """
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +57,11 @@ class Ranks:
                 raise UserError(f"{key}: {os.environ[key]!r} is not allowed; allowed: what a launcher sets") from None
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         return cls(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], address, number["MASTER_PORT"])
+
+    def end_with_launcher(self) -> None:
+        """Ranks that outlive a killed launcher would hold their replicates against the next launch."""
+        if "WORLD_SIZE" in os.environ:
+            end_with_parent()
 
     def deal(self, items: Sequence[Item]) -> list[Item]:
         """This rank's share."""

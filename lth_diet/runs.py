@@ -298,6 +298,15 @@ class ScoreFolder(_Folder):
         return found
 
 
+def scores_to_make(run: Run) -> ScoreFolder | None:
+    """The scores of the arm, if no file was named; None too if pre-training is done and has no more need of them."""
+    config = run.config
+    if not config.needs_scores or config.scores.file is not None:
+        return None
+    folder = ScoreFolder(config)
+    return folder if folder.done or not all(replicate.pretrain.done for replicate in run.replicates()) else None
+
+
 def load_scores(config: Config, labels: np.ndarray) -> Scores:
     """The scores that an easy or hard arm chooses by; arguments and errors as of `ScoreFolder.load`."""
     if config.scores.file is None:

@@ -82,7 +82,7 @@ def train(
         test_accuracy_percent, test_loss, steps, seconds (of this attempt), timestamp (ms).
 
     Raises:
-        TrainingError: If the loss is not finite.
+        TrainingError: If the loss is not finite, a checkpoint cannot be written or the network cannot be compiled.
     """
     resume = phase.checkpoint()
     if dist.get_global_rank() == 0:
@@ -122,7 +122,8 @@ def train(
     try:
         loader.clock = lambda: int(trainer.state.timestamp.batch)
         progress.step_from(resume[1] if resume else schedule.first, schedule.last)
-        trainer.fit()
+        with _compiling(phase) if config.compile else contextlib.nullcontext():
+            trainer.fit()
         return {
             **_measured(trainer.state),
             "steps": schedule.last - schedule.first,
@@ -155,6 +156,20 @@ def _precision(config: Config) -> str:
 
 def _compile_options() -> dict[str, str]:
     return {"mode": "reduce-overhead"} if device() == "gpu" else {}
+
+
+@contextlib.contextmanager
+def _compiling(phase: Phase) -> Iterator[None]:
+    from torch._dynamo.exc import TorchDynamoException  # takes a second
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"{phase.path}: PyTorch {torch.__version__} cannot compile this network on this machine ({reason}); "
+            "try another number of threads, or compile=false"
+        ) from None
 
 
 def _measured(state: State) -> dict[str, float]:

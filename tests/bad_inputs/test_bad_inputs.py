@@ -20,11 +20,12 @@ from lth_diet import config, datasets, masks, runs, tracking
 from lth_diet.masks import Mask
 from lth_diet.models import ResNet
 from lth_diet.runs import Run
-from recipes import imp, score
+from recipes import imp, score, sweep
 
 COMMANDS = {
     "imp": (imp.main, ["recipes/imp.py"]),
     "score": (score.main, ["recipes/score.py"]),
+    "sweep": (sweep.main, ["recipes/sweep.py"]),
     "masks": (masks.main, ["-m", "lth_diet.masks"]),
     "tracking": (tracking.main, ["-m", "lth_diet.tracking"]),
     "runs": (runs.main, ["-m", "lth_diet.runs"]),

@@ -74,8 +74,9 @@ def plan():
 
 @pytest.mark.parametrize(("number", "moment", "call", "signal"), plan())
 def test_a_killed_run_ends_with_the_same_bits(
-    victims, reference, tiny, place, monkeypatch, number, moment, call, signal
+    victims, reference, tiny, place, monkeypatch, record_property, number, moment, call, signal
 ):
+    record_property("fault", (moment, signal))
     path = tiny("easy")
     if moment == "while building the data cache":
         monkeypatch.setenv("LTH_DIET_CACHE", str(place / "cache"))

@@ -45,7 +45,10 @@ def references(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("parallelism", "who", "kind", "level"), plan())
-def test_a_launch_that_lost_a_rank_ends_with_the_same_bits(references, tiny, parallelism, who, kind, level):
+def test_a_launch_that_lost_a_rank_ends_with_the_same_bits(
+    references, tiny, record_property, parallelism, who, kind, level
+):
+    record_property("fault", (f"{who} of two, parallelism: {parallelism}", kind))
     reference = references(parallelism)
     command = [tiny(), *LONGER, f"parallelism={parallelism}"]
     process = start(*command, ranks=2)
