@@ -2,10 +2,10 @@ import time
 
 import pytest
 import torch
-from composer import Algorithm, Event
+from composer import Algorithm, Event, Trainer
 
 from lth_diet import config, datasets, training
-from lth_diet.algorithms import Rewind
+from lth_diet.algorithms import ApplyMask, Rewind
 from lth_diet.display import Progress
 from lth_diet.loader import EvaluationLoader, Loader
 from lth_diet.models import classifier
@@ -129,6 +129,20 @@ def test_a_closed_trainer_is_not_kept_alive(train):
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_the_steps_are_those_of_composers_own_trainer_bit_for_bit(train, phase, monkeypatch):
+    ours, plain = (classifier(8, 10, width=2, channels=1, seed=1) for _ in range(2))
+    curves = []
+    for model, trainer in ((ours, training._Trainer), (plain, Trainer)):
+        monkeypatch.setattr(training, "_Trainer", trainer)
+        mask = {"conv1.weight": torch.arange(18).view(2, 1, 3, 3) % 2 == 0}
+        train(training.Schedule(0, 8, 0.1, (5,)), [ApplyMask(mask)], ["intervals.log=1"], model)
+        curves.append([{**row, "timestamp": 0} for row in phase.curve()])
+        phase._keep_only_checkpoint(None)
+    assert curves[0] == curves[1] and len(curves[0]) == 9
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[name]), name
 
 
 def test_losses_are_read_from_the_device_at_an_interval_and_not_at_every_step(train, monkeypatch):

@@ -1,0 +1,48 @@
+"""The benchmarks run, on networks too small to tell anything, and write what they measured."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+pytestmark = pytest.mark.integration
+
+
+def figures(place, name, *arguments):
+    command = [sys.executable, str(ROOT / f"benchmarks/{name}.py"), "-o", "figures.json", *arguments]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((place / "figures.json").read_text())
+    assert {"command", "hardware", "cores", "python", "torch", "composer"} <= set(found)
+    return found
+
+
+def test_step_time_has_every_contender_and_repeat(place):
+    small = ("--depth", "8", "--batch-size", "8", "--warmup", "1", "--steps", "2", "--repeats", "2")
+    found = figures(place, "step_time", *small)
+    assert set(found["milliseconds"]) == {"ours", "composer, 0 workers", "composer, 2 workers", "bare"}
+    assert all(len(times) == 2 and min(times) > 0 for times in found["milliseconds"].values())
+
+
+def test_the_parts_of_the_breakdown_are_the_step(place):
+    found = figures(place, "breakdown", "--warmup", "2", "--steps", "20")
+    parts = found["milliseconds"]
+    assert sum(parts.values()) == pytest.approx(found["step"], rel=0.02)
+    arithmetic = parts["forward"] + parts["backward"] + parts["optimizer"]
+    assert found["overhead"] == pytest.approx(sum(parts.values()) - arithmetic)
+    assert all(parts[part] > 0 for part in ("data", "Algorithms", "callbacks", "Composer's events", "the rest"))
+    assert found["evaluation_seconds"] > 0
+
+
+def test_throughput_counts_the_steps_of_all_processes(place):
+    found = figures(place, "throughput", "--depth", "8", "--warmup", "1", "--steps", "3", "--most", "2")
+    assert [row["replicates"] for row in found["rows"]] == [1, 2]
+    assert all(row["steps_a_second"] > 0 and row["mebibytes"] > 100 for row in found["rows"])
+
+
+def test_scaling_has_every_level(place):
+    found = figures(place, "scaling")
+    assert len(found["seconds_a_level"]) == 20
+    assert set(found["replicates"]) == {"1", "2", "4"} and set(found["batch"]) == {"10000", "50000", "180000"}
