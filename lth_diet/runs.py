@@ -132,6 +132,11 @@ def _number(path: Path) -> int:
     return int(path.name.partition("_")[2])
 
 
+def _whole(identity: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has it; a field that did not exist when a run was made had its default."""
+    return json.loads(json.dumps(DEFAULTS | identity))
+
+
 class _Folder:
     """A folder whose config.json tells what made it; nothing is written until `create`.
 
@@ -165,9 +170,7 @@ class _Folder:
             raise UserError(f"{error}; move it away or choose other runs=...") from None
 
     def _check(self, about: dict[str, Any]) -> None:
-        # a field that did not exist when the run was made had its default
-        identities = (about["identity"], self._about["identity"])
-        there, mine = (json.loads(json.dumps(DEFAULTS | identity)) for identity in identities)
+        there, mine = _whole(about["identity"]), _whole(self._about["identity"])
         for key in sorted({*there, *mine}):
             if there.get(key) != mine.get(key):
                 raise UserError(
@@ -293,7 +296,8 @@ class ScoreFolder(_Folder):
             found = scores.load(self.path / "scores.safetensors", labels)
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from None
-        if found.manifest.get("identity") != json.loads(json.dumps(self.config.scores_identity())):
+        there = found.manifest.get("identity")
+        if not isinstance(there, dict) or _whole(there) != _whole(self.config.scores_identity()):
             raise UserError(f"{self.path}: scores that another configuration made; {remedy}")
         return found
 

@@ -12,7 +12,7 @@ from lth_diet.display import Progress
 from lth_diet.errors import UserError
 from lth_diet.ingredients import Ingredients
 from lth_diet.loader import EvaluationLoader
-from lth_diet.phases import held, read_json
+from lth_diet.phases import held, read_json, write_json
 from lth_diet.runs import ScoreFolder
 from lth_diet.scoring import Scoring, probabilities, training
 
@@ -120,6 +120,17 @@ def test_scores_that_another_configuration_made_are_refused_with_a_remedy(scorin
         shutil.copy(made.folder.path / name, other.folder.path)
     with pytest.raises(UserError, match=r"scores that another configuration made; delete .*manifest\.json"):
         other.folder.load(labels)
+
+
+def test_scores_made_before_a_setting_existed_are_taken_at_its_default(scoring):
+    made = scoring()
+    made.run()
+    path = made.folder.path / "manifest.json"
+    manifest = read_json(path)
+    del manifest["identity"]["compile"]
+    write_json(path, manifest)
+    labels = Ingredients(made.config, "all").noisy.train.labels
+    assert len(made.folder.load(labels).el2n) == 2
 
 
 def test_many_processes_may_create_one_folder_at_once(scoring):
