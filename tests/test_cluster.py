@@ -8,7 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from helpers import ROOT, TINY
+from jsonschema import ValidationError
 from rich.console import Console
 from test_recipes import bits
 
@@ -291,3 +293,14 @@ def test_a_node_killed_in_the_middle_leaves_the_bits_of_a_serial_run(grid, place
         nodes.shutdown()
     assert bits("runs") == bits("serial")
     assert list(verify(Path("runs"))) == [] and len(folders(Path("runs"))[0]) == 3
+
+
+def test_the_cluster_file_is_one_for_ray_up():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    cluster = yaml.safe_load((ROOT / "yamls/clusters/aws.yaml").read_text())
+    validate_config(prepare_config(cluster))
+    with pytest.raises(ValidationError, match="clustername"):
+        validate_config(prepare_config({**cluster, "clustername": "x"}))
+    assert cluster["available_node_types"]["gpus"]["min_workers"] == cluster["max_workers"]
+    assert "ray up -y yamls/clusters/aws.yaml" in (ROOT / "README.md").read_text()
