@@ -8,7 +8,6 @@ and margins are in percentage points.
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from analysis.arms import Arm
 from lth_diet.errors import Parser, UserError, tell
-from lth_diet.tracking import tracking_uri
+from lth_diet.tracking import tracking_uri, without_secrets
 
 COLUMNS = {
     "dataset": str,
@@ -90,12 +89,15 @@ def store(tracking_uri: str, experiment: str | None) -> tuple[MlflowClient, list
         client = MlflowClient(tracking_uri)
         found = {one.name: one.experiment_id for one in client.search_experiments()}
     except (MlflowException, SQLAlchemyError, ValueError) as error:  # a ValueError: of an address that is none
-        reason = str(error).splitlines()[0].partition(" with exception")[0][:200]
-        text = f"the MLflow store {tracking_uri} cannot be read: {reason}"
-        raise UserError(re.sub(r"//[^/@]*@", "//", text)) from None  # without what is secret in the address
+        raise UserError(f"the MLflow store {without_secrets(tracking_uri)} cannot be read: {_reason(error)}") from None
     if experiment is not None and experiment not in found:
         raise UserError(f"no experiment {experiment!r} in the MLflow store; allowed: {', '.join(found)}")
     return client, [found[experiment]] if experiment is not None else list(found.values())
+
+
+def _reason(error: Exception) -> str:
+    """Why a store cannot be read, without the password that its address may hold."""
+    return without_secrets(str(error).splitlines()[0].partition(" with exception")[0])[:200]
 
 
 def search(client: MlflowClient, experiments: list[str], query: str) -> list[Run]:
@@ -259,6 +261,8 @@ def one_sentence(command: Callable[[Sequence[str] | None], int]) -> Callable[[Se
         )  # a server that is not there: seconds, not minutes
         try:
             return command(argv)
+        except (MlflowException, SQLAlchemyError) as error:  # of a server that went away
+            return tell(UserError(f"the MLflow store cannot be read any more: {_reason(error)}"))
         except UserError as error:
             return tell(error)
 

@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ from lth_diet.label_noise import noisy_labels
 from lth_diet.phases import AnotherProcessError
 from lth_diet.ranks import Board, Ranks
 from lth_diet.runs import Replicate, Run, ScoreFolder, load_scores, scores_to_make
+
+RESPITE = 20
+"""How many times as long as a failed attempt to reach MLflow took, there is no other."""
 
 
 def parser(description: str) -> Parser:
@@ -188,6 +192,7 @@ def _score(folder: ScoreFolder, ranks: Ranks, board: Board, replicates: Sequence
     others = [number for number in networks if number not in mine]
     try:
         Scoring(folder.config, progress, track, [*mine, *others]).run()
+        track.finish()
     except Exception as error:
         reason = _reason(error)
         for name in [name for name, row in progress.rows.items() if row["state"] != "done"]:
@@ -214,6 +219,7 @@ def _train(run: Run, replicates: list[Replicate], ranks: Ranks, board: Board) ->
         try:
             with replicate.held() if reports else contextlib.nullcontext():
                 IMP(run.config, replicate, progress, track).run()
+                track.finish()
             progress.end(replicate.name, "done")
             continue
         except AnotherProcessError as error:
@@ -223,6 +229,7 @@ def _train(run: Run, replicates: list[Replicate], ranks: Ranks, board: Board) ->
             if reports:
                 replicate.fail(told.splitlines()[0])
                 track()
+                track.finish()
         failed = True
         progress.end(replicate.name, "failed")
         _tell(progress, f"replicate {replicate.index}", ranks, told)
@@ -250,18 +257,37 @@ def _tell(progress: display.Progress, what: str, ranks: Ranks, reason: str) -> N
 
 
 class Tracker:
-    """Brings MLflow up to date when called; a store that cannot be reached is one warning, not a failure."""
+    """Brings MLflow up to date when called; a store that cannot be reached is one warning, not a failure.
+
+    After a failure, calls do nothing for `RESPITE` times as long as it took, so that a server that does not answer
+    takes little time from training. `finish` makes up for the last of them.
+    """
 
     def __init__(self, sync: Callable[[], None], runs: Path, progress: display.Progress):
         self.sync = sync
         self.runs = runs
         self.progress = progress
         self.warned = False
+        self.owed = False
+        self.not_before = 0.0
 
     def __call__(self) -> None:
+        self.owed = time.monotonic() < self.not_before
+        if not self.owed:
+            self._sync()
+
+    def finish(self) -> None:
+        """At the end: what was put off is put off no more."""
+        if self.owed:
+            self._sync()
+
+    def _sync(self) -> None:
+        self.owed, began = False, time.monotonic()
         try:
             self.sync()
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
+            now = time.monotonic()
+            self.not_before = now + RESPITE * (now - began)
             if not self.warned:
                 self.progress.say(
                     f"warning: MLflow is not up to date ({type(error).__name__}); training goes on, and "
@@ -283,7 +309,7 @@ def _conclude(run: Run) -> None:
 def _be_quiet() -> None:
     """Silence what Composer, PyTorch and MLflow tell their developers; let no request to MLflow hold up training."""
     warnings.filterwarnings("ignore")
-    for name in ("composer", "torch", "alembic"):
+    for name in ("composer", "torch", "alembic", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.update({"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_DISABLE_TELEMETRY": "true"})
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

@@ -24,6 +24,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from lth_diet.errors import Parser, UserError, tell
@@ -34,6 +35,7 @@ from lth_diet.runs import Replicate, folders, read_config
 
 _MOST_METRICS = 1000  # that MLflow takes in one request
 _MOST_PARAMS = 100
+_PATIENCE = 30.0  # seconds, with another process that syncs the same folder
 _LONGEST_FOLDER = 60  # characters, of up to four bytes each
 _ARTIFACTS = ("mask.safetensors", "subset.safetensors", "subset.json", "subset.png", "images.png")  # of a phase
 
@@ -47,7 +49,12 @@ def how_to_look() -> str:
     """What shows the store: a command for a local one, else its address without what is secret in it."""
     if database := _sqlite_file():
         return f"mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}"
-    return re.sub(r"//[^/@]*@", "//", tracking_uri())
+    return without_secrets(tracking_uri())
+
+
+def without_secrets(text: str) -> str:
+    """A text without the names, passwords and options of the addresses in it."""
+    return re.sub(r"(?<=://)\S*@|(?<=\S)\?\S*", "", text)
 
 
 def _sqlite_file() -> Path | None:
@@ -64,7 +71,7 @@ def sync(replicate: Replicate) -> None:
     Raises:
         Exception: Whatever MLflow raises if its store cannot be reached.
     """
-    with _alone():
+    with _only_one_in(replicate.path), _alone():
         _ReplicateSync(MlflowClient(tracking_uri()), replicate).run()
 
 
@@ -74,9 +81,14 @@ def sync_scores(folder: Path) -> None:
     Raises:
         Exception: Whatever MLflow raises if its store cannot be reached.
     """
-    writable = os.access(folder, os.W_OK)  # several ranks make one artifact, but not where they cannot write
-    with FileLock(folder / ".mlflow.lock") if writable else contextlib.nullcontext(), _alone():
+    with _only_one_in(folder), _alone():
         _ScoresSync(MlflowClient(tracking_uri()), folder).run()
+
+
+def _only_one_in(folder: Path) -> contextlib.AbstractContextManager:
+    """Ranks that make one artifact, or training and the command, would each create the runs that are missing."""
+    lock = FileLock(folder / ".mlflow.lock", timeout=_PATIENCE)
+    return lock if os.access(folder, os.W_OK) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -127,23 +139,31 @@ class _Sync:
         self.client = client
         self.config = config
         self.about = read_config(config.parent)
-        experiment = self.about["experiment"]
-        found = client.get_experiment_by_name(experiment)
-        location = _artifact_location(experiment)
-        self.experiment = found.experiment_id if found else client.create_experiment(experiment, location)
+        self.experiment = self._experiment(self.about["experiment"])
         self.name = name
         self.marks = {key: str(value) for key, value in marks.items()}
         self.tags = {key: str(value) for key, value in (tags | marks).items() if value is not None}
 
+    def _experiment(self, name: str) -> str:
+        """Its id."""
+        if found := self.client.get_experiment_by_name(name):
+            return found.experiment_id
+        try:
+            return self.client.create_experiment(name, _artifact_location(name))
+        except MlflowException:
+            found = self.client.get_experiment_by_name(name)
+            if found is None:  # else another process has just made it
+                raise
+            return found.experiment_id
+
     def _parent(self, rows: list[dict[str, Any]], description: str) -> MlflowRun:
         """The run that tells of all phases; its metrics are `rows`."""
         tags = self.tags | {"mlflow.note.content": description}
-        found = list(self._search(" and ".join(f"tags.{key} = '{value}'" for key, value in self.marks.items())))
-        if found and self._contradicts(found[0], rows):  # phases were computed anew, with another result
-            for run in [found[0], *self._search(f"tags.mlflow.parentRunId = '{found[0].info.run_id}'")]:
-                self.client.delete_run(run.info.run_id)
-            found = []
-        run = found[0] if found else self._create(self.name, tags)
+        found = self._only(self._search(self.marks))
+        if found and self._contradicts(found, rows):  # phases were computed anew, with another result
+            self._delete(found)
+            found = None
+        run = found or self._create(self.name, tags, self.marks)
         params = [Param(key, str(value)) for key, value in self.about["identity"].items()]
         for start in range(0, len(params), _MOST_PARAMS):
             self.client.log_batch(run.info.run_id, params=params[start : start + _MOST_PARAMS])
@@ -163,18 +183,17 @@ class _Sync:
         return False
 
     def _phases(self, parent: MlflowRun, phases: Sequence[Phase]) -> None:
-        children = self._search(f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
-        known = {run.data.tags["phase"]: run for run in children}
+        children = self._search(_child_of(parent))
         for phase in phases:
             checkpoint = phase.checkpoint()
-            child = known.get(phase.name)
+            child = self._only([run for run in children if run.data.tags["phase"] == phase.name])
             if (child and child.info.status == "FINISHED") or not (phase.done or checkpoint):
                 continue
             if phase.done and (damaged := phase.damaged()):
                 raise UserError(f"{damaged[0]}: missing or damaged; `python -m lth_diet.runs verify` tells what to do")
             if child is None:
-                tags = self.tags | {"phase": phase.name, "mlflow.parentRunId": parent.info.run_id}
-                child = self._create(f"{self.name}/{phase.name}", tags)
+                marks = _child_of(parent) | {"phase": phase.name}
+                child = self._create(f"{self.name}/{phase.name}", self.tags | marks, marks)
             self._send(child, self._lacking(child, phase.curve(until=None if phase.done else checkpoint[1])))
             if phase.done:
                 self._tag_versions(child, phase.result())
@@ -194,17 +213,33 @@ class _Sync:
         tags = [RunTag(f"version.{name}", version) for name, version in (result.get("versions") or {}).items()]
         self.client.log_batch(run.info.run_id, tags=tags)
 
-    def _create(self, name: str, tags: dict[str, str]) -> MlflowRun:
-        return self.client.create_run(self.experiment, tags=tags, run_name=name)
+    def _create(self, name: str, tags: dict[str, str], marks: dict[str, str]) -> MlflowRun:
+        self.client.create_run(self.experiment, tags=tags, run_name=name)
+        return self._only(self._search(marks))
 
-    def _search(self, query: str) -> Iterator[MlflowRun]:
-        token = None
-        while True:
-            page = self.client.search_runs([self.experiment], query, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
+    def _only(self, runs: Sequence[MlflowRun]) -> MlflowRun | None:
+        """One of those that tell of the same, without the others.
+
+        Requests that were given up and sent again may all be carried out, and copies of a directory know nothing of
+        each other.
+        """
+        first, *others = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id)) or [None]
+        for run in others:
+            self._delete(run)
+        return first
+
+    def _delete(self, parent: MlflowRun) -> None:
+        for run in [*self._search(_child_of(parent)), parent]:
+            self.client.delete_run(run.info.run_id)
+
+    def _search(self, marks: dict[str, str]) -> list[MlflowRun]:
+        """Those with these tags."""
+        query, runs, token = " and ".join(f"tags.{key} = '{value}'" for key, value in marks.items()), [], ""
+        while token is not None:
+            page = self.client.search_runs([self.experiment], query, page_token=token or None)
+            runs += page
+            token = page.token or None
+        return runs
 
     def _lacking(self, run: MlflowRun, rows: list[dict[str, Any]]) -> list[Metric]:
         """The points that MLflow lacks; one is there if its step has its value."""
@@ -321,6 +356,10 @@ class _ScoresSync(_Sync):
         )
 
 
+def _child_of(parent: MlflowRun) -> dict[str, str]:
+    return {"mlflow.parentRunId": parent.info.run_id}
+
+
 def _arm_in_words(about: dict[str, Any]) -> str:
     if about["arm"] == "init":
         return "no pre-training"
@@ -361,6 +400,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         directories, scored = folders(parser.parse_args(argv).runs)
     except (UserError, OSError) as error:
         return tell(error)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # MLflow's seven take minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     status = 0
     for folder in [*scored, *directories]:
         try:

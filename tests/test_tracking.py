@@ -1,12 +1,15 @@
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -241,8 +244,11 @@ def test_a_replicate_that_failed_is_failed_until_it_goes_on(run):
 
 def test_how_to_look_is_a_command_for_a_local_store_and_an_address_without_secrets(monkeypatch, place):
     assert tracking.how_to_look() == f"mlflow ui --backend-store-uri sqlite:///{place.parent}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
-    assert tracking.how_to_look() == "http://host:5000"
+    for secret in ("me:secret@", "me:s@e/c?r#et@", "me@", ""):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{secret}host:5000")
+        assert tracking.how_to_look() == "http://host:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg://me:secret@host/mlflow?password=secret")
+    assert tracking.how_to_look() == "postgresql+psycopg://host/mlflow"
 
 
 SIXTEEN = """
@@ -404,3 +410,94 @@ def test_a_store_whose_making_was_killed_is_made_anew(run, place, monkeypatch):
     tracking.sync(run.replicate(0))
     assert len(stored()) == 2
     assert sorted(path.name for path in place.glob("new*")) == ["new.db", "new.db.lock"]
+
+
+def test_runs_that_tell_of_the_same_become_one(run):
+    replicate, client = run.replicate(0), MlflowClient(tracking.tracking_uri())
+    finish(replicate.level(0), 0, level=0)
+    tracking.sync(replicate)
+    before = stored()
+    for parent in client.search_runs([client.get_experiment_by_name("tiny").experiment_id]):
+        client.create_run(parent.info.experiment_id, tags=parent.data.tags)  # as a request that was sent twice does
+    tracking.sync(replicate)
+    assert stored() == before
+
+
+def test_a_request_that_was_carried_out_twice_leaves_one_run(run, monkeypatch):
+    def twice(client, *args, **kwargs):
+        create(client, *args, **kwargs)
+        return create(client, *args, **kwargs)
+
+    create = MlflowClient.create_run
+    finish(run.replicate(0).level(0), 0, level=0)
+    monkeypatch.setattr(MlflowClient, "create_run", twice)
+    tracking.sync(run.replicate(0))
+    assert len(stored()) == 2
+
+
+def test_an_experiment_that_another_process_has_just_made_is_taken(run, monkeypatch):
+    def late(client, name):
+        first.append(name)
+        return None if len(first) == 1 else get(client, name)
+
+    first, get = [], MlflowClient.get_experiment_by_name
+    finish(run.replicate(0).level(0), 0, level=0)
+    MlflowClient(tracking.tracking_uri()).create_experiment("tiny")
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
+    tracking.sync(run.replicate(0))
+    assert len(stored()) == 2
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """A server that takes requests and answers none of them; a request is given up after a second."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        yield
+
+
+def test_a_server_that_does_not_answer_takes_little_time_and_gets_a_last_try_at_the_end(run, silent, monkeypatch):
+    def sync():
+        tried.append(time.monotonic())
+        tracking.sync(run.replicate(0))
+
+    tried, progress = [], Progress(["replicate_0"], 0)
+    finish(run.replicate(0).level(0), 0, level=0)
+    track = launch.Tracker(sync, run.path.parent, progress)
+    begin = time.monotonic()
+    for _ in range(100):
+        track()
+    assert len(tried) == 1 and time.monotonic() - begin < 5  # two requests of a second, and MLflow's jitter
+    track.finish()
+    assert len(tried) == 2 and len(progress.messages) == 1
+    track.finish()
+    assert len(tried) == 2
+
+
+def test_what_a_server_missed_is_sent_once_its_respite_is_over(run, monkeypatch):
+    def sync():
+        tried.append(True)
+        if len(tried) == 1:
+            time.sleep(0.01)
+            raise ConnectionError
+
+    tried = []
+    track = launch.Tracker(sync, run.path.parent, Progress(["replicate_0"], 0))
+    track()
+    track()
+    assert len(tried) == 1
+    time.sleep(0.02 * launch.RESPITE)
+    track()
+    track.finish()
+    assert len(tried) == 2
+
+
+def test_two_processes_do_not_sync_one_replicate_at_once(run, monkeypatch):
+    finish(run.replicate(0).level(0), 0, level=0)
+    monkeypatch.setattr(tracking, "_PATIENCE", 0.1)
+    with FileLock(run.replicate(0).path / ".mlflow.lock"), pytest.raises(Timeout):
+        tracking.sync(run.replicate(0))
+    tracking.sync(run.replicate(0))
+    assert len(stored()) == 2
