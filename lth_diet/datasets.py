@@ -152,13 +152,18 @@ def load(name: str, root: str) -> Dataset:
         )
 
 
-def _cache_folder(name: str, root: str) -> Path:
+def cache_home() -> Path:
+    """Where this node keeps what can be made or had again."""
     home = os.environ.get("LTH_DIET_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lth_diet"
+    return Path(home).expanduser()
+
+
+def _cache_folder(name: str, root: str) -> Path:
     key = facts(name, root).fingerprint
     if name == "image_folder":  # a file rewritten at the same size keeps the fingerprint; its time changes
         times = [path.stat().st_mtime_ns for part in ("train", "valid", "test") for path in _files(Path(root) / part)]
         key += "-" + hashlib.sha256(repr(times).encode()).hexdigest()[:8]
-    return Path(home).expanduser() / (name if key == name else f"{name}-{key}")
+    return cache_home() / (name if key == name else f"{name}-{key}")
 
 
 def _build(name: str, root: str, folder: Path) -> None:

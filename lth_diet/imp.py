@@ -46,6 +46,7 @@ class IMP:
 
     def run(self) -> None:
         """Algorithm 1 (level n is what has been pruned n times)."""
+        dist.barrier()  # rank 0 has what other nodes left
         levels = self.config.prune.levels
         mask = Mask.dense(self.ingredients.network().module)  # lines 1 and 2
         rewind_point = self.pretrain()  # line 3

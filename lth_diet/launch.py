@@ -26,6 +26,7 @@ from lth_diet.errors import Parser, UserError, tell
 from lth_diet.label_noise import noisy_labels
 from lth_diet.phases import AnotherProcessError
 from lth_diet.ranks import Board, Ranks
+from lth_diet.remote import place
 from lth_diet.runs import Replicate, Run, ScoreFolder, load_scores, scores_to_make
 
 RESPITE = 20
@@ -146,6 +147,7 @@ def _refuse_what_these_ranks_cannot(config: Config, ranks: Ranks) -> None:
 
 def _prepare(config: Config) -> None:
     """Decode the data now, if there is no cache yet, and refuse what only data and machine can tell."""
+    place(config.runs).check()
     data = datasets.load(config.dataset.name, config.dataset.root)
     if config.needs_scores and (config.scores.file is not None or ScoreFolder(config).done):
         load_scores(config, noisy_labels(config, data.train.labels, len(data.class_names)))

@@ -18,10 +18,10 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
@@ -85,9 +85,13 @@ def _renewed(lease: Path) -> int | None:
 
 
 def _end(compromise: LeaseCompromise) -> None:
-    folder = Path(compromise.lock_file).parent
-    reason = f"{folder} may have been taken over by another process ({compromise.reason})"
-    print(f"error: {reason}; this one ends", file=sys.stderr, flush=True)
+    end(str(Path(compromise.lock_file).parent), compromise.reason)
+
+
+def end(folder: str, reason: str) -> NoReturn:
+    """End this process where it is, which has lost its hold on a folder."""
+    told = f"error: {folder} may have been taken over by another process ({reason}); this one ends"
+    print(told, file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -173,10 +177,12 @@ class Phase:
 
     Args:
         path: May not exist yet.
+        share: Called when something is there that lasts, for other nodes.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, share: Callable[[], None] = lambda: None):
         self.path = path
+        self.share = share
 
     @property
     def name(self) -> str:
@@ -210,6 +216,7 @@ class Phase:
         result = {**result, "versions": versions(), "sha256": files}
         write_json(self.path / "result.json", result)
         self._keep_only_checkpoint(None)
+        self.share()
 
     def verified(self, name: str) -> Path:
         """Path of a file of a finished phase.

@@ -34,7 +34,8 @@ import numpy as np
 from lth_diet import scores
 from lth_diet.config import DEFAULTS, Config
 from lth_diet.errors import Parser, UserError, tell
-from lth_diet.phases import Phase, clear_parts, held, read_json, write_json
+from lth_diet.phases import Phase, clear_parts, read_json, write_json
+from lth_diet.remote import Place, place
 from lth_diet.scores import Scores
 
 _RUN = {
@@ -66,13 +67,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 class Replicate:
     """The directory of one replicate: one seed of one arm, all its levels.
 
+    Args:
+        place: Where it is; a path to look at it only.
+
     Raises:
         UserError: If its name has no number.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.index = _number(path)
+    def __init__(self, place: Place | Path):
+        self.place = place if isinstance(place, Place) else Place(place)
+        self.path = self.place.path
+        self.index = _number(self.path)
 
     @property
     def name(self) -> str:
@@ -80,10 +85,10 @@ class Replicate:
 
     @property
     def pretrain(self) -> Phase:
-        return Phase(self.path / "pretrain")
+        return Phase(self.path / "pretrain", self.place.push)
 
     def level(self, number: int) -> Phase:
-        return Phase(self.path / f"level_{number}")
+        return Phase(self.path / f"level_{number}", self.place.push)
 
     def levels(self) -> Iterator[tuple[int, Phase]]:
         """The levels that have been begun, in order."""
@@ -108,6 +113,7 @@ class Replicate:
         with contextlib.suppress(OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "failed.json", {"reason": reason})
+            self.place.tell("failed.json")
 
     @property
     def failed(self) -> bool:
@@ -116,12 +122,13 @@ class Replicate:
 
     @contextlib.contextmanager
     def held(self, patience: float = 10.0) -> Iterator[None]:
-        """Keep other processes out, as `phases.held` does, and forget why the last attempt stopped."""
-        with held(self.path, patience):
+        """Keep other processes out, as `Place.held` does, and forget why the last attempt stopped."""
+        with self.place.held(patience):
             clear_parts(self.path)
             for phase in self.phases():
                 phase.forget_checkpoint()
             (self.path / "failed.json").unlink(missing_ok=True)
+            self.place.push()
             yield
 
 
@@ -141,16 +148,18 @@ class _Folder:
     """A folder whose config.json tells what made it; nothing is written until `create`.
 
     Args:
-        path: May not exist yet.
+        place: May not exist yet.
         about: What config.json is to hold; its `identity` has to be that of the folder, if there is one.
 
     Raises:
         UserError: If the folder is there but another configuration made it.
     """
 
-    def __init__(self, path: Path, about: dict[str, Any]):
-        self.path = path
+    def __init__(self, place: Place, about: dict[str, Any]):
+        self.place = place
+        self.path = place.path
         self._about = about
+        place.refresh()
         there = self._there()
         if there is not None:
             self._check(there)
@@ -161,7 +170,7 @@ class _Folder:
         # listed first: another rank may be creating the directory, and writes config.json before anything else
         names = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
         if not path.exists():
-            if any(not name.startswith(".") for name in names):
+            if not self.place.mirrored and any(not name.startswith(".") for name in names):
                 raise UserError(f"{self.path}: not a run directory (it has no config.json); allowed: an empty place")
             return None
         try:
@@ -181,10 +190,11 @@ class _Folder:
     def create(self) -> None:
         """Make the folder and say in it what it is."""
         try:
-            with held(self.path, patience=-1):
+            with self.place.held(patience=-1):
                 there = self._there()
                 if self._to_say(there) != there:
                     write_json(self.path / "config.json", self._to_say(there))
+                    self.place.push()
         except OSError as error:
             raise UserError(
                 f"runs: {self.config.runs!r} cannot be written ({error.strerror}); allowed: a folder that can"
@@ -223,7 +233,7 @@ class Run(_Folder):
             "ranks": ranks if config.parallelism == "data" else 1,
             "planned_levels": config.prune.levels,
         }
-        super().__init__(Path(config.runs) / config.run_name, about)
+        super().__init__(place(config.runs) / config.run_name, about)
 
     def _check(self, about: dict[str, Any]) -> None:
         super()._check(about)
@@ -239,7 +249,7 @@ class Run(_Folder):
         return json.loads(json.dumps({**self._about, "planned_levels": max(planned, self.config.prune.levels)}))
 
     def replicate(self, index: int) -> Replicate:
-        return Replicate(self.path / f"replicate_{index}")
+        return Replicate(self.place / f"replicate_{index}")
 
     def replicates(self) -> list[Replicate]:
         """Those that the configuration asks for."""
@@ -269,10 +279,14 @@ class ScoreFolder(_Folder):
             "steps": config.scores.steps,
             "experiment": config.experiment_name,
         }
-        super().__init__(Path(config.runs) / "scores" / config.scores_id(), about)
+        super().__init__(place(config.runs) / "scores" / config.scores_id(), about)
+
+    def place_of(self, number: int) -> Place:
+        """Where a network is, which is held by itself."""
+        return self.place / f"network_{number}"
 
     def network(self, number: int) -> Phase:
-        return Phase(self.path / f"network_{number}")
+        return Phase(self.place_of(number).path)
 
     def networks(self) -> list[Phase]:
         """All K of them."""
@@ -291,7 +305,8 @@ class ScoreFolder(_Folder):
         Raises:
             UserError: If they are damaged, or not made as the configuration says.
         """
-        remedy = f"delete {self.path / 'manifest.json'}, and the same command makes them again of their networks"
+        self.place.fetch()
+        remedy = f"delete {self.place / 'manifest.json'}, and the same command makes them again of their networks"
         try:
             found = scores.load(self.path / "scores.safetensors", labels)
         except UserError as error:

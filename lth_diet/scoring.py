@@ -16,7 +16,7 @@ from lth_diet.errors import UserError
 from lth_diet.examples import Examples, record_scores
 from lth_diet.ingredients import Ingredients
 from lth_diet.loader import EvaluationLoader
-from lth_diet.phases import AnotherProcessError, clear_parts, held, read_json, versions
+from lth_diet.phases import AnotherProcessError, Phase, clear_parts, read_json, versions
 from lth_diet.runs import ScoreFolder
 from lth_diet.scores import Scores, el2n
 
@@ -50,16 +50,20 @@ class Scoring:
                 patience = 0.0
             elif not patience:
                 patience = _PATIENCE
-                self.progress.say(f"{self.folder.path}: waiting for networks that other processes train")
-        with held(self.folder.path, patience=-1):
+                self.progress.say(f"{self.folder.place}: waiting for networks that other processes train")
+            self.folder.place.refresh()
+        with self.folder.place.held(patience=-1):
             for network in self.folder.networks():
                 network.forget_checkpoint()
             if not self.folder.done:
                 clear_parts(self.folder.path)
+                for number in self.order:
+                    self.folder.place_of(number).fetch()
                 self.combine()
             elif not self.shown:
                 labels = Ingredients(self.config, "all").noisy.train.labels
                 self.show(self.folder.load(labels), labels)
+            self.folder.place.push()
         self.track()  # also what an earlier launch could not send
 
     def train(self, number: int, patience: float = 0.0) -> bool:
@@ -67,13 +71,14 @@ class Scoring:
 
         Args:
             number: Of the network.
-            patience: As of `phases.held`.
+            patience: As of `Place.held`.
         """
-        phase = self.folder.network(number)
+        place = self.folder.place_of(number)
+        phase = Phase(place.path, place.push)
         if phase.done:
             return False
         try:
-            with held(phase.path, patience):
+            with place.held(patience):
                 if phase.done:
                     return False
                 clear_parts(phase.path)

@@ -337,4 +337,5 @@ class _Checkpointer(Callback):
                     f"{path} cannot be written ({reason}); the same command goes on once there is room"
                 ) from None
             if dist.get_global_rank() == 0:
+                self.phase.share()
                 self.on_checkpoint()

@@ -142,7 +142,7 @@ def test_training_goes_on_without_the_server_and_what_is_missing_appears(server,
         server.start()
         server.wait()
         process.send_signal(signal.SIGCONT)
-    out, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "tracking sync runs" in err
     assert err.startswith("warning: MLflow is not up to date") and err.count("\n") == 1
     assert len(list(place.glob("runs/*/replicate_0/level_*/result.json"))) == 3

@@ -1,0 +1,421 @@
+"""The store is fsspec's in memory; test_s3.py has a real one, and processes that are killed."""
+
+import copy
+import threading
+from pathlib import Path
+
+import fsspec
+import pytest
+from faults.runs import bits
+
+from lth_diet import config, phases, remote
+from lth_diet.display import Progress
+from lth_diet.errors import UserError
+from lth_diet.imp import IMP
+from lth_diet.phases import AnotherProcessError, Phase
+from lth_diet.runs import Run, ScoreFolder
+from lth_diet.scoring import Scoring
+
+URL = "memory://bucket/runs"
+SMALL = ["prune.levels=1", "replicates=1"]
+
+
+@pytest.fixture
+def memory():
+    """The store's objects, by path."""
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    filesystem.pseudo_dirs[:] = [""]
+    return filesystem.store
+
+
+@pytest.fixture
+def node(place, monkeypatch, memory):
+    """Makes this process one of another node, whose cache is its own; gives the folder `unit` of the runs there."""
+    monkeypatch.setattr(phases, "LEASE_SECONDS", 0.6)
+
+    def become(name):
+        monkeypatch.setenv("LTH_DIET_CACHE", str(place / name))
+        return remote.place(URL) / "unit"
+
+    return become
+
+
+def write(folder, **contents):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def files(folder):
+    paths = sorted(Path(folder).rglob("*"))
+    return {str(p.relative_to(folder)): p.read_text() for p in paths if p.is_file() and p.name[0] != "."}
+
+
+def objects(memory, folder="unit"):
+    root = f"/bucket/runs/{folder}/"
+    found = {path.removeprefix(root): file.getvalue() for path, file in memory.items() if path.startswith(root)}
+    return {name: content.decode() for name, content in found.items() if not name.startswith(".")}
+
+
+def test_what_a_node_leaves_is_what_the_next_one_begins_with(node):
+    with node("one").held(0) as _, pytest.raises(AttributeError):
+        raise AttributeError  # a failure lets go
+    first = node("one")
+    with first.held(0):
+        write(first.path, **{"a.txt": "1", "b/c.txt": "2"})
+        first.push()
+        write(first.path, **{"a.txt": "not pushed"})
+    second = node("two")
+    assert second.path != first.path
+    with second.held(0):
+        assert files(second.path) == {"a.txt": "1", "b/c.txt": "2"}
+        (second.path / "a.txt").unlink()
+        write(second.path, **{"b/c.txt": "3"})
+        second.push()
+    with node("one").held(0):
+        assert files(first.path) == {"b/c.txt": "3"}, "the store is what counts"
+
+
+def test_only_what_changed_is_sent_and_fetched(node, monkeypatch):
+    moved = []
+    for method in ("upload", "download"):
+        original = getattr(remote.Store, method)
+
+        def noted(self, *args, method=method, original=original):
+            moved.append((method, next(arg for arg in args if isinstance(arg, str))))
+            original(self, *args)
+
+        monkeypatch.setattr(remote.Store, method, noted)
+    one, two = node("one"), node("two")
+    with one.held(0):
+        write(one.path, a="1", b="2")
+        one.push()
+    two.fetch()
+    with one.held(0):
+        write(one.path, b="22")
+        one.push()
+    two.fetch()
+    assert [name for method, name in moved if method == "upload"] == ["unit/a", "unit/b", "unit/b"]
+    assert [name for method, name in moved if method == "download"] == ["unit/a", "unit/b", "unit/b"]
+
+
+def test_a_file_that_names_others_is_sent_after_them_and_removed_before_them(node, monkeypatch):
+    one = node("one")
+    calls = []
+    for name in ("upload", "delete"):
+        monkeypatch.setattr(remote.Store, name, lambda self, *args, name=name: calls.append((name, args[-1])))
+    with one.held(0):
+        phase = Phase(one.path / "level_0", one.push)
+        phase.write("weights.safetensors", b"w")
+        phase.checkpoint_path(3).write_text("state")
+        phase.commit_checkpoint(3)
+        phase.share()
+        calls.append("finish")
+        phase.finish({})
+    first, last = calls[: calls.index("finish")], calls[calls.index("finish") + 1 :]
+    assert first[-1] == ("upload", "unit/level_0/checkpoint.json") and len(first) == 3
+    assert [call for call in last if call[0] == "upload"][-1] == ("upload", "unit/level_0/result.json")
+
+
+def test_folders_that_are_held_by_themselves_and_hidden_files_are_left_alone(node, memory):
+    one = node("one")
+    with one.held(0):
+        write(one.path, **{"config.json": "{}", "replicate_0/x": "mine", ".part": "", "network_3/x": "mine"})
+        one.push()
+    assert objects(memory) == {"config.json": "{}"}
+    with (one / "replicate_0").held(0) as _:
+        assert files(one.path / "replicate_0") == {}, "there is nothing of it on the store"
+
+
+def test_an_object_whose_name_leads_elsewhere_is_not_fetched(node, monkeypatch):
+    one = node("one")
+    names = ["../x", ".hidden", "a/../../x", "/x", "fine"]
+    monkeypatch.setattr(remote.Store, "list", lambda self, folder: dict.fromkeys(names, "1"))
+    fetched = []
+    monkeypatch.setattr(remote.Store, "download", lambda self, name, path: fetched.append(name))
+    one.fetch()
+    assert fetched == ["unit/fine"]
+    fetched.clear()
+    remote.pull(URL, one.path)
+    assert fetched == ["fine"]
+
+
+def test_the_holder_on_another_node_is_named_and_waited_for(node):
+    with node("one").held(0):
+        for patience in (0, 0.1):
+            other, named = node("two"), rf"{URL}/unit is .* another process \(process \d+ on .+\)"
+            with pytest.raises(AnotherProcessError, match=named), other.held(patience):
+                pass
+    with node("two").held(0):
+        pass
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """Folders whose hold was lost, where the process would have ended."""
+    told = []
+
+    def end(folder, reason):
+        told.append(folder)
+        raise SystemExit
+
+    monkeypatch.setattr(phases, "end", end)
+    return told
+
+
+def dead(place, monkeypatch):
+    """Holds a folder as a process does that was stopped or killed."""
+    hold = place.held(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(remote._Lease, "_renew", lambda self: None)
+        hold.__enter__()
+    return hold
+
+
+def test_a_dead_holder_is_succeeded_and_if_it_was_only_stopped_it_ends(node, monkeypatch, ended, memory):
+    one, two = node("one"), node("two")
+    hold = dead(one, monkeypatch)
+    with two.held(0.1):
+        write(two.path, a="two")
+        two.push()
+        write(one.path, a="one")
+        with pytest.raises(SystemExit):
+            one.push()
+        assert ended == [str(one)]
+        assert objects(memory) == {"a": "two"}
+        hold.__exit__(None, None, None)
+        two.push()
+    with node("three").held(0):
+        pass
+
+
+def test_a_dead_holder_of_the_same_node_is_succeeded_at_once(node, monkeypatch, memory):
+    hold = dead(node("one"), monkeypatch)
+    stale = copy.copy(memory)
+    hold.__exit__(None, None, None)
+    memory.update(stale)
+    with node("one").held(0):
+        pass
+
+
+def test_of_those_who_succeed_a_dead_holder_at_a_time_one_does(node, monkeypatch):
+    hold = dead(node("dead"), monkeypatch)
+    inside, most, begin = [], [], threading.Barrier(6)
+
+    def contend(place):
+        begin.wait()
+        with place.held(-1):
+            inside.append(1)
+            most.append(len(inside))
+            inside.pop()
+
+    threads = [threading.Thread(target=contend, args=(node(f"node{n}"),)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == [1] * 6
+    hold.__exit__(None, None, None)
+
+
+def test_a_holder_that_cannot_renew_ends_when_others_may_take_over(node, monkeypatch, ended):
+    one = node("one")
+    failed = threading.Event()
+
+    def unreachable(self, folder):
+        failed.set()
+        raise OSError(5, "it cannot be reached", "memory://")
+
+    with one.held(0), monkeypatch.context() as patch:
+        patch.setattr(remote.Store, "list", unreachable)
+        patch.setattr(threading, "excepthook", lambda args: None)
+        assert failed.wait(10)
+        for _ in range(100):
+            if not ended:
+                threading.Event().wait(0.05)
+    assert ended == [str(one)]
+
+
+def test_an_outage_is_waited_out_once_the_store_was_reached(node, monkeypatch, memory):
+    one = node("one")
+    times = iter(range(3))
+    original = type(fsspec.filesystem("memory")).put_file
+
+    def flaky(self, *args, **kwargs):
+        if next(times, None) is not None:
+            raise ConnectionResetError
+        return original(self, *args, **kwargs)
+
+    with one.held(0):
+        monkeypatch.setattr(phases, "LEASE_SECONDS", 6)
+        monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", flaky)
+        write(one.path, a="1")
+        one.push()
+    assert objects(memory) == {"a": "1"}
+
+
+def test_a_store_that_creates_over_what_is_there_is_refused(node, monkeypatch):
+    node("one").check()
+    monkeypatch.setattr(remote.Store, "create", lambda self, name, content: True)
+    with pytest.raises(UserError, match="creates an object over another"):
+        node("one").check()
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("nope://bucket/x", "runs: 'nope://bucket/x' cannot be used (Protocol not known: nope); allowed: a folder"),
+        ("s3://key:secret@bucket/x", "runs: a URL with an @ is not allowed; credentials come from the environment"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_one_sentence_without_secrets(node, url, sentence):
+    with pytest.raises(UserError) as told:
+        remote.place(url)
+    assert str(told.value).startswith(sentence) and "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (PermissionError("AKIA123 is forbidden"), "access is denied; credentials come from the environment"),
+        (FileNotFoundError("x"), "there is no such bucket"),
+        (RuntimeError("AKIA123"), r"it cannot be reached \(RuntimeError\)"),
+    ],
+)
+def test_a_store_that_fails_is_told_without_its_words(node, monkeypatch, error, sentence):
+    def fail(*args, **kwargs):
+        raise error
+
+    one = node("one")
+    monkeypatch.setattr(phases, "LEASE_SECONDS", 0)
+    for name in ("find", "pipe_file"):
+        monkeypatch.setattr(type(fsspec.filesystem("memory")), name, fail)
+    with pytest.raises(OSError, match=sentence) as told:
+        one.refresh()
+    assert "AKIA" not in str(told.value)
+    with pytest.raises(UserError, match=f"runs: '{URL}' cannot be written .{sentence}") as told:
+        one.check()
+    assert "AKIA" not in str(told.value)
+
+
+def train(path, *overrides, runs=URL):
+    """What a launch does, in this process."""
+    loaded = config.load(path, [*SMALL, f"runs={runs}", *overrides])
+    run, progress = Run(loaded), Progress(["replicate_0", "network_0", "network_1"], 0)
+    run.create()
+    if loaded.needs_scores:
+        ScoreFolder(loaded).create()
+        Scoring(loaded, progress, lambda: None, range(loaded.scores.networks)).run()
+    replicate = run.replicate(0)
+    with replicate.held(-1):
+        IMP(loaded, replicate, progress, lambda: None).run()
+    return run.path.parent
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The bits of a local run that was never killed, by arm."""
+    from helpers import TINY
+
+    folder, found = tmp_path_factory.mktemp("reference"), {}
+    for arm in ("init", "easy"):
+        (folder / "tiny.yaml").write_text(TINY.format(arm=arm))
+        found[arm] = bits(train(folder / "tiny.yaml", runs=folder / arm))
+    return found
+
+
+def states(memory, monkeypatch, work):
+    """What is on the store after each thing that happens to it, but renewals."""
+    found = []
+    for name in ("upload", "delete", "create"):
+        original = getattr(remote.Store, name)
+
+        def noted(self, *args, original=original):
+            result = original(self, *args)
+            found.append({path: bytes(file.getvalue()) for path, file in [*memory.items()]})
+            return result
+
+        monkeypatch.setattr(remote.Store, name, noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(phases, "LEASE_SECONDS", 60)
+        work()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arm", "every"),
+    [
+        ("init", 9),
+        pytest.param("init", 1, marks=pytest.mark.integration),
+        pytest.param("easy", 1, marks=pytest.mark.integration),
+    ],
+)
+def test_a_run_killed_between_any_two_uploads_ends_elsewhere_with_the_same_bits(
+    node, memory, monkeypatch, tiny, reference, arm, every
+):
+    path = tiny(arm)
+    node("first")
+    with monkeypatch.context() as patch:
+        left = states(memory, patch, lambda: train(path))
+    assert len(left) > 20
+    monkeypatch.setattr(phases, "LEASE_SECONDS", 0.3)
+    for number in range(0, len(left), every):
+        memory.clear()
+        filesystem = fsspec.filesystem("memory")
+        for name, content in left[number].items():
+            filesystem.pipe_file(name, content)
+        node(f"node{number}")
+        monkeypatch.setattr(phases, "LEASE_SECONDS", 0.3)
+        train(path)
+        remote.pull(URL, Path(f"pulled{number}"))
+        assert bits(f"pulled{number}") == reference[arm], f"after {number} of {len(left)}"
+        assert not [name for name in memory if "checkpoint" in name]
+
+
+def test_what_others_have_done_is_seen_without_their_weights(node, tiny, memory):
+    path = tiny("init")
+    node("first")
+    done = train(path)
+    node("second")
+    run = Run(config.load(path, [*SMALL, f"runs={URL}"]))
+    assert run.path.parent != done
+    replicate = run.replicate(0)
+    assert replicate.finished(1) and not list(run.path.rglob("*.safetensors"))
+    assert replicate.level(1).result()["test_accuracy_percent"] is not None
+    memory.clear()
+    Run(config.load(path, [*SMALL, f"runs={URL}"]))
+    assert not replicate.level(0).done
+
+
+def test_a_failure_is_seen_elsewhere_until_the_next_attempt(node, tiny):
+    path = tiny("init")
+    node("first")
+    run = Run(config.load(path, [*SMALL, f"runs={URL}"]))
+    run.create()
+    run.replicate(0).fail("the loss is nan")
+    node("second")
+    other = Run(config.load(path, [*SMALL, f"runs={URL}"]))
+    assert other.replicate(0).failed
+    with other.replicate(0).held():
+        assert not other.replicate(0).failed
+    node("first")
+    assert not Run(config.load(path, [*SMALL, f"runs={URL}"])).replicate(0).failed
+
+
+def test_the_configuration_of_another_run_in_the_same_place_is_refused_on_every_node(node, tiny, memory):
+    path = tiny("init")
+    node("first")
+    run = Run(config.load(path, [*SMALL, f"runs={URL}"]))
+    run.create()
+    about = phases.read_json(run.path / "config.json")
+    about["identity"]["train.lr"] = 0.7
+    phases.write_json(run.path / "config.json", about)
+    with run.place.held(0) as _:
+        pass
+    phases.write_json(run.path / "config.json", about)
+    run.place.tell("config.json")
+    node("second")
+    with pytest.raises(UserError, match=r"was made by another configuration: train\.lr: 0\.7 there"):
+        Run(config.load(path, [*SMALL, f"runs={URL}"]))
