@@ -17,8 +17,9 @@ RUN pip install --no-cache-dir --no-deps -e .
 COPY recipes recipes
 COPY yamls yamls
 
-# data sets and their cache; run directories and the MLflow store: writable for whoever the container runs as
-RUN mkdir -m 777 data runs
+# data sets and their cache; run directories and the MLflow store; what a server of compose.yaml is sent: writable for
+# whoever the container runs as
+RUN mkdir -m 777 data runs artifacts
 VOLUME ["/lth_diet/data", "/lth_diet/runs"]
 
 ARG GIT_COMMIT=unknown

