@@ -72,7 +72,7 @@ def sync(replicate: Replicate) -> None:
         Exception: Whatever MLflow raises if its store cannot be reached.
     """
     with _only_one_in(replicate.path), _alone():
-        _ReplicateSync(MlflowClient(tracking_uri()), replicate).run()
+        _ReplicateSync(_client(), replicate).run()
 
 
 def sync_scores(folder: Path) -> None:
@@ -82,7 +82,12 @@ def sync_scores(folder: Path) -> None:
         Exception: Whatever MLflow raises if its store cannot be reached.
     """
     with _only_one_in(folder), _alone():
-        _ScoresSync(MlflowClient(tracking_uri()), folder).run()
+        _ScoresSync(_client(), folder).run()
+
+
+def _client() -> MlflowClient:
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # with the password, if it is in the address
+    return MlflowClient(tracking_uri())
 
 
 def _only_one_in(folder: Path) -> contextlib.AbstractContextManager:

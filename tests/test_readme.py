@@ -51,6 +51,8 @@ RUNS = {
     "docker build -t lth_diet --build-arg GIT_COMMIT=$(git rev-parse HEAD) .": None,  # test_docker.py
     "docker run --gpus all -v $PWD/data:/lth_diet/data -v $PWD/runs:/lth_diet/runs lth_diet -n 4 recipes/imp.py -f yamls/cifar100_all.yaml": None,
     "git clone <this repository> lth_diet": None,
+    "docker compose up -d": None,  # test_server.py, natively
+    "docker compose run --rm trainer -n 4 recipes/imp.py -f yamls/cifar100_all.yaml": None,
     "python -m lth_diet.tracking sync runs": "",
     "python -m lth_diet.runs verify runs": "",
     "python -m analysis.report --experiment digits -o report.html": "--levels 0 1",

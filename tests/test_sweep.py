@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, TINY
+from helpers import MEASURED, ROOT, TINY
 
 from analysis import arms, collect, paper
 from analysis.arms import Arm
@@ -117,7 +117,7 @@ def finish(run, *phases):
     run.create()
     for phase in phases:
         phase.write("curve.jsonl", b"")
-        phase.finish({"steps": 8, "seconds": 0.4})
+        phase.finish({**MEASURED, "steps": 8, "seconds": 0.4})
 
 
 def test_the_plan_tells_what_is_finished_half_done_and_missing_and_changes_nothing(grid, place, capsys):
