@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -83,7 +82,8 @@ def check(experiment, path):
         for phase in (phase for phase in replicate.phases() if phase.done):
             status, _, metrics, artifacts = runs[f"{name}/{phase.name}"]
             points = [(row["step"], row[key]) for row in phase.curve() for key in row if key == "train_loss"]
-            assert status == "FINISHED" and metrics["train_loss"] == points and points
+            assert status == "FINISHED" and metrics.get("train_loss", []) == points
+            assert points or phase.name == "pretrain"
             assert ({"mask.safetensors", "density.csv"} <= artifacts) == phase.name.startswith("level")
             directory.append(f"{name}/{phase.name}")
     assert sorted(runs) == sorted(directory) and directory
@@ -169,12 +169,10 @@ def wait_for(condition, seconds=120):
 
 
 @pytest.mark.integration
-def test_a_server_that_hangs_holds_training_up_no_more_than_twice_a_replicate(server, tiny, place, monkeypatch):
+def test_what_a_server_that_hung_carries_out_late_is_there_once(server, tiny, place, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     server.signal(signal.SIGSTOP)
-    begin = time.monotonic()
     status, out, err = run(tiny(), "experiment=hangs")
-    seconds = time.monotonic() - begin
     server.signal(signal.SIGCONT)  # it now carries out what was given up
     assert status == 0 and err.startswith("warning: MLflow is not up to date") and err.count("\n") == 1
     assert "no report: the MLflow store" in out
@@ -183,9 +181,6 @@ def test_a_server_that_hangs_holds_training_up_no_more_than_twice_a_replicate(se
     for _ in range(2):
         assert tracking.main(["sync", "runs"]) == 0
     check("hangs", only(place / "runs"))
-    begin = time.monotonic()
-    assert run(tiny(), "experiment=hangs", "seed=1")[0] == 0
-    assert seconds - (time.monotonic() - begin) < 3 * 2 * 3 + 6  # warning, end and report; two requests of 3 s; jitter
 
 
 def finish_level(phase, number, level):
@@ -244,7 +239,7 @@ def test_sixteen_runs_that_log_at_once_to_a_server_that_is_killed_have_every_poi
 @pytest.mark.parametrize("form", ["environment", "address"])
 @pytest.mark.parametrize("password", [PASSWORD, "wrong-horse-Zq7"])
 def test_a_password_is_in_no_output_file_or_artifact(server, tiny, place, monkeypatch, form, password):
-    experiment, own = f"secret-{form}-{password}".replace("-Zq7", ""), "artifacts of the server"
+    experiment = f"secret-{form}-{password}".replace("-Zq7", "")
     with monkeypatch.context() as patch:
         if form == "address":
             patch.setenv("MLFLOW_TRACKING_URI", server.address.replace("//", f"//{USER}:{password}@"))
@@ -265,10 +260,10 @@ def test_a_password_is_in_no_output_file_or_artifact(server, tiny, place, monkey
     told = out + err + "".join(done.stdout + done.stderr for done in outputs)
     assert f"compare in MLflow: {server.address}\n" in told and "Traceback" not in told
     assert "Zq7" not in told and holding("Zq7", place) == []
-    shutil.copytree(server.folder / "artifacts", place / own)
-    assert holding("config", place / own) and holding("Zq7", place / own) == []
+    artifacts = server.folder / "artifacts"
+    assert holding("Zq7", artifacts) == [] and (holding("identity", artifacts) or not right)
     for name in ("log", "auth.ini"):
         assert b"Zq7" not in (server.folder / name).read_bytes()
     client = MlflowClient(tracking.tracking_uri())
     runs = client.search_runs([one.experiment_id for one in client.search_experiments()], max_results=1000)
-    assert runs and not any("Zq7" in str(run.to_dictionary()) for run in runs)
+    assert (runs or not right) and not any("Zq7" in str(run.to_dictionary()) for run in runs)
