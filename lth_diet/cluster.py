@@ -1,7 +1,8 @@
 """Trains a sweep on Ray: what is ready starts where there is room, and what crashed starts again.
 
 A task is one attempt of `composer -n 1 recipes/...` as a process of its own; results, checkpoints and logs go to the
-folder of runs, which all nodes have at the same path. So a task that is lost loses only the steps since a checkpoint.
+folder of runs, which all nodes have at the same path, or to the runs' URL. So a task that is lost loses only the steps
+since a checkpoint.
 
 <runs>/sweep-logs/<run>/replicate_<r>/attempt_<n>.log      what an attempt printed
 """
@@ -30,11 +31,13 @@ from rich.text import Text
 from lth_diet.display import duration, words
 from lth_diet.errors import UserError
 from lth_diet.ranks import end_with_parent
+from lth_diet.remote import Place, place
 from lth_diet.runs import Replicate
 from lth_diet.sweep import Settings, Sweep, Work
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL = 0.5  # seconds
+_REFRESH = 10.0  # seconds between two looks at an object store
 _PATIENCE = 15.0  # seconds for tasks that are stopped
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 _WINDOW = 60.0  # seconds over which a rate is measured
@@ -53,12 +56,14 @@ def run(sweep: Sweep, address: str | None, recipes: Path) -> int:
         0; 1 if something failed; 130 if it was interrupted.
 
     Raises:
-        UserError: If there is no cluster, or no room in it for a run.
+        UserError: If there is no cluster, no room in it for a run, or the object store cannot be used.
     """
     left = [work for work in sweep.work() if not work.done]
     if not left:
         print(f"{sweep.path}: everything is finished")
         return 0
+    for runs in {work.config.runs for work in left}:
+        place(runs).check()
     try:
         with _connected(sweep.settings, address) as dashboard, _interruptible():
             engine = Engine(sweep.settings, left, recipes)
@@ -225,7 +230,8 @@ class Engine:
             room -= 1
 
     def _start(self, job: Job) -> None:
-        folder = Path(job.work.config.runs) / "sweep-logs" / job.name
+        logs = _logs(job)
+        folder = logs.path
         folder.mkdir(parents=True, exist_ok=True)
         job.logs.append(folder / f"attempt_{len([*folder.glob('attempt_*.log')]) + 1}.log")
         job.logs[-1].touch()
@@ -235,7 +241,8 @@ class Engine:
             ["-n", "1", str((self.recipes / f"{job.work.recipe}.py").resolve()), *job.work.arguments],
             str(Path.cwd()),
             ours | {"OMP_NUM_THREADS": str(job.work.config.threads)} | ({} if self.gpus else {_DEVICES: ""}),
-            str(job.logs[-1].resolve()),
+            logs.resolve(),
+            job.logs[-1].name,
         )
         self._running[task] = job
 
@@ -250,6 +257,8 @@ class Engine:
         except ray.exceptions.RayError as error:
             crash = f"lost with its worker or node ({type(error).__name__})"
         else:
+            with contextlib.suppress(OSError):
+                job.work.folder.place.refresh()
             crash = _crash(job, status)
             if not crash:
                 done = job.work.done
@@ -266,11 +275,16 @@ class Engine:
         screen.say(f"{job.name}: {state}" + (f": {reason}" if reason else ""))
 
 
-def _attempt(arguments: list[str], folder: str, environment: dict[str, str], log: str) -> int:
+def _logs(job: Job) -> Place:
+    return place(job.work.config.runs) / "sweep-logs" / job.name
+
+
+def _attempt(arguments: list[str], folder: str, environment: dict[str, str], logs: Place, log: str) -> int:
     """The Ray task: `composer` in a process that ends with it; returns its exit status, negative for a signal."""
     command = [str(Path(sys.executable).with_name("composer")), *arguments]
     raylet = os.getppid()
-    with open(log, "w") as file:
+    logs.path.mkdir(parents=True, exist_ok=True)
+    with open(logs.path / log, "w") as file:
         devices = (os.environ | environment).get(_DEVICES)
         print(f"{socket.gethostname()}, GPU {devices or 'none'}: {shlex.join(command)}", file=file, flush=True)
         process = subprocess.Popen(
@@ -292,6 +306,8 @@ def _attempt(arguments: list[str], folder: str, environment: dict[str, str], log
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the launcher and its rank; a run may be killed at any moment
             process.wait()
+    with contextlib.suppress(OSError):
+        logs.tell(log)
     status = process.returncode
     return status - 256 if status > 128 else status  # the launcher passes its rank's -9 on as 247
 
@@ -306,7 +322,10 @@ def _crash(job: Job, status: int) -> str:
 
 def _reason(job: Job, status: int) -> str:
     """What its log says last."""
-    lines = job.logs[-1].read_text(errors="replace").splitlines()
+    log = job.logs[-1]
+    with contextlib.suppress(OSError):
+        _logs(job).bring(log.name)
+    lines = log.read_text(errors="replace").splitlines()
     errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
     return str(UserError(errors[-1])) if errors else f"exit status {status}"
 
@@ -326,7 +345,7 @@ class Screen:
         self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         self._measured: dict[str, collections.deque[tuple[float, int]]] = {}
-        self._refreshed = 0.0
+        self._refreshed = self._looked = 0.0
 
     def __enter__(self) -> "Screen":
         if self._live:
@@ -350,6 +369,11 @@ class Screen:
             return
         self._refreshed = now
         running = {job.work.name: job for job in self.engine.jobs if job.state == "running"}
+        if now - self._looked > _REFRESH:
+            self._looked = now
+            with contextlib.suppress(OSError):
+                for job in running.values():
+                    job.work.folder.place.refresh()
         rows = [(job, *_where(job.work)) for job in running.values()]
         rates = [self._rate(job.work.name, left, now) for job, *_, left in rows]
         waiting = {job.work.name: job.work for job in self.engine.jobs if job.state == "waiting"}

@@ -6,7 +6,8 @@ A store has neither rename nor locks. So a process works in its node's cache, on
 change is one folder at a time, which it holds: the directory of a replicate, the folder of a network, or what else is
 in a run directory or folder of scores. When it takes hold, its mirror of that folder becomes what is on the store. What
 lasts is uploaded: checkpoints and finished phases, a file that names others after those, so that a process may be
-killed between any two uploads.
+killed between any two uploads. (One that is stopped in the middle of an upload, and woken after another took over, ends
+before the next; but the store may take that one, and if it is of a curve, whose times differ, verify tells of it.)
 
 <folder>/.lease-<n>           on the store: the n-th hold; its holder rewrites it all the time, and says when it ends
 <folder>/.remote.json         in the mirror: what of it is as on the store
@@ -184,6 +185,10 @@ class Place:
     def __truediv__(self, name: str) -> "Place":
         return Place(self.path / name, self._store, f"{self._name}/{name}".lstrip("/"))
 
+    def resolve(self) -> "Place":
+        """The same, wherever this process is told from."""
+        return Place(self.path.resolve(), self._store, self._name)
+
     def __str__(self) -> str:
         """What a person calls it."""
         return f"{self._store.url}/{self._name}".rstrip("/") if self._store else str(self.path)
@@ -209,8 +214,11 @@ class Place:
                 yield
                 return
             with _Lease(self._store, self._name, str(self), self._node()).held(patience) as self._lease:
-                self._pull(self._there())
-                yield
+                try:
+                    self._pull(self._there())
+                    yield
+                finally:
+                    self._lease = None
 
     def push(self) -> None:
         """Make the copy what the folder is, which this process has to hold; a file that names others comes last."""
@@ -233,6 +241,11 @@ class Place:
         """Upload one file of a folder that need not be held."""
         if self._store:
             self._store.upload(self.path / name, f"{self._name}/{name}")
+
+    def bring(self, name: str) -> None:
+        """Download what `tell` uploaded."""
+        if self._store:
+            self._store.download(f"{self._name}/{name}", self.path / name)
 
     def fetch(self) -> None:
         """Make the folder what its copy is."""
@@ -262,7 +275,7 @@ class Place:
             there = {name: version for name, version in there.items() if _lasts(name)}
             if place._differs(there):
                 with contextlib.suppress(AnotherProcessError), held(place.path, 0):
-                    place._pull(there, _SMALL)
+                    place._pull(place._there(), _SMALL)
 
     def _differs(self, there: Versions) -> bool:
         record = self._record()

@@ -342,6 +342,8 @@ def folders(runs: Path) -> tuple[list[Path], list[Path]]:
     Raises:
         UserError: If there is none.
     """
+    if re.match(r"\w+:/", str(runs)):
+        raise UserError(f"{runs}: not a folder; `python -m lth_diet.remote pull <URL> <folder>` makes one of a URL")
     configs = [*runs.glob("config.json"), *runs.glob("*/config.json"), *runs.glob("scores/*/config.json")]
     if not configs:
         raise UserError(f"{runs}: holds no run; allowed: a folder of run directories, or one of them")

@@ -6,6 +6,7 @@ import pytest
 from helpers import TINY
 from hypothesis import settings
 from mlflow import MlflowClient
+from seaweed import s3, s3_server  # noqa: F401
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 warnings.filterwarnings("ignore")

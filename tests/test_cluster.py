@@ -16,6 +16,7 @@ from test_recipes import bits
 
 from lth_diet import cluster
 from lth_diet.cluster import Job, Screen
+from lth_diet.remote import Place
 from lth_diet.runs import folders, verify
 from lth_diet.sweep import Sweep
 
@@ -86,12 +87,12 @@ def trainers(place):
 @pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 2", 2), ("exit 247", -9), ("kill -TERM $$", -15)])
 def test_an_attempt_returns_its_status_or_the_signal_that_ended_it_or_its_rank(launcher, place, script, status):
     launcher(script)
-    assert cluster._attempt(["-n", "1"], str(place), {}, str(place / "log")) == status
+    assert cluster._attempt(["-n", "1"], str(place), {}, Place(place), "log") == status
 
 
 def test_an_attempt_logs_where_and_what_it_ran_and_all_that_was_printed(launcher, place):
     launcher('echo "$WORD in $PWD"; echo wrong >&2')
-    cluster._attempt(["-n", "1", "a b"], str(place), {"WORD": "here"}, str(place / "log"))
+    cluster._attempt(["-n", "1", "a b"], str(place), {"WORD": "here"}, Place(place), "log")
     head, *lines = (place / "log").read_text().splitlines()
     assert head.endswith(f": {place}/bin/composer -n 1 'a b'")
     assert lines == [f"here in {place}", "wrong"]
@@ -106,7 +107,7 @@ def test_an_attempt_that_is_cancelled_ends_the_launcher_and_its_rank(launcher, p
 
     monkeypatch.setattr(cluster.time, "sleep", cancel)
     with pytest.raises(KeyboardInterrupt):
-        cluster._attempt([], str(place), {}, str(place / "log"))
+        cluster._attempt([], str(place), {}, Place(place), "log")
     monkeypatch.undo()
     rank = int((place / "pid").read_text())
     while psutil.pid_exists(rank) and psutil.Process(rank).status() != psutil.STATUS_ZOMBIE:
@@ -118,7 +119,8 @@ def test_a_launcher_ends_with_a_worker_or_raylet_that_is_killed(launcher, place,
     python = sys.executable
     launcher("echo $$ > pid; exec sleep 300")
     code = f"import sys; from lth_diet import cluster; sys.executable = {str(place / 'bin/python')!r}\n"
-    code += f"cluster._attempt([], {str(place)!r}, {{}}, {str(place / 'log')!r})"
+    code += "from pathlib import Path; from lth_diet.remote import Place\n"
+    code += f"cluster._attempt([], {str(place)!r}, {{}}, Place(Path({str(place)!r})), 'log')"
     path = os.environ | {"PYTHONPATH": str(ROOT)}
     raylet = subprocess.Popen(["sh", "-c", '"$0" -c "$1"; true', python, code], env=path)
     wait_for(lambda: (place / "pid").exists() and (place / "pid").read_text(), raylet)

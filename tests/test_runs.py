@@ -159,3 +159,8 @@ def test_verify_finds_damage_in_results_configurations_and_scores(finished, caps
 def test_verify_refuses_a_folder_without_runs(place, capsys):
     assert runs.main(["verify", str(place)]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_url_is_told_to_be_copied_first(place, capsys):
+    assert runs.main(["verify", "s3://bucket/runs"]) == 2
+    assert "python -m lth_diet.remote pull <URL> <folder>" in capsys.readouterr().err
