@@ -248,8 +248,8 @@ class Place:
             self._store.download(f"{self._name}/{name}", self.path / name)
 
     def fetch(self) -> None:
-        """Make the folder what its copy is."""
-        if self._store:
+        """Make the folder what its copy is; to hold it has done so."""
+        if self._store and not self._lease:
             with held(self.path, -1):
                 self._pull(self._there())
 

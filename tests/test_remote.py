@@ -419,3 +419,14 @@ def test_the_configuration_of_another_run_in_the_same_place_is_refused_on_every_
     node("second")
     with pytest.raises(UserError, match=r"was made by another configuration: train\.lr: 0\.7 there"):
         Run(config.load(path, [*SMALL, f"runs={URL}"]))
+
+
+def test_scores_that_were_not_drawn_are_drawn_by_another_node(node, tiny, memory):
+    loaded = config.load(tiny("easy"), [*SMALL, f"runs={URL}"])
+    for name in ("first", "second"):
+        node(name)
+        scoring = Scoring(loaded, Progress([], 0), lambda: None, range(2))
+        scoring.folder.create()
+        scoring.run()
+        (summary,) = (path for path in memory if path.endswith("examples/summary.json"))
+        del memory[summary]

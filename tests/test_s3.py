@@ -136,7 +136,7 @@ def test_scores_are_made_by_two_nodes_together_and_used_by_both(s3, node, begin,
 
 def test_scores_of_a_process_that_was_killed_are_finished_elsewhere(s3, node, begin, tiny):
     path = tiny("easy")
-    settings = ["prune.levels=0", "scores.networks=2", "scores.steps=600", "intervals.checkpoint=20"]
+    settings = ["prune.levels=0", "scores.networks=2", "scores.steps=300", "intervals.checkpoint=20"]
     expected = local(path, *settings)
     node("one")
     process = begin(path, *settings, f"runs={s3}")
