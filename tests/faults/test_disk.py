@@ -368,7 +368,7 @@ def test_the_same_command_never_uses_a_damaged_file(reference, tiny, place, monk
 
     monkeypatch.setattr(launch, "_begin", lambda config, ranks: ranks.board())
     monkeypatch.setattr(Ranks, "leave", lambda ranks: None)
-    monkeypatch.setattr(launch, "Tracker", lambda *arguments: lambda: None)
+    monkeypatch.setattr(launch.Tracker, "_sync", lambda tracker: None)
     path, draw = tiny("easy"), random.Random(9)
     shutil.copytree(reference / "runs", "runs")
     whole = {path: path.read_bytes() for path in artifacts("runs")}
