@@ -124,7 +124,7 @@ def write(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
         return
     gpu = getattr(arguments, "device", "cpu") == "gpu"
     about = {
-        "command": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
+        "command": {key: value for key, value in vars(arguments).items() if key != "output"},
         "hardware": torch.cuda.get_device_name() if gpu else processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
