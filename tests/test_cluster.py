@@ -272,7 +272,9 @@ def test_a_node_killed_in_the_middle_leaves_the_bits_of_a_serial_run(grid, place
     serial = "import sys; from recipes import imp\nfor arm in ('init', 'random', 'easy'):\n"
     serial += "    assert imp.main(['-f', 'base.yaml', f'arm={arm}', *sys.argv[1:]]) == 0"
     settings = ["prune.levels=1", "replicates=2", "train.steps=200", "intervals.checkpoint=5"]
-    subprocess.run([sys.executable, "-c", serial, "runs=serial", *settings], check=True, capture_output=True)
+    command = [sys.executable, "-c", serial, "runs=serial", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     try:

@@ -76,20 +76,26 @@ def local(path, *overrides):
     return bits("local")
 
 
-def test_a_run_killed_in_a_level_and_continued_by_another_node_ends_with_the_bits_of_a_local_run(s3, node, begin, tiny):
-    path = tiny("random")
-    expected = local(path, *LONGER)
+def killed_on_one_node_and_run_on_another(s3, node, begin, name, command):
+    """Kills a command once the store has an object of that name; what the same command says on another node."""
     node("one")
-    process = begin(path, *LONGER, f"runs={s3}")
-    wait_for(lambda: there(s3, "level_1/checkpoint.json"), process)
+    process = begin(*command, f"runs={s3}")
+    wait_for(lambda: there(s3, name), process)
     process.kill()
     process.communicate()
     node("two")
-    code, out, err = run(path, *LONGER, f"runs={s3}")
+    code, out, err = run(*command, f"runs={s3}")
     assert code == 0, out + err
+    return out + err
+
+
+def test_a_run_killed_in_a_level_and_continued_by_another_node_ends_with_the_bits_of_a_local_run(s3, node, begin, tiny):
+    command = [tiny("random"), *LONGER]
+    expected = local(*command)
+    output = killed_on_one_node_and_run_on_another(s3, node, begin, "level_1/checkpoint.json", command)
     assert pulled(s3) == expected
     assert not there(s3, "checkpoint")
-    assert all(secret not in out + err for secret in KEYS.values())
+    assert all(secret not in output for secret in KEYS.values())
 
 
 def test_of_two_nodes_that_train_the_same_replicate_one_says_who_holds_it(s3, node, begin, tiny):
@@ -135,17 +141,10 @@ def test_scores_are_made_by_two_nodes_together_and_used_by_both(s3, node, begin,
 
 
 def test_scores_of_a_process_that_was_killed_are_finished_elsewhere(s3, node, begin, tiny):
-    path = tiny("easy")
     settings = ["prune.levels=0", "scores.networks=2", "scores.steps=300", "intervals.checkpoint=20"]
-    expected = local(path, *settings)
-    node("one")
-    process = begin(path, *settings, f"runs={s3}")
-    wait_for(lambda: there(s3, "network_1/checkpoint.json"), process)
-    process.kill()
-    process.communicate()
-    node("two")
-    code, out, err = run(path, *settings, f"runs={s3}")
-    assert code == 0, out + err
+    command = [tiny("easy"), *settings]
+    expected = local(*command)
+    killed_on_one_node_and_run_on_another(s3, node, begin, "network_1/checkpoint.json", command)
     assert pulled(s3) == expected
 
 
