@@ -118,7 +118,7 @@ class Loader:
         numbers = np.stack([self.examples(step), *self.augmentation(step)])[:, self._share]
         numbers = torch.from_numpy(numbers).to(self.images.device, non_blocking=True)
         examples, top, left, mirrored = numbers
-        images = crop(self.images[examples], self.padding, top, left, mirrored.bool())
+        images = crop(self.images.index_select(0, examples), self.padding, top, left, mirrored.bool())
         return self._normalise(images), self.labels[examples]
 
 
@@ -136,9 +136,11 @@ def crop(images: Tensor, padding: int, top: Tensor, left: Tensor, mirrored: Tens
     inside = padded[:, :, padding : padding + height, padding : padding + width]
     inside[0], inside[1] = images, images.flip(2)
     left = torch.where(mirrored, 2 * padding - left, left)
-    windows = padded.flatten(3).unfold(2, height, 1).unfold(3, width * channels, channels)
-    each = torch.arange(count, device=images.device)
-    return windows[mirrored.long(), each, top, left].view(images.shape)
+    image = mirrored * count + torch.arange(count, device=images.device)
+    rows = (image * padded.shape[2] + top)[:, None] + torch.arange(height, device=images.device)
+    first = (rows * padded.shape[3] + left[:, None]).flatten()  # pixel of each row of each window
+    # whole rows of pixels: to gather them is to copy them, which no other way of indexing is
+    return padded.flatten().unfold(0, width * channels, channels).index_select(0, first).view(images.shape)
 
 
 class EvaluationLoader:

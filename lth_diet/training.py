@@ -17,6 +17,7 @@ import torch
 from composer import Algorithm, Callback, Evaluator, Event, Logger, State, Trainer
 from composer.core import Engine
 from composer.core import event as events
+from composer.core.precision import get_precision_context
 from composer.devices import DeviceGPU
 from composer.models import ComposerClassifier
 from composer.utils import checkpoint, dist
@@ -195,7 +196,8 @@ class _Trainer(Trainer):
 
     A kernel is launched while the one before it runs, unless the host reads a number from the device in between.
     Composer reads four a step: the loss, once for the optimizer, which has no use for it, and once to log it, while
-    `_Recorder` reads it at an interval; and the sizes of the batch, which one rank knows (see also `_GPU`).
+    `_Recorder` reads it at an interval; and the sizes of the batch, which one rank knows (see also `_GPU`). It also
+    copies each batch, for metrics of the training, which are not asked for here.
 
     At each of the 13 events of a step its engine also checks that there is a dataloader, orders the Algorithms, even if
     there is one or none, compares the event with all others by name, and words log messages, even if nobody reads them:
@@ -213,8 +215,24 @@ class _Trainer(Trainer):
 
     def _train_batch(self, use_grad_scaling: bool) -> dict[str, torch.Tensor]:
         """The step of a network that is neither split into microbatches nor sharded, and whose loss is not scaled."""
-        self._train_microbatches([self.state.batch], {})
-        for optimizer in self.state.optimizers:
+        state, run = self.state, self.engine.run_event
+        run(Event.BEFORE_TRAIN_BATCH)
+        for optimizer in state.optimizers:
+            optimizer.zero_grad()
+        state.batch = state.device.batch_to_device(state.batch)
+        run(Event.BEFORE_FORWARD)
+        with get_precision_context(state.precision):
+            state.outputs = state.model(state.batch)
+        run(Event.AFTER_FORWARD)
+        run(Event.BEFORE_LOSS)
+        with get_precision_context(state.precision):
+            state.loss = self._original_model.loss(state.outputs, state.batch)
+        run(Event.AFTER_LOSS)
+        run(Event.BEFORE_BACKWARD)
+        state.loss.backward()
+        run(Event.AFTER_BACKWARD)
+        run(Event.AFTER_TRAIN_BATCH)
+        for optimizer in state.optimizers:
             optimizer.step()
         self.first_train_batch_complete = True
         return {}
