@@ -21,7 +21,7 @@ faults: .venv/installed
 	KILLS=120 $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults
 
 integration: .venv/installed
-	$(BIN)/python -m pytest -m integration -rs
+	$(BIN)/python -m pytest -m integration -rs --durations=15
 
 lint: .venv/installed
 	$(BIN)/ruff check .

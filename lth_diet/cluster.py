@@ -7,9 +7,7 @@ since a checkpoint.
 <runs>/sweep-logs/<run>/replicate_<r>/attempt_<n>.log      what an attempt printed
 """
 
-import collections
 import contextlib
-import dataclasses
 import functools
 import os
 import shlex
@@ -18,29 +16,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
-
-from lth_diet.display import duration, words
 from lth_diet.errors import UserError
 from lth_diet.ranks import end_with_parent
 from lth_diet.remote import Place, place
 from lth_diet.runs import Replicate
 from lth_diet.sweep import Settings, Sweep, Work
+from lth_diet.sweep_display import Job, Screen
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL = 0.5  # seconds
-_REFRESH = 10.0  # seconds between two looks at an object store
 _PATIENCE = 15.0  # seconds for tasks that are stopped
 _DEVICES = "CUDA_VISIBLE_DEVICES"
-_WINDOW = 60.0  # seconds over which a rate is measured
 _OBJECTS = 80 << 20  # bytes of shared memory for Ray, which has next to nothing to keep here
 
 
@@ -67,7 +58,7 @@ def run(sweep: Sweep, address: str | None, recipes: Path) -> int:
     try:
         with _connected(sweep.settings, address) as dashboard, _interruptible():
             engine = Engine(sweep.settings, left, recipes)
-            with Screen(engine, f"{sweep.path}  {dashboard}") as screen:
+            with Screen(engine.jobs, f"{sweep.path}  {dashboard}") as screen:
                 engine.run(screen)
         return screen.conclude()
     except KeyboardInterrupt:
@@ -128,22 +119,6 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@dataclasses.dataclass
-class Job:
-    """One process at a time that trains something.
-
-    Args:
-        work: What; several jobs may share the networks of a scores artifact.
-        name: Of its logs.
-    """
-
-    work: Work
-    name: str
-    state: str = "waiting"
-    reason: str = ""
-    logs: list[Path] = dataclasses.field(default_factory=list)
-
-
 def jobs_of(work: list[Work], room: int) -> list[Job]:
     """In the order in which they start: the scores, with a job for each network if there is room, then the longest."""
     jobs = []
@@ -187,7 +162,7 @@ class Engine:
         self._running: dict[ray.ObjectRef, Job] = {}
         self._attempt = ray.remote(max_retries=0)(_attempt)
 
-    def run(self, screen: "Screen") -> None:
+    def run(self, screen: Screen) -> None:
         """Return when every job is done or has failed; an interrupt ends what runs."""
         import ray
 
@@ -215,7 +190,7 @@ class Engine:
         slots = functools.partial(self.settings.slots, cpus_each=self.cpus, gpus_each=self.gpus)
         return sum(slots(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
 
-    def _start_what_is_ready(self, screen: "Screen") -> None:
+    def _start_what_is_ready(self, screen: Screen) -> None:
         room = self._room() - len(self._running)
         for job in (job for job in self.jobs if job.state == "waiting"):
             scores = self._scores.get(job.work.needs or "")
@@ -246,7 +221,7 @@ class Engine:
         )
         self._running[task] = job
 
-    def _conclude(self, job: Job, task: "ray.ObjectRef", screen: "Screen") -> None:  # noqa: F821
+    def _conclude(self, job: Job, task: "ray.ObjectRef", screen: Screen) -> None:  # noqa: F821
         """An attempt has ended: the job is done, has failed, or waits for another attempt."""
         import ray
 
@@ -270,7 +245,7 @@ class Engine:
         else:
             self._end(job, "failed", f"{crash}, {len(job.logs)} times", screen)
 
-    def _end(self, job: Job, state: str, reason: str, screen: "Screen") -> None:
+    def _end(self, job: Job, state: str, reason: str, screen: Screen) -> None:
         job.state, job.reason = state, reason
         screen.say(f"{job.name}: {state}" + (f": {reason}" if reason else ""))
 
@@ -282,7 +257,7 @@ def _logs(job: Job) -> Place:
 def _attempt(arguments: list[str], folder: str, environment: dict[str, str], logs: Place, log: str) -> int:
     """The Ray task: `composer` in a process that ends with it; returns its exit status, negative for a signal."""
     command = [str(Path(sys.executable).with_name("composer")), *arguments]
-    raylet = os.getppid()
+    raylet, began = os.getppid(), time.monotonic()
     logs.path.mkdir(parents=True, exist_ok=True)
     with open(logs.path / log, "w") as file:
         devices = (os.environ | environment).get(_DEVICES)
@@ -299,9 +274,11 @@ def _attempt(arguments: list[str], folder: str, environment: dict[str, str], log
         )
         try:
             while process.poll() is None:
-                time.sleep(_POLL)  # a long wait would not see that the task is cancelled
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL)  # a long wait would not see that the task is cancelled
                 if os.getppid() != raylet:  # Ray counts the node as lost, and the run will go on elsewhere
                     raise RuntimeError("the node's raylet has ended")
+            print(f"status {process.returncode} after {time.monotonic() - began:.1f} s", file=file, flush=True)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the launcher and its rank; a run may be killed at any moment
@@ -328,112 +305,3 @@ def _reason(job: Job, status: int) -> str:
     lines = log.read_text(errors="replace").splitlines()
     errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
     return str(UserError(errors[-1])) if errors else f"exit status {status}"
-
-
-class Screen:
-    """What a person sees: a live table on a terminal, plain lines where output is piped.
-
-    Args:
-        engine: Whose jobs are shown.
-        title: Of the table.
-        console: Where to; standard output if none is given.
-        every: Seconds between two plain lines.
-    """
-
-    def __init__(self, engine: Engine, title: str, console: Console | None = None, every: float = 30.0):
-        self.engine, self.title, self.every = engine, title, every
-        self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
-        self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        self._measured: dict[str, collections.deque[tuple[float, int]]] = {}
-        self._refreshed = self._looked = 0.0
-
-    def __enter__(self) -> "Screen":
-        if self._live:
-            self._live.start()
-        else:
-            self.console.print(self.title)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        self.console.print(line)
-
-    def refresh(self) -> None:
-        """Show how far everything is."""
-        now = time.monotonic()
-        if now - self._refreshed < (2 * _POLL if self._live else self.every):
-            return
-        self._refreshed = now
-        running = {job.work.name: job for job in self.engine.jobs if job.state == "running"}
-        if now - self._looked > _REFRESH:
-            self._looked = now
-            with contextlib.suppress(OSError):
-                for job in running.values():
-                    job.work.folder.place.refresh()
-        rows = [(job, *_where(job.work)) for job in running.values()]
-        rates = [self._rate(job.work.name, left, now) for job, *_, left in rows]
-        waiting = {job.work.name: job.work for job in self.engine.jobs if job.state == "waiting"}
-        left = sum(work.steps_left for name, work in waiting.items() if name not in running)
-        left += sum(steps for *_, steps in rows)
-        summary = f"{self._counts()}; {sum(rates):.1f} steps/s, ETA {duration(left, sum(rates))}"
-        if not self._live:
-            self.console.print(summary)
-            return
-        table = Table(title=self.title, title_justify="left")
-        for name, side in (
-            ("", "left"), ("arm", "left"), ("phase", "left"), ("step", "right"), ("steps/s", "right"), ("ETA", "right"),
-            ("attempt", "right"),
-        ):  # fmt: skip
-            table.add_column(name, justify=side, no_wrap=True)
-        for (job, phase, step, last, steps), rate in zip(rows, rates, strict=True):
-            table.add_row(
-                job.work.name, job.work.config.arm_in_words, words(phase), f"{step:,}/{last:,}", f"{rate:.1f}",
-                duration(steps, rate), str(len(job.logs)),
-            )  # fmt: skip
-        self._live.update(Group(table, Text(summary)), refresh=True)
-
-    def _rate(self, name: str, left: int, now: float) -> float:
-        """Steps a second, over the last while."""
-        window = self._measured.setdefault(name, collections.deque())
-        if window and left > window[-1][1]:  # goes on at a checkpoint
-            window.clear()
-        window.append((now, left))
-        while now - window[0][0] > _WINDOW and len(window) > 2:
-            window.popleft()
-        (begin, before), (end, after) = window[0], window[-1]
-        return (before - after) / (end - begin) if end > begin else 0.0
-
-    def _counts(self) -> str:
-        states = collections.Counter(job.state for job in self.engine.jobs)
-        return ", ".join(f"{states[state]} {state}" for state in ("running", "done", "failed", "waiting"))
-
-    def conclude(self) -> int:
-        """Tell how it ended; returns the exit status."""
-        failed = [job for job in self.engine.jobs if job.state == "failed"]
-        self.console.print(self._counts())
-        for job in failed:
-            self.console.print(f"failed: {job.name} ({job.work.config.arm_in_words}): {job.reason}")
-            for log in job.logs:
-                self.console.print(f"  log: {log}")
-        return 1 if failed else 0
-
-
-def _where(work: Work) -> tuple[str, int, int, int]:
-    """The phase that is trained, its step and last step, and the steps left over all phases, by their curves."""
-    at = [
-        (phase, _step(phase.curve(), first), last)
-        for phase, first, last in work.phases
-        if first < last and not phase.done
-    ]
-    if not at:
-        return "", 0, 0, 0
-    phase, step, last = next((each for each in reversed(at) if (each[0].path / "curve.jsonl").exists()), at[0])
-    return phase.name, step, last, sum(last - step for _, step, last in at)
-
-
-def _step(curve: Sequence[dict[str, float]], first: int) -> int:
-    return int(curve[-1]["step"]) if curve else first

@@ -3,10 +3,13 @@ import shutil
 import warnings
 
 import pytest
-from helpers import TINY
+from helpers import SWEEP, TINY
 from hypothesis import settings
 from mlflow import MlflowClient
 from seaweed import s3, s3_server  # noqa: F401
+
+from lth_diet.sweep import Sweep
+from lth_diet.sweep_display import Job
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 warnings.filterwarnings("ignore")
@@ -50,3 +53,23 @@ def tiny(place):
         return path
 
     return write
+
+
+@pytest.fixture
+def grid(place):
+    """Writes a sweep file over TINY; its path."""
+
+    def write(text=SWEEP, name="grid.yaml"):
+        (place / "base.yaml").write_text(TINY.format(arm="all"))
+        (place / name).write_text(text)
+        return place / name
+
+    return write
+
+
+@pytest.fixture
+def jobs(grid):
+    """Of SWEEP: one that makes scores, and six runs."""
+    work = Sweep(grid()).work()
+    assert [each.recipe for each in work] == ["score"] + ["imp"] * 6
+    return [Job(each, each.name) for each in work]

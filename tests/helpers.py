@@ -24,6 +24,16 @@ replicates: 1
 experiment: tiny
 """
 
+SWEEP = """
+base: base.yaml
+arms:
+  - {arm: init}
+  - {arm: [random, easy]}
+prune: {levels: 1}
+replicates: 2
+gpus_per_run: 0
+"""
+
 MEASURED = {
     "level": 0,
     "network": 0,

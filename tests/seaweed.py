@@ -62,7 +62,7 @@ def s3_server(tmp_path_factory):
                 time.sleep(0.2)
         yield endpoint
     finally:
-        server.terminate()
+        server.kill()  # to end by itself takes it half a minute
         server.wait()
 
 

@@ -46,3 +46,10 @@ def test_scaling_has_every_level(place):
     found = figures(place, "scaling")
     assert len(found["seconds_a_level"]) == 20
     assert set(found["replicates"]) == {"1", "2", "4"} and set(found["batch"]) == {"10000", "50000", "180000"}
+
+
+def test_scheduling_counts_the_attempts_and_compares_the_bits_of_all_three(grid, place):
+    path = grid("base: base.yaml\narms: [{arm: init}]\nprune: {levels: 0}\ngpus_per_run: 0\nreplicates: 2\n")
+    found = figures(place, "scheduling", "-f", str(path))
+    assert len(found["cluster"]["attempts"]) == 2 and found["files"] == 6
+    assert all(found[each]["seconds"] > 0 for each in ("serial", "cluster", "killed"))

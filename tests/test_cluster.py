@@ -1,5 +1,5 @@
-import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,39 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from helpers import ROOT, TINY
+from helpers import ROOT
 from jsonschema import ValidationError
-from rich.console import Console
-from test_recipes import bits
 
 from lth_diet import cluster
-from lth_diet.cluster import Job, Screen
 from lth_diet.remote import Place
-from lth_diet.runs import folders, verify
 from lth_diet.sweep import Sweep
 
-GRID = """
-base: base.yaml
-arms:
-  - {arm: init}
-  - {arm: [random, easy]}
-prune: {levels: 1}
-replicates: 2
-gpus_per_run: 0
-"""
 LONGER = ["train.steps=400", "intervals.checkpoint=10"]
-
-
-@pytest.fixture
-def grid(place):
-    """Writes a sweep file over TINY; its path."""
-
-    def write(text=GRID):
-        (place / "base.yaml").write_text(TINY.format(arm="all"))
-        (place / "grid.yaml").write_text(text)
-        return place / "grid.yaml"
-
-    return write
 
 
 @pytest.fixture
@@ -93,9 +68,10 @@ def test_an_attempt_returns_its_status_or_the_signal_that_ended_it_or_its_rank(l
 def test_an_attempt_logs_where_and_what_it_ran_and_all_that_was_printed(launcher, place):
     launcher('echo "$WORD in $PWD"; echo wrong >&2')
     cluster._attempt(["-n", "1", "a b"], str(place), {"WORD": "here"}, Place(place), "log")
-    head, *lines = (place / "log").read_text().splitlines()
+    head, *lines, tail = (place / "log").read_text().splitlines()
     assert head.endswith(f": {place}/bin/composer -n 1 'a b'")
     assert lines == [f"here in {place}", "wrong"]
+    assert re.fullmatch(r"status 0 after \d+\.\d s", tail)
 
 
 def test_an_attempt_that_is_cancelled_ends_the_launcher_and_its_rank(launcher, place, monkeypatch):
@@ -132,20 +108,6 @@ def test_a_launcher_ends_with_a_worker_or_raylet_that_is_killed(launcher, place,
     raylet.wait(30)
 
 
-class Told:
-    """An engine with jobs in given states."""
-
-    def __init__(self, jobs):
-        self.jobs = jobs
-
-
-@pytest.fixture
-def jobs(grid):
-    work = Sweep(grid()).work()
-    assert [each.recipe for each in work] == ["score"] + ["imp"] * 6
-    return [Job(each, each.name) for each in work]
-
-
 def test_scores_start_first_a_job_a_network_and_then_the_longest(grid):
     work = Sweep(grid(), ["replicates=1", "scores.networks=3"]).work()
     jobs = cluster.jobs_of(work[::-1], 2)
@@ -171,42 +133,6 @@ def test_the_reason_of_a_failure_is_the_last_error_of_its_log(jobs, place):
     assert cluster._reason(jobs[0], 1) == "the loss is \\x1b[31m nan"
     (place / "log").write_text("Killed")
     assert cluster._reason(jobs[0], 3) == "exit status 3"
-
-
-def shown(jobs, **terminal):
-    console = Console(file=io.StringIO(), width=160, highlight=False, **terminal)
-    with Screen(Told(jobs), "grid.yaml", console, every=0) as screen:
-        screen.refresh()
-    code = screen.conclude()
-    return code, console.file.getvalue()
-
-
-@pytest.mark.parametrize("terminal", [{}, {"force_terminal": True}])
-def test_the_screen_counts_jobs_and_shows_what_runs_and_what_failed(jobs, place, terminal):
-    for job, state in zip(jobs, ("done", "running", "failed"), strict=False):
-        job.state = state
-    jobs[1].logs = [Path("a.log"), Path("b.log")]
-    jobs[2].reason, jobs[2].logs = "the loss is nan", [Path("c.log")]
-    level = jobs[1].work.folder.level(0)
-    level.write("curve.jsonl", b'{"step": 8, "timestamp": 1}\n')
-    code, out = shown(jobs, **terminal)
-    assert code == 1
-    assert "1 running, 1 done, 1 failed, 4 waiting; 0.0 steps/s, ETA ?" in out
-    if terminal:
-        assert jobs[1].work.name in out and "level 0" in out and "8/12" in out
-    assert f"failed: {jobs[2].name} ({jobs[2].work.config.arm_in_words}): the loss is nan\n  log: c.log" in out
-
-
-def test_the_rate_is_that_of_the_last_attempt():
-    screen = Screen(Told([]), "")
-    assert [screen._rate("run", left, now) for left, now in ((22, 10), (16, 12), (20, 14), (10, 16))] == [0, 3, 0, 5]
-
-
-def test_what_a_run_has_left_follows_its_curve(jobs):
-    work = jobs[1].work
-    assert cluster._where(work) == ("level_0", 0, 12, 24)
-    work.folder.level(0).write("curve.jsonl", b'{"step": 8}\n{"st')
-    assert cluster._where(work) == ("level_0", 8, 12, 16)
 
 
 def test_a_sweep_that_is_finished_starts_nothing(grid, capsys):
@@ -262,41 +188,6 @@ def test_a_run_that_no_node_has_room_for_is_refused(grid):
     _, err = process.communicate(timeout=600)
     assert process.returncode == 2
     assert "cpus_per_run: 2 are more than any node has" in err and "Traceback" not in err
-
-
-@pytest.mark.integration
-def test_a_node_killed_in_the_middle_leaves_the_bits_of_a_serial_run(grid, place):
-    from ray.cluster_utils import Cluster
-
-    path = grid()
-    serial = "import sys; from recipes import imp\nfor arm in ('init', 'random', 'easy'):\n"
-    serial += "    assert imp.main(['-f', 'base.yaml', f'arm={arm}', *sys.argv[1:]]) == 0"
-    settings = ["prune.levels=1", "replicates=2", "train.steps=200", "intervals.checkpoint=5"]
-    command = [sys.executable, "-c", serial, "runs=serial", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    try:
-        victim = nodes.add_node(num_cpus=1)
-        nodes.wait_for_nodes()
-        process = start(path, "--address", nodes.address, *settings)
-        raylet = psutil.Process(victim.all_processes["raylet"][0].process.pid)
-
-        def trains():
-            run = [each.cmdline()[-1] for each in trainers(place) if raylet in each.parents()]
-            return run and list(Path("runs").glob(f"*/replicate_{run[0][-2]}/level_*/checkpoint.json"))
-
-        wait_for(trains, process)
-        for each in [raylet, *raylet.children()]:  # not what the workers started
-            each.kill()
-        out, err = process.communicate(timeout=900)
-        assert process.returncode == 0, out + err
-        assert out.count("starts again, from the last step saved") == 1, out
-    finally:
-        nodes.shutdown()
-    assert bits("runs") == bits("serial")
-    assert list(verify(Path("runs"))) == [] and len(folders(Path("runs"))[0]) == 3
 
 
 def test_the_cluster_file_is_one_for_ray_up():

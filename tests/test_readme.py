@@ -67,6 +67,7 @@ RUNS = {
     "python -m analysis.report --published -o published.html": "",
     "python -m lth_diet.masks show runs/digits_all-*/replicate_0 8": None,  # below
     "python -m lth_diet.masks export runs/digits_all-*/replicate_0 8 -o ticket": None,  # below
+    "python benchmarks/scheduling.py": None,  # test_benchmarks.py
     "python benchmarks/step_time.py": "--depth 8 --batch-size 8 --warmup 1 --steps 2 --repeats 1",
 }
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import MEASURED, ROOT, TINY
+from helpers import MEASURED, ROOT
 
 from analysis import arms, collect, paper
 from analysis.arms import Arm
@@ -24,15 +24,9 @@ experiment: "0x1F"
 
 
 @pytest.fixture
-def grid(place):
-    """Writes a sweep file over TINY: seven runs; its path."""
-
-    def write(text=GRID, name="grid.yaml"):
-        (place / "base.yaml").write_text(TINY.format(arm="all"))
-        (place / name).write_text(text)
-        return place / name
-
-    return write
+def grid(grid):
+    """Writes another sweep file: seven runs; its path."""
+    return lambda text=GRID, name="grid.yaml": grid(text, name)
 
 
 def arms_of(path):
