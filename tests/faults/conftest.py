@@ -1,6 +1,33 @@
 """Counts the faults that runs were made to meet, and how many of those runs ended with the same bits."""
 
+import shutil
 from collections import Counter
+
+import pytest
+from faults.commands import SMALL, Commands
+from faults.runs import check_mlflow
+from helpers import TINY
+
+
+@pytest.fixture(scope="session")
+def commands():
+    made = Commands()
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="session")
+def reference(commands, tmp_path_factory, empty_store):
+    """The folder of a run that never meets a fault."""
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "tiny.yaml").write_text(TINY.format(arm="easy"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(empty_store, folder / 'mlflow.db')}")
+        patch.chdir(folder)
+        status, output = commands.run("recipes.imp", "-f", "tiny.yaml", *SMALL, folder=folder)
+        assert status == 0, output
+        check_mlflow()
+    return folder
 
 
 def pytest_terminal_summary(terminalreporter):

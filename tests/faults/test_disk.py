@@ -1,74 +1,18 @@
 """Disks that are full or cannot be written, folders that move, names and bytes that nobody expects."""
 
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from faults.commands import SMALL
 from faults.runs import bits, check_mlflow
-from helpers import ROOT, TINY, write_image_folder
+from helpers import TINY, write_image_folder
 
 from lth_diet import launch, runs, tracking
 from lth_diet.ranks import Ranks
-
-SMALL = ["prune.levels=1", "pretrain.label_noise=0.1", "replicates=1"]
-
-
-class Rooms:
-    """Runs commands where small disks are mounted, which this process sees below `root`."""
-
-    def __init__(self):
-        probe = subprocess.run(
-            ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True
-        )
-        self.refusal = probe.stderr.strip() or "unknown" if probe.returncode else ""
-        unshare = [] if self.refusal else ["unshare", "-rm"]
-        self.server = subprocess.Popen(
-            [*unshare, sys.executable, str(Path(__file__).with_name("rooms.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-        )
-        self.root = Path(f"/proc/{self.server.pid}/root")
-
-    def _ask(self, **told):
-        print(json.dumps(told), file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
-
-    def system(self, *command):
-        assert self._ask(run=[str(part) for part in command]) == 0
-
-    def mount(self, folder, size):
-        folder.mkdir(exist_ok=True)
-        self.system("mount", "-t", "tmpfs", "-o", f"size={size}k", "none", folder)
-
-    def remount(self, folder, options):
-        self.system("mount", "-o", f"remount,{options}", folder)
-
-    def run(self, module, *arguments, folder, fault=None):
-        """Exit status and output of a module's main, called in a folder; for `fault` see rooms.py."""
-        output = folder.parent / "output.txt"
-        environment = {key: os.environ.get(key, "") for key in ("MLFLOW_TRACKING_URI", "LTH_DIET_CACHE")}
-        told = {"environment": environment, "folder": str(folder), "output": str(output)}
-        status = self._ask(module=module, arguments=[str(argument) for argument in arguments], fault=fault, **told)
-        return status, output.read_text()
-
-    def end(self):
-        self.server.stdin.close()
-        self.server.wait()
-
-
-@pytest.fixture(scope="module")
-def commands():
-    made = Rooms()
-    yield made
-    made.end()
 
 
 @pytest.fixture
@@ -78,16 +22,9 @@ def rooms(commands):
     return commands
 
 
-@pytest.fixture(scope="module")
-def reference(commands, tmp_path_factory, empty_store):
-    """The folder of a run that never meets a fault."""
-    folder = tmp_path_factory.mktemp("reference")
-    (folder / "tiny.yaml").write_text(TINY.format(arm="easy"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(empty_store, folder / 'mlflow.db')}")
-        status, output = commands.run("recipes.imp", "-f", "tiny.yaml", *SMALL, folder=folder)
-        assert status == 0, output
-    return folder
+def opening(name, disk=None):
+    """The fault of a disk that is full, or of a process that is killed, when such a file is opened."""
+    return {"opens": name, "disk": disk and str(disk)}
 
 
 def finished(root):
@@ -147,7 +84,7 @@ def test_a_run_whose_disk_is_full_again_and_again_ends_with_the_same_bits(
     monkeypatch.chdir(f"{rooms.root}{place}")  # from where the small disk is seen
     before = {}
     for name in names:
-        status, output = rooms.run(*command, folder=place, fault=[name, str(room)])
+        status, output = rooms.run(*command, folder=place, fault=opening(name, room))
         assert status in (1, 2), f"the disk was not filled at {name}"
         sentence = told(output)
         if name == "/.config.json":
@@ -178,7 +115,7 @@ def test_a_report_that_finds_no_room_leaves_the_old_one(rooms, reference, tiny, 
     rooms.mount(room, 4096)
     rooms.system("cp", "-r", f"{reference}/runs/.", room)
     rooms.system("sh", "-c", f"echo old >{room}/tiny.html")
-    status, output = rooms.run(*command, folder=place, fault=["/.tiny.html", str(room)])
+    status, output = rooms.run(*command, folder=place, fault=opening("/.tiny.html", room))
     assert status == 0 and "no report: runs/tiny.html cannot be written: No space left on device" in output
     monkeypatch.chdir(f"{rooms.root}{place}")
     assert Path("runs/tiny.html").read_text() == "old\n"
@@ -271,7 +208,7 @@ def check_mlflow_of(rooms, place, monkeypatch):
 @pytest.mark.parametrize("move", [shutil.move, shutil.copytree])
 def test_a_run_that_was_killed_and_taken_elsewhere_goes_on_there(commands, reference, tiny, place, monkeypatch, move):
     command = ["recipes.imp", "-f", tiny("easy"), *SMALL]
-    assert commands.run(*command, folder=place, fault=["level_1/checkpoint-9.pt", None])[0] == -9
+    assert commands.run(*command, folder=place, fault=opening("level_1/checkpoint-9.pt"))[0] == -9
     before = {path.relative_to("runs"): time for path, time in finished("runs").items()}
     elsewhere = place / "another machine"
     elsewhere.mkdir()
@@ -301,7 +238,7 @@ def test_names_that_mean_something_elsewhere_are_only_names(commands, tmp_path, 
         (folder / f"{name}.yaml").write_text(settings.replace("dataset: {name: digits}", dataset))
         monkeypatch.setenv("LTH_DIET_CACHE", str(folder / f"{name}cache"))
         command = ["recipes.imp", f"-f{name}.yaml", *SMALL]
-        assert commands.run(*command, folder=folder, fault=["level_1/checkpoint-9.pt", None])[0] == -9
+        assert commands.run(*command, folder=folder, fault=opening("level_1/checkpoint-9.pt"))[0] == -9
         status, output = commands.run(*command, folder=folder)
         assert status == 0 and "warning" not in output and "no report" not in output, output
         for module, *arguments in (
@@ -411,7 +348,7 @@ def test_mlflow_is_not_told_of_a_damaged_file(reference, place, capsys, damage):
 @pytest.mark.parametrize("name", ["checkpoint-6.pt", "checkpoint.json", "curve.jsonl", "mask.safetensors"])
 def test_a_killed_run_whose_files_were_damaged_ends_with_the_same_bits(commands, reference, tiny, place, damage, name):
     command = ["recipes.imp", "-f", tiny("easy"), *SMALL]
-    assert commands.run(*command, folder=place, fault=["level_1/checkpoint-9.pt", None])[0] == -9
+    assert commands.run(*command, folder=place, fault=opening("level_1/checkpoint-9.pt"))[0] == -9
     (path,) = Path("runs").glob(f"digits*/replicate_0/level_1/{name}")
     path.write_bytes(damage(path.read_bytes(), random.Random(4)))
     status, output = commands.run(*command, folder=place)

@@ -1,21 +1,28 @@
-"""Runs recipes in processes that die at a chosen moment: a server that has imported everything forks one a command.
+"""Runs commands that may meet a fault; beside mounts of its own, if it is started by `unshare -rm`.
 
-Reads a JSON object a line, {"recipe", "arguments", "moment", "call", "signal"}; answers each with the exit status
-(negative: the signal that ended it) on a line. `moment` is a key of MOMENTS or null; the process ends itself by
-`signal` at the `call`-th time that moment comes.
+A server that has imported everything forks a process a command. Reads a JSON object a line and answers with the exit
+status (negative: the signal that ended it) on a line. {"run": [...]} is a command of the system. {"module", "arguments",
+"environment", "folder", "output"} calls the module's main, with "fault" one of
+
+{"moment", "call", "signal"}    the process ends itself the `call`-th time that a moment of MOMENTS comes
+{"opens", "disk"}               when a file whose path ends so is opened, that disk is full from then on; null: SIGKILL
 """
 
 import contextlib
 import importlib
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 from composer.utils import checkpoint
 from mlflow import MlflowClient
 
+from analysis import report  # noqa: F401
 from lth_diet import datasets, imp, launch, loader, phases, runs, scores, scoring, tracking, training  # noqa: F401
 
 
@@ -100,29 +107,61 @@ MOMENTS = {
 }
 
 
-def victim(command):
-    os.environ.update(command["environment"])
-    os.chdir(command["folder"])
-    output = os.open(command["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def fill(disk):
+    """Leave no page of a small disk free."""
+    with contextlib.suppress(OSError), open(Path(disk) / "ballast", "ab", buffering=0) as file:
+        while True:
+            file.write(bytes(1024))
+
+
+def at_opening(name, disk):
+    """Fill a disk just before a file is opened, so that its first bytes find no room, or end this process."""
+    full = []
+
+    def hook(event, arguments):
+        if event == "open" and not full and re.sub(r"\.part-\w+$", "", str(arguments[0])).endswith(name):
+            full.append(True)
+            fill(disk) if disk else os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def arm(fault):
+    if "moment" in fault:
+        MOMENTS[fault["moment"]](Fault(fault["call"], signal.Signals[fault["signal"]]))
+    else:
+        at_opening(fault["opens"], fault["disk"])
+
+
+def command(told):
+    os.environ.update(told["environment"])
+    os.chdir(told["folder"])
+    output = os.open(told["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    if command["moment"]:
-        MOMENTS[command["moment"]](Fault(command["call"], signal.Signals[command["signal"]]))
-    recipe = importlib.import_module(f"recipes.{command['recipe']}")
-    return recipe.main(command["arguments"])
+    if told["fault"]:
+        arm(told["fault"])
+    try:
+        return importlib.import_module(told["module"]).main(told["arguments"])
+    except BaseException:
+        traceback.print_exc()
+        return 70
 
 
 def main():
     training.TELL_SECONDS = 0.0
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            status = 70
-            with contextlib.suppress(BaseException):
-                status = victim(json.loads(line))
+        told = json.loads(line)
+        if "run" in told:
+            status = subprocess.run(told["run"], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
+        elif child := os.fork():
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        else:
+            status = command(told)
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(status, flush=True)
 
 
 if __name__ == "__main__":
