@@ -18,7 +18,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not integration"
 
 faults: .venv/installed
-	KILLS=120 $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults
+	KILLS=120 $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults tests/test_remote.py
 
 integration: .venv/installed
 	$(BIN)/python -m pytest -m integration -rs --durations=15

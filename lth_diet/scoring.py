@@ -53,12 +53,10 @@ class Scoring:
                 self.progress.say(f"{self.folder.place}: waiting for networks that other processes train")
             self.folder.place.refresh()
         with self.folder.place.held(patience=-1):
-            for network in self.folder.networks():
-                network.forget_checkpoint()
             if not self.folder.done:
                 clear_parts(self.folder.path)
                 for number in self.order:
-                    self.folder.place_of(number).fetch()
+                    self.tidy(number)
                 self.combine()
             elif not self.shown:
                 labels = Ingredients(self.config, "all").noisy.train.labels
@@ -100,6 +98,13 @@ class Scoring:
         self.progress.end(phase.name, "done")
         self.track()
         return True
+
+    def tidy(self, number: int) -> None:
+        """Have a finished network here, without the checkpoint of a process that was killed as it finished."""
+        place = self.folder.place_of(number)
+        with place.held(patience=-1):
+            Phase(place.path).forget_checkpoint()
+            place.push()
 
     def combine(self) -> None:
         """Make one artifact of the networks' scores."""
