@@ -1,6 +1,6 @@
 # make quickstart   the main job on embedded data, a few minutes
 # make test         the tests
-# make faults       runs killed at 130 moments, each time ending with the same bits
+# make faults       runs killed at 200 moments, each time ending with the same bits
 # make integration  the tests that take long or need a server
 # make lint         style
 # make ui           MLflow UI on the local store
