@@ -19,8 +19,8 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from analysis.arms import Arm
-from lth_diet.errors import Parser, UserError, tell
-from lth_diet.tracking import tracking_uri, without_secrets
+from lth_diet.errors import Parser, UserError, print_error
+from lth_diet.tracking.store import tracking_uri, without_secrets
 
 COLUMNS = {
     "dataset": str,
@@ -262,9 +262,9 @@ def one_sentence(command: Callable[[Sequence[str] | None], int]) -> Callable[[Se
         try:
             return command(argv)
         except (MlflowException, SQLAlchemyError) as error:  # of a server that went away
-            return tell(UserError(f"the MLflow store cannot be read any more: {_reason(error)}"))
+            return print_error(UserError(f"the MLflow store cannot be read any more: {_reason(error)}"))
         except UserError as error:
-            return tell(error)
+            return print_error(error)
 
     return run
 

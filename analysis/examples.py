@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from lth_diet import datasets, label_noise, scores, seeds, subsets
-from lth_diet.config import Dataset
-from lth_diet.errors import Parser, UserError, tell
-from lth_diet.examples import Examples, record_scores, record_subset
+from lth_diet.config.schema import Dataset
+from lth_diet.data import catalog, label_noise, subsets
+from lth_diet.errors import Parser, UserError, print_error
+from lth_diet.scores.artifact import check_dataset, load_scores, read_manifest
+from lth_diet.scores.pictures import save_scores_pictures, save_subset_pictures
+from lth_diet.scores.summary import ScoredExamples
 
 
-def load(artifact: Path, root: str) -> Examples:
+def load(artifact: Path, root: str) -> ScoredExamples:
     """The examples that an artifact scores, with its labels.
 
     Args:
@@ -33,15 +35,15 @@ def load(artifact: Path, root: str) -> Examples:
         UserError: If the artifact is damaged or the data are not those that it scores.
     """
     path = artifact / "scores.safetensors"
-    about = scores.manifest_of(path)
+    about = read_manifest(path)
     known = get_args(Dataset.model_fields["name"].annotation)
     if about["dataset"] not in known:
         raise UserError(f"{path}: data set {about['dataset']!r} is not known; allowed: {', '.join(known)}")
-    scores.refuse_other_data(path, about["dataset"], datasets.facts(about["dataset"], root).fingerprint)
-    data = datasets.load(about["dataset"], root)
-    classes, stream = len(data.class_names), seeds.stream(about.get("seed") or 0, "all", "noise")
-    labels = label_noise.randomise(data.train.labels, about.get("label_noise") or 0, classes, stream)
-    return Examples(data, labels, scores.load(path, labels))
+    check_dataset(path, about["dataset"], catalog.info(about["dataset"], root).fingerprint)
+    data = catalog.load(about["dataset"], root)
+    noise, seed = about.get("label_noise") or 0, about.get("seed") or 0
+    labels = label_noise.noisy_labels(data.train.labels, noise, len(data.class_names), seed)
+    return ScoredExamples(data, labels, load_scores(path, labels))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,17 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"command line: --offset {arguments.offset}; allowed: 0 to {most - 1}")
         if arguments.arm and not 0 < arguments.size <= most - arguments.offset:
             raise UserError(f"command line: --size {arguments.size}; allowed: 1 to {most - arguments.offset}")
-        found = {"scores": record_scores(arguments.output, examples)}
+        found = {"scores": save_scores_pictures(arguments.output, examples)}
         if arguments.arm:
             options = {"size": arguments.size, "class_balanced": arguments.class_balanced, "offset": arguments.offset}
             end = {"easy": subsets.easy, "hard": subsets.hard}[arguments.arm]
             choose = functools.partial(end, labels=examples.labels, **options)
             indices = choose(examples.scores.mean)
-            found["subset"] = record_subset(arguments.output, examples, indices, choose)
+            found["subset"] = save_subset_pictures(arguments.output, examples, indices, choose)
     except UserError as error:
-        return tell(error)
+        return print_error(error)
     except OSError as error:
-        return tell(UserError(f"-o {arguments.output}: {error.strerror}; allowed: a folder to write to"))
+        return print_error(UserError(f"-o {arguments.output}: {error.strerror}; allowed: a folder to write to"))
     print(json.dumps(found, indent=2))
     print(f"pictures: {arguments.output.resolve()}")
     return 0

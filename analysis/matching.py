@@ -28,8 +28,8 @@ from analysis.arms import Arm, Curve
 from analysis.dominance import Comparison
 from analysis.figures import Results
 from analysis.paper import Family
-from lth_diet import datasets
-from lth_diet.config import Dataset
+from lth_diet.config.schema import Dataset
+from lth_diet.data import catalog
 from lth_diet.errors import Parser, UserError
 
 
@@ -92,7 +92,7 @@ def _cost(dataset: str, arm: Arm) -> float:
     known = get_args(Dataset.model_fields["name"].annotation)
     if dataset not in known or dataset == "image_folder":
         return math.nan
-    return float(arm.rewind_steps * datasets.facts(dataset, "").train_size)
+    return float(arm.rewind_steps * catalog.info(dataset, "").train_size)
 
 
 def in_words(found: Match) -> str:

@@ -31,11 +31,11 @@ from analysis import claims, collect, dominance, figures, matching, paper
 from analysis.arms import Arm, Curve
 from analysis.claims import Claim, Finding
 from analysis.figures import Panel, Results
-from lth_diet import runs as run_directory
-from lth_diet.config import DEFAULTS
+from lth_diet.config.identity import DEFAULTS
 from lth_diet.errors import Parser, UserError
-from lth_diet.phases import write_atomically
-from lth_diet.tracking import tracking_uri as default_tracking_uri
+from lth_diet.files import write_atomically
+from lth_diet.runs import run_directory
+from lth_diet.tracking.store import tracking_uri as default_tracking_uri
 
 _MOST_ARMS = 10  # of a matrix that a phone can show
 _FEW_ARMS = 6  # each of which has a verdict of its own
@@ -110,7 +110,7 @@ def write(
     return _write(frame, output, about, *settings)
 
 
-def conclude(run: run_directory.Run) -> None:
+def conclude(run: run_directory.RunDirectory) -> None:
     """Write the report of a run's experiment beside its directory, and print the verdicts and the path.
 
     What keeps it from being written is told in a line: training is done, and the report can be had later.

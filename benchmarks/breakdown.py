@@ -24,9 +24,9 @@ from composer.models import ComposerClassifier
 from torch.optim.lr_scheduler import MultiStepLR
 from workload import Clock, Workload, now, table, write
 
-from lth_diet import training
 from lth_diet.algorithms import ApplyMask, Rewind
-from lth_diet.loader import Loader
+from lth_diet.data.loader import Loader
+from lth_diet.training import callbacks
 
 ARITHMETIC = ("forward", "backward", "optimizer")
 PARTS = {
@@ -35,7 +35,7 @@ PARTS = {
     "backward": [(torch.Tensor, "backward")],
     "optimizer": [(torch.optim.SGD, "step"), (torch.optim.SGD, "zero_grad")],
     "Algorithms": [(ApplyMask, "apply"), (ApplyMask, "match"), (Rewind, "apply"), (Rewind, "match")],
-    "callbacks": [(training._Recorder, "run_event"), (training._Checkpointer, "run_event")],
+    "callbacks": [(callbacks._Recorder, "run_event"), (callbacks._Checkpointer, "run_event")],
     "Composer's events": [(Engine, "run_event")],
     "logging": [(Logger, "log_metrics")],
     "schedule": [(MultiStepLR, "step")],

@@ -24,9 +24,9 @@ import psutil
 import torch
 from workload import MEAN, STD, processor, table, write
 
-from lth_diet import datasets
-from lth_diet.loader import Loader
-from lth_diet.runs import Replicate
+from lth_diet.data import dataset
+from lth_diet.data.loader import Loader
+from lth_diet.runs.run_directory import ReplicateDirectory
 
 RECIPE = Path(__file__).parents[1] / "recipes/imp.py"
 CONFIG = """
@@ -57,15 +57,15 @@ def run(replicates: int, levels: int) -> tuple[float, list[float], list[float]]:
         if process.returncode:
             sys.exit(f"the run ended with status {process.returncode}")
         (replicate,) = Path(folder).glob("runs/*/replicate_0")
-        ends = [phase.result()["timestamp"] / 1000 for _, phase in Replicate(replicate).levels()]
+        ends = [phase.result()["timestamp"] / 1000 for _, phase in ReplicateDirectory(replicate).levels()]
     return seconds, [later - earlier for earlier, later in itertools.pairwise(ends)], memory
 
 
 def batch(examples: int) -> tuple[float, float]:
     """Milliseconds a batch of a data set of so many images; MiB of this process."""
     images = np.zeros((examples, 32, 32, 3), np.uint8)
-    split = datasets.Split(images, np.zeros(examples, np.int64))
-    loader = Loader(datasets.Dataset("cifar10", split, split, MEAN, STD, tuple("0123456789")), 128, 1, 2)
+    split = dataset.Split(images, np.zeros(examples, np.int64))
+    loader = Loader(dataset.Dataset("cifar10", split, split, MEAN, STD, tuple("0123456789")), 128, 1, 2)
     times = []
     for step in range(60):
         began = time.perf_counter()

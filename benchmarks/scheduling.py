@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 from safetensors.numpy import load_file
 from workload import table, write
 
-from lth_diet.sweep import Sweep
+from lth_diet.sweep.grid import Sweep
 
 ROOT = Path(__file__).parents[1]
 SLOTS = 2

@@ -26,7 +26,8 @@ from torchmetrics import MetricCollection
 from torchvision import transforms
 from workload import MEAN, STD, Clock, Workload, now, table, write
 
-from lth_diet.models import ResNet, initialise
+from lth_diet.networks.classifier import initialize
+from lth_diet.networks.resnet import ResNet
 
 
 class Images(Dataset):
@@ -60,14 +61,14 @@ class Benchmark:
         return Clock(self.warmup, self.last, self.device)
 
     def ours(self, compiled: bool = False) -> float:
-        clock = self.clock()
+        clock = self.current_step()
         self.work.train(self.last, [clock], compiled)
         return clock.seconds
 
     def composer(self, workers: int) -> float:
-        clock = self.clock()
+        clock = self.current_step()
         network = ResNet(self.depth, 10)
-        initialise(network, 1)
+        initialize(network, 1)
         model = composer.models.ComposerClassifier(network, num_classes=10, train_metrics=MetricCollection([]))
         data = Images(self.work.split.images, self.work.split.labels)
         loader = DataLoader(data, self.batch_size, shuffle=True, drop_last=True, num_workers=workers)
@@ -89,7 +90,7 @@ class Benchmark:
     def bare(self) -> float:
         where = self.work.where
         network = ResNet(self.depth, 10)
-        initialise(network, 1)
+        initialize(network, 1)
         network.to(where, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         images, labels = self.work.loader().batch(0)

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from composer import Algorithm, Event
 
-from lth_diet import datasets, training
 from lth_diet.algorithms import ApplyMask, Rewind
-from lth_diet.config import Config
-from lth_diet.display import Progress
-from lth_diet.loader import EvaluationLoader, Loader
-from lth_diet.masks import Mask
-from lth_diet.models import classifier
-from lth_diet.phases import Phase
+from lth_diet.config.schema import Config
+from lth_diet.data import dataset
+from lth_diet.data.loader import EvaluationLoader, Loader
+from lth_diet.masks.mask import Mask
+from lth_diet.networks.classifier import build_classifier
+from lth_diet.runs.phase_directory import PhaseDirectory
+from lth_diet.training import trainer
+from lth_diet.training.progress import Progress
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -53,9 +54,9 @@ class Workload:
         self.where = "cuda" if device == "gpu" else "cpu"
         random = np.random.default_rng(0)
         images = random.integers(0, 256, (examples, size, size, 3), dtype=np.uint8)
-        self.split = datasets.Split(images, random.integers(0, 10, examples))
-        test = datasets.Split(images[:tested], self.split.labels[:tested])
-        self.data = datasets.Dataset("cifar10", self.split, test, MEAN, STD, tuple("0123456789"))
+        self.split = dataset.Split(images, random.integers(0, 10, examples))
+        test = dataset.Split(images[:tested], self.split.labels[:tested])
+        self.data = dataset.Dataset("cifar10", self.split, test, MEAN, STD, tuple("0123456789"))
 
     def loader(self) -> Loader:
         return Loader(self.data, self.batch_size, 1, 2, self.where)
@@ -71,15 +72,13 @@ class Workload:
                 "compile": compiled,
             }
         )
-        model = classifier(self.depth, 10, self.width, seed=1)
+        model = build_classifier(self.depth, 10, self.width, seed=1)
         algorithms = [Rewind(0, model.module.state_dict()), ApplyMask(Mask.dense(model.module)), *algorithms]
         evaluation = EvaluationLoader(self.data, self.data.test, device=self.where)
         with tempfile.TemporaryDirectory() as folder:
-            phase, schedule = Phase(Path(folder)), training.Schedule(0, steps, 0.1)
+            phase, schedule = PhaseDirectory(Path(folder)), trainer.Schedule(0, steps, 0.1)
             progress = Progress([], 0)
-            training.train(
-                model, self.loader(), evaluation, schedule, algorithms, phase, config, progress, lambda: None
-            )
+            trainer.train(model, self.loader(), evaluation, schedule, algorithms, phase, config, progress, lambda: None)
 
 
 class Clock(Algorithm):

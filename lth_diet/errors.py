@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}; see --help")
 
 
-def tell(error: UserError | OSError) -> int:
+def print_error(error: UserError | OSError) -> int:
     """Print the sentence; returns the exit status of a command that was given bad input."""
     if isinstance(error, OSError):
         error = UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
@@ -39,7 +39,7 @@ def tell(error: UserError | OSError) -> int:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def add_path_to_errors(path: Path) -> Iterator[None]:
     """While a file is written: an OSError of a write names no file; inside it names this one."""
     try:
         yield
@@ -49,7 +49,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def expecting(path: Path, what: str) -> Iterator[None]:
+def raise_if_corrupt(path: Path, what: str) -> Iterator[None]:
     """Whatever goes wrong while a file is read and taken apart means that it is not what it should be.
 
     Raises:
@@ -61,3 +61,7 @@ def expecting(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); allowed: {what}") from None
     except (*_DAMAGED, SafetensorError):
         raise UserError(f"{path}: damaged; allowed: {what}") from None
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the sentence says where it stopped and why."""

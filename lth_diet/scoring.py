@@ -9,18 +9,24 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as save_tensors
 from torch import nn
 
-from lth_diet import datasets, scores, seeds, training
-from lth_diet.config import Config
-from lth_diet.display import Progress
+from lth_diet.config.identity import scores_identity
+from lth_diet.config.schema import Config
+from lth_diet.data import catalog, seeds
+from lth_diet.data.loader import EvaluationLoader
 from lth_diet.errors import UserError
-from lth_diet.examples import Examples, record_scores
-from lth_diet.ingredients import Ingredients
-from lth_diet.loader import EvaluationLoader
-from lth_diet.phases import AnotherProcessError, Phase, clear_parts, read_json, versions
-from lth_diet.runs import ScoreFolder
-from lth_diet.scores import Scores, el2n
+from lth_diet.files import LockedError, read_json, remove_partial_files
+from lth_diet.runs.phase_directory import PhaseDirectory, versions
+from lth_diet.runs.scores_directory import ScoresDirectory
+from lth_diet.scores import artifact
+from lth_diet.scores.artifact import Scores
+from lth_diet.scores.el2n import el2n
+from lth_diet.scores.pictures import save_scores_pictures
+from lth_diet.scores.summary import ScoredExamples
+from lth_diet.training import trainer
+from lth_diet.training.builders import Builder
+from lth_diet.training.progress import Progress
 
-_PATIENCE = 10.0  # seconds that one round of waiting gives each network's holder
+_LOCK_TIMEOUT = 10.0  # seconds that one round of waiting gives each network's holder
 
 
 class Scoring:
@@ -37,84 +43,86 @@ class Scoring:
 
     def __init__(self, config: Config, progress: Progress, track: Callable[[], None], order: Sequence[int]):
         self.config = config
-        self.folder = ScoreFolder(config)
+        self.folder = ScoresDirectory(config)
         self.progress = progress
         self.track = track
         self.order = order
 
     def run(self) -> None:
         """Return when the artifact is there, whoever made it."""
-        patience = 0.0
+        timeout = 0.0
         while not (self.folder.done or all(network.done for network in self.folder.networks())):
-            if any(self.train(number, patience) for number in self.order):
-                patience = 0.0
-            elif not patience:
-                patience = _PATIENCE
-                self.progress.say(f"{self.folder.place}: waiting for networks that other processes train")
-            self.folder.place.refresh()
-        with self.folder.place.held(patience=-1):
+            if any(self.train(number, timeout) for number in self.order):
+                timeout = 0.0
+            elif not timeout:
+                timeout = _LOCK_TIMEOUT
+                self.progress.log(f"{self.folder.store}: waiting for networks that other processes train")
+            self.folder.store.refresh_index()
+        with self.folder.store.lock(timeout=-1):
             if not self.folder.done:
-                clear_parts(self.folder.path)
+                remove_partial_files(self.folder.path)
                 for number in self.order:
                     self.tidy(number)
                 self.combine()
             elif not self.shown:
-                labels = Ingredients(self.config, "all").noisy.train.labels
+                labels = Builder(self.config, "all").noisy_data.train.labels
                 self.show(self.folder.load(labels), labels)
-            self.folder.place.push()
+            self.folder.store.upload()
         self.track()  # also what an earlier launch could not send
 
-    def train(self, number: int, patience: float = 0.0) -> bool:
+    def train(self, number: int, timeout: float = 0.0) -> bool:
         """Train and evaluate a network; False if it is done already or in the hands of another process.
 
         Args:
             number: Of the network.
-            patience: As of `Place.held`.
+            timeout: As of `Place.held`.
         """
-        place = self.folder.place_of(number)
-        phase = Phase(place.path, place.push)
+        store = self.folder.network_store(number)
+        phase = PhaseDirectory(store.path, store.upload)
         if phase.done:
             return False
         try:
-            with place.held(patience):
+            with store.lock(timeout):
                 if phase.done:
                     return False
-                clear_parts(phase.path)
-                ingredients = Ingredients(self.config, phase.name)
-                model, data = ingredients.network(), ingredients.noisy
+                remove_partial_files(phase.path)
+                builder = Builder(self.config, phase.name)
+                model, data = builder.build_network(), builder.noisy_data
                 settings = self.config.train
-                schedule = training.Schedule(0, self.config.scores.steps, settings.lr, settings.milestones)
-                self.progress.begin(phase.name, "scoring")
-                loader, evaluation = ingredients.loader(data), ingredients.evaluation(data.test)
-                result = training.train(
+                schedule = trainer.Schedule(0, self.config.scores.steps, settings.lr, settings.milestones)
+                self.progress.start_phase(phase.name, "scoring")
+                loader, evaluation = builder.build_loader(data), builder.build_evaluation_loader(data.test)
+                result = trainer.train(
                     model, loader, evaluation, schedule, [], phase, self.config, self.progress, self.track
                 )
-                errors = el2n(probabilities(model.module, ingredients.evaluation(data.train)), data.train.labels)
+                errors = el2n(
+                    probabilities(model.module, builder.build_evaluation_loader(data.train)), data.train.labels
+                )
                 phase.write("el2n.safetensors", save_tensors({"el2n": errors.astype(np.float32)}))
                 phase.finish({"network": number, **result})
-        except AnotherProcessError:
+        except LockedError:
             return False
-        self.progress.measured(phase.name, "scoring", result["test_accuracy_percent"])
-        self.progress.end(phase.name, "done")
+        self.progress.report_accuracy(phase.name, "scoring", result["test_accuracy_percent"])
+        self.progress.set_state(phase.name, "done")
         self.track()
         return True
 
     def tidy(self, number: int) -> None:
         """Have a finished network here, without the checkpoint of a process that was killed as it finished."""
-        place = self.folder.place_of(number)
-        with place.held(patience=-1):
-            Phase(place.path).forget_checkpoint()
-            place.push()
+        store = self.folder.network_store(number)
+        with store.lock(timeout=-1):
+            PhaseDirectory(store.path).remove_stale_checkpoints()
+            store.upload()
 
     def combine(self) -> None:
         """Make one artifact of the networks' scores."""
-        ingredients = Ingredients(self.config, "all")
+        builder = Builder(self.config, "all")
         networks = self.folder.networks()
         values = np.stack([load_file(network.verified("el2n.safetensors"))["el2n"] for network in networks])
-        labels = ingredients.noisy.train.labels
+        labels = builder.noisy_data.train.labels
         self.show(Scores(values, {}), labels)
-        facts = datasets.facts(self.config.dataset.name, self.config.dataset.root)
-        scores.save(
+        facts = catalog.info(self.config.dataset.name, self.config.dataset.root)
+        artifact.save_scores(
             self.folder.path,
             values,
             labels,
@@ -122,12 +130,12 @@ class Scoring:
             facts.fingerprint,
             label_noise=self.config.pretrain.label_noise,
             seed=self.config.seed,
-            network_seeds=[seeds.stream(self.config.seed, network.name, "init") for network in networks],
+            network_seeds=[seeds.derive_seed(self.config.seed, network.name, "init") for network in networks],
             model=self.config.model_name,
             networks=len(networks),
             steps=self.config.scores.steps,
             test_accuracy_percent=[network.result()["test_accuracy_percent"] for network in networks],
-            identity=self.config.scores_identity(),
+            identity=scores_identity(self.config),
             versions=versions(),
         )
 
@@ -141,9 +149,9 @@ class Scoring:
 
     def show(self, found: Scores, labels: np.ndarray) -> None:
         """Draw the artifact; a picture that fails is a warning."""
-        examples = Examples(Ingredients(self.config, "all").data, labels, found)
-        with self.progress.warning("no pictures of the scores"):
-            record_scores(self.folder.path / "examples", examples)
+        examples = ScoredExamples(Builder(self.config, "all").data, labels, found)
+        with self.progress.warn_on_error("no pictures of the scores"):
+            save_scores_pictures(self.folder.path / "examples", examples)
 
 
 @torch.no_grad()
@@ -161,11 +169,11 @@ def probabilities(network: nn.Module, images: EvaluationLoader) -> np.ndarray:
 def _without_tf32() -> Iterator[None]:
     """Composer allows TF32 on GPUs, and leaves it so."""
     places = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [place.allow_tf32 for place in places]
+    before = [store.allow_tf32 for store in places]
     try:
-        for place in places:
-            place.allow_tf32 = False
+        for store in places:
+            store.allow_tf32 = False
         yield
     finally:
-        for place, allowed in zip(places, before, strict=True):
-            place.allow_tf32 = allowed
+        for store, allowed in zip(places, before, strict=True):
+            store.allow_tf32 = allowed

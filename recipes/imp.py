@@ -10,15 +10,15 @@ The same command again goes on where the last one stopped. At the end a report o
 import sys
 from collections.abc import Sequence
 
-from lth_diet import launch
-from lth_diet.runs import Run
+from lth_diet.launch import command_line
+from lth_diet.runs.run_directory import RunDirectory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return launch.imp(argv, __doc__, report)
+    return command_line.launch_imp(argv, __doc__, report)
 
 
-def report(run: Run) -> None:
+def report(run: RunDirectory) -> None:
     from analysis.report import conclude  # imports MLflow, which is not to be before the input is checked
 
     conclude(run)

@@ -10,11 +10,11 @@ The same command again goes on where the last one stopped. recipes/imp.py does t
 import sys
 from collections.abc import Sequence
 
-from lth_diet import launch
+from lth_diet.launch import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return launch.score(argv, __doc__)
+    return command_line.launch_scoring(argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -12,25 +12,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lth_diet import launch
-from lth_diet.errors import UserError, tell
-from lth_diet.sweep import Sweep, in_common, plan
+from lth_diet.errors import UserError, print_error
+from lth_diet.launch import command_line
+from lth_diet.sweep.grid import Sweep
+from lth_diet.sweep.plan import plan, shared_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = launch.parser(__doc__)
+    parser = command_line.recipe_parser(__doc__)
     parser.add_argument("--address", help="of a running Ray cluster, or auto; without it one is started here")
     try:
         arguments = parser.parse_intermixed_args(argv)
         sweep = Sweep(Path(arguments.file), arguments.overrides)
         if arguments.plan:
-            print(plan(sweep, in_common(sweep, arguments.overrides)))
+            print(plan(sweep, shared_runs(sweep, arguments.overrides)))
             return 0
-        from lth_diet import cluster  # imports Ray, which is not to be before the input is checked
+        from lth_diet.sweep import scheduler  # imports Ray, which is not to be before the input is checked
 
-        return cluster.run(sweep, arguments.address, Path(__file__).parent)
+        return scheduler.run_sweep(sweep, arguments.address, Path(__file__).parent)
     except (UserError, OSError) as error:
-        return tell(error)
+        return print_error(error)
 
 
 if __name__ == "__main__":

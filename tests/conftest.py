@@ -8,8 +8,8 @@ from hypothesis import settings
 from mlflow import MlflowClient
 from seaweed import s3, s3_server  # noqa: F401
 
-from lth_diet.sweep import Sweep
-from lth_diet.sweep_display import Job
+from lth_diet.sweep.grid import Sweep
+from lth_diet.sweep.screen import Job
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 warnings.filterwarnings("ignore")

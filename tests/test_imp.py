@@ -8,14 +8,19 @@ import torch
 from composer import Algorithm, Event
 from safetensors.torch import load_file
 
-from lth_diet import config, datasets, imp, label_noise, scores, seeds, subsets
+from lth_diet import imp
 from lth_diet.algorithms import ApplyMask, Rewind, SubsetSampling
-from lth_diet.display import Progress
-from lth_diet.errors import UserError
-from lth_diet.masks import Mask, prune_by_magnitude
-from lth_diet.phases import read_json, write_json
-from lth_diet.runs import Run
+from lth_diet.config import loading
+from lth_diet.data import catalog, label_noise, seeds, subsets
+from lth_diet.errors import TrainingError, UserError
+from lth_diet.files import read_json, write_json
+from lth_diet.masks.mask import Mask
+from lth_diet.masks.pruning import prune_by_magnitude
+from lth_diet.runs.run_directory import RunDirectory
+from lth_diet.scores import artifact
 from lth_diet.scoring import Scoring
+from lth_diet.training import composer_internals, trainer
+from lth_diet.training.progress import Progress
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def run(tiny):
     """Runs the first replicate of a small configuration; returns its directory."""
 
     def start(*overrides, arm="random"):
-        made = Run(config.load(tiny(arm), overrides))
+        made = RunDirectory(loading.load_config(tiny(arm), overrides))
         made.create()
         if made.config.needs_scores and made.config.scores.file is None:
             scoring = Scoring(made.config, Progress([], 0), lambda: None, range(2))
@@ -84,8 +89,8 @@ def test_levels_train_from_the_rewind_step_to_the_end(run):
 def test_init_rewinds_to_the_initialisation(run):
     replicate = run(arm="init")
     network = (
-        imp.IMP(config.load("tiny.yaml"), replicate, Progress(["replicate_0"], 0), lambda: None)
-        .ingredients.network()
+        imp.IMP(loading.load_config("tiny.yaml"), replicate, Progress(["replicate_0"], 0), lambda: None)
+        .builder.build_network()
         .module
     )
     assert equal(weights(replicate.pretrain), network.state_dict())
@@ -94,7 +99,7 @@ def test_init_rewinds_to_the_initialisation(run):
 
 def examples_seen(monkeypatch, run, **options):
     """The examples and labels of the batches of each phase, through the loader that it really used."""
-    seen, original = [], imp.training.train
+    seen, original = [], trainer.train
 
     def watched(model, loader, *rest):
         batches = []
@@ -112,15 +117,15 @@ def examples_seen(monkeypatch, run, **options):
         finally:
             loader.batch = real
 
-    monkeypatch.setattr(imp.training, "train", watched)
+    monkeypatch.setattr(trainer, "train", watched)
     run(*options.pop("overrides", ()), **options)
     return [([examples for examples, _ in batches], [labels for _, labels in batches]) for batches in seen]
 
 
 def test_pretraining_sees_the_random_subset_in_passes_and_levels_see_all(run, monkeypatch):
     seen = examples_seen(monkeypatch, run)
-    labels = datasets.load("digits", "unused").train.labels
-    subset = subsets.random_subset(labels, 128, seeds.stream(42, 0, "subset"))
+    labels = catalog.load("digits", "unused").train.labels
+    subset = subsets.random_subset(labels, 128, seeds.derive_seed(42, 0, "subset"))
     pretraining = seen[0][0]
     assert len(pretraining) == 4
     for number in range(2):  # 128 examples are two batches of 64
@@ -140,8 +145,8 @@ def test_arms_of_a_replicate_share_the_order_of_examples(run, monkeypatch):
 @pytest.mark.parametrize("arm", ["all", "random", "easy", "hard"])
 def test_pretraining_sees_noisy_labels_and_every_level_the_true_ones(run, monkeypatch, arm):
     seen = examples_seen(monkeypatch, run, arm=arm, overrides=["pretrain.label_noise=0.5"])
-    true = datasets.load("digits", "unused").train.labels
-    noisy = label_noise.randomise(true, 0.5, 10, seeds.stream(42, "all", "noise"))
+    true = catalog.load("digits", "unused").train.labels
+    noisy = label_noise.randomize_labels(true, 0.5, 10, seeds.derive_seed(42, "all", "noise"))
     phases = seen[2:] if arm in ("easy", "hard") else seen  # two networks score first
     assert len(phases) == 4
     for number, (examples, labels) in enumerate(phases):
@@ -155,8 +160,8 @@ def test_pretraining_sees_noisy_labels_and_every_level_the_true_ones(run, monkey
 def test_pretraining_sees_the_examples_at_one_end_of_the_scores(run, monkeypatch, arm):
     options = ["pretrain.subset.class_balanced=true", "pretrain.subset.offset=20"]
     seen = examples_seen(monkeypatch, run, arm=arm, overrides=options)
-    labels = datasets.load("digits", "unused").train.labels
-    scored = scores.load(next(Path("runs/scores").glob("*/scores.safetensors")), labels)
+    labels = catalog.load("digits", "unused").train.labels
+    scored = artifact.load_scores(next(Path("runs/scores").glob("*/scores.safetensors")), labels)
     choose = {"easy": subsets.easy, "hard": subsets.hard}[arm]
     expected = choose(scored.mean, labels, 128, class_balanced=True, offset=20)
     assert sorted(np.concatenate(seen[2][0][:2])) == expected.tolist()
@@ -174,7 +179,7 @@ def test_a_random_subset_under_noise_is_balanced_over_the_labels_that_pretrainin
 
 def test_replicates_that_would_choose_by_other_scores_are_refused(run, tiny):
     replicate = run("prune.levels=0", arm="easy")
-    made = Run(config.load(tiny("easy"), ["prune.levels=0"]))
+    made = RunDirectory(loading.load_config(tiny("easy"), ["prune.levels=0"]))
     path = replicate.pretrain.path / "result.json"
     write_json(path, read_json(path) | {"scores_sha256": "of other scores"})
     with pytest.raises(UserError, match=r"replicate_0/pretrain chose by other scores"):
@@ -182,9 +187,9 @@ def test_replicates_that_would_choose_by_other_scores_are_refused(run, tiny):
 
 
 def test_a_score_file_by_hand_takes_the_place_of_scoring(run, place, monkeypatch):
-    labels = datasets.load("digits", "unused").train.labels
+    labels = catalog.load("digits", "unused").train.labels
     values = np.arange(1442, dtype=np.float32)[None]
-    scores.save(place / "mine", values, labels, "digits", "digits")
+    artifact.save_scores(place / "mine", values, labels, "digits", "digits")
     given = ["scores.file=mine/scores.safetensors"]
     seen = examples_seen(monkeypatch, run, arm="easy", overrides=given)
     assert len(seen) == 4 and not Path("runs/scores").exists()
@@ -212,13 +217,13 @@ class Settings(Algorithm):
 @pytest.fixture
 def phases(monkeypatch):
     """The settings of every phase that is trained."""
-    seen, real = [], imp.training._Trainer
+    seen, real = [], composer_internals.LeanTrainer
 
     def build(algorithms, **options):
         seen.append(Settings(options))
         return real(algorithms=[*algorithms, seen[-1]], **options)
 
-    monkeypatch.setattr(imp.training, "_Trainer", build)
+    monkeypatch.setattr(composer_internals, "LeanTrainer", build)
     return seen
 
 
@@ -245,7 +250,7 @@ def test_arms_of_a_replicate_share_initial_weights_and_augmented_images(run, pha
 
 def test_replicates_differ_in_initial_weights_and_images(run, phases, tiny):
     run(arm="init")
-    made = Run(config.load(tiny("init")))
+    made = RunDirectory(loading.load_config(tiny("init")))
     imp.IMP(made.config, made.replicate(1), Progress(["replicate_1"], 0), lambda: None).run()
     (weights_0, batch_0), (weights_1, batch_1) = phases[0].first, phases[3].first
     assert not torch.equal(weights_0["conv1.weight"], weights_1["conv1.weight"])
@@ -292,7 +297,7 @@ def test_a_finished_run_is_not_computed_again(run, monkeypatch):
     def trained_again(*args):
         raise AssertionError("a finished phase was trained again")
 
-    monkeypatch.setattr(imp.training, "train", trained_again)
+    monkeypatch.setattr(trainer, "train", trained_again)
     run()
     assert {path: path.stat().st_mtime_ns for path in replicate.path.rglob("*")} == before
 
@@ -331,7 +336,7 @@ def test_a_level_whose_mask_and_weights_disagree_is_refused_by_name(run):
 
 
 def test_a_network_that_ends_with_weights_that_are_no_numbers_is_no_result(run):
-    with pytest.raises(imp.training.TrainingError, match=r"level_0: the test loss is nan after step 12"):
+    with pytest.raises(TrainingError, match=r"level_0: the test loss is nan after step 12"):
         run("prune.levels=0", "train.milestones=[11]", "train.gamma=1e30")
 
 

@@ -45,7 +45,7 @@ RUNS = {
     "python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml gpus_per_run=0.5": None,  # test_cluster.py
     "python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml --address auto": None,  # test_cluster.py
     "composer -n 4 recipes/imp.py -f yamls/cifar100_easy.yaml runs=s3://bucket/lottery": None,  # test_s3.py
-    "python -m lth_diet.remote pull s3://bucket/lottery runs": None,  # test_s3.py
+    "python -m lth_diet pull s3://bucket/lottery runs": None,  # test_s3.py
     "composer -n 4 recipes/score.py -f yamls/cifar10_noise10_easy.yaml": f"{DIGITS} {SUBSET} scores.networks=4 scores.steps=5",
     "composer -n 2 recipes/score.py -f yamls/cifar10_noise10_easy.yaml dataset.name=image_folder dataset.root=data/mine scores.networks=4 scores.steps=800": f"{SMALL} {SUBSET} {SCORES} scores.networks=2",
     "python -m analysis.examples runs/scores/<id> --root data --arm hard --size 3200 -o examples": None,  # below
@@ -55,8 +55,8 @@ RUNS = {
     "git clone <this repository> lth_diet": None,
     "docker compose up -d": None,  # test_server.py, natively
     "docker compose run --rm trainer -n 4 recipes/imp.py -f yamls/cifar100_all.yaml": None,
-    "python -m lth_diet.tracking sync runs": "",
-    "python -m lth_diet.runs verify runs": "",
+    "python -m lth_diet sync runs": "",
+    "python -m lth_diet verify runs": "",
     "python -m analysis.report --experiment digits -o report.html": "--levels 0 1",
     "python -m analysis.collect --experiment digits -o results.csv": "",
     "python -m analysis.dominance results.csv --all-pairs": "--levels 0 1",
@@ -65,8 +65,8 @@ RUNS = {
     "python -m analysis.figures results.csv --published -o figures": "",
     "python -m analysis.claims --published": "",
     "python -m analysis.report --published -o published.html": "",
-    "python -m lth_diet.masks show runs/digits_all-*/replicate_0 8": None,  # below
-    "python -m lth_diet.masks export runs/digits_all-*/replicate_0 8 -o ticket": None,  # below
+    "python -m lth_diet show runs/digits_all-*/replicate_0 8": None,  # below
+    "python -m lth_diet export runs/digits_all-*/replicate_0 8 -o ticket": None,  # below
     "python benchmarks/scheduling.py": None,  # test_benchmarks.py
     "python benchmarks/step_time.py": "--depth 8 --batch-size 8 --warmup 1 --steps 2 --repeats 1",
 }
@@ -102,8 +102,8 @@ def test_the_commands_run(clone):
     for scores in (clone / "runs/scores").iterdir():
         root = "data/mine" if "image_folder" in (scores / "manifest.json").read_text() else "data"
         run(f"python -m analysis.examples {scores} --root {root} --arm hard --size 64 -o examples")
-    run("python -m lth_diet.masks show runs/digits_all-*/replicate_0 1")
-    run("python -m lth_diet.masks export runs/digits_all-*/replicate_0 1 -o ticket")
+    run("python -m lth_diet show runs/digits_all-*/replicate_0 1")
+    run("python -m lth_diet export runs/digits_all-*/replicate_0 1 -o ticket")
     (block,) = re.findall(r"```python\n(import json.*?)```", README, flags=re.S)
     assert re.search(r"ResNet-8 width 2 on digits: 80\.0 % of weights", run(f"python -c {quoted(block)}"))
 
@@ -153,9 +153,16 @@ def test_make_ui_sends_to_the_server_where_the_store_is_one(clone, monkeypatch):
     assert "open MLFLOW_TRACKING_URI in a browser" in run("make -o .venv/installed ui")
 
 
-def test_the_readme_names_every_module_and_requirement():
-    modules = {path.name for path in (ROOT / "lth_diet").glob("*.py")} - {"__init__.py"}
-    assert [name for name in modules if name not in README] == []
+def test_the_map_names_every_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    shims = {"remote.py", "__init__.py"}
+    modules = {path.name for path in (ROOT / "lth_diet").rglob("*.py")} - shims
+    folders = {path.name for path in (ROOT / "lth_diet").iterdir() if path.is_dir()} - {"__pycache__"}
+    assert [name for name in modules if name not in text] == []
+    assert [name for name in folders if f"  {name}/" not in text] == []
+
+
+def test_the_readme_names_every_requirement():
     required = re.findall(r"^([A-Za-z0-9-]+)", (ROOT / "requirements.in").read_text(), flags=re.M)
     assert len(required) > 10
     assert [name for name in required if name.removesuffix("-bin") not in README] == []

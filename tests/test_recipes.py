@@ -14,9 +14,9 @@ from helpers import ROOT, run, start
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from lth_diet import tracking
-from lth_diet.masks import Mask
-from lth_diet.phases import Phase
+from lth_diet.masks.mask import Mask
+from lth_diet.runs.phase_directory import PhaseDirectory
+from lth_diet.tracking import store
 
 
 def bits(root):
@@ -48,7 +48,7 @@ def test_two_ranks_give_the_bits_of_one_and_the_same_command_computes_nothing_ag
     assert "steps/s" not in again
     assert {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.safetensors")} == before
 
-    client = MlflowClient(tracking.tracking_uri())
+    client = MlflowClient(store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     parents = client.search_runs([experiment], "tags.phase = 'all'")
     assert sorted(parent.data.tags["replicate"] for parent in parents) == ["0", "1"]
@@ -77,7 +77,7 @@ def test_a_run_killed_in_the_middle_of_a_level_ends_with_the_same_bits(tiny):
     assert bits("runs") == bits("whole")
     assert Mask.load(level / "mask.safetensors").density < 1
 
-    client = MlflowClient(tracking.tracking_uri())
+    client = MlflowClient(store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     children = client.search_runs([experiment], "tags.phase = 'level_1'")
     assert len(children) == 1
@@ -122,7 +122,7 @@ def test_what_mlflow_missed_is_sent_by_the_same_command(tiny, monkeypatch, place
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
     code, _, err = run(path, "prune.levels=0")
     assert code == 0 and err == ""
-    client = MlflowClient(tracking.tracking_uri())
+    client = MlflowClient(store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     (parent,) = client.search_runs([experiment], "tags.phase = 'all'")
     assert parent.info.status == "FINISHED" and "test_accuracy_percent" in parent.data.metrics
@@ -174,7 +174,7 @@ def test_scores_that_two_launches_of_two_ranks_need_are_computed_once(tiny):
         name: tensors for folder in Path("alone").iterdir() if folder.is_dir() for name, tensors in bits(folder).items()
     }
 
-    client = MlflowClient(tracking.tracking_uri())
+    client = MlflowClient(store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     (parent,) = client.search_runs([experiment], "tags.phase = 'scores'")
     history = client.get_metric_history(parent.info.run_id, "test_accuracy_percent")
@@ -199,7 +199,7 @@ def test_scoring_killed_inside_a_network_ends_with_the_same_bits(tiny):
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    (network,) = (Phase(found) for found in Path("runs").glob("scores/*/network_1"))
+    (network,) = (PhaseDirectory(found) for found in Path("runs").glob("scores/*/network_1"))
     assert not network.done
     kept = network.curve(until=network.checkpoint()[1])
     code, out, err = run(path, *longer, ranks=2, recipe="score")

@@ -3,8 +3,8 @@ import torch
 from composer import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lth_diet.masks import prunable
-from lth_diet.models import classifier
+from lth_diet.masks.mask import prunable
+from lth_diet.networks.classifier import build_classifier
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def trainer(examples):
     trainers = []
 
     def build(algorithms, steps=6, model=None, loader=None, callbacks=(), scheduler=None, **options):
-        model = model or classifier(8, 10, width=2, seed=1)
+        model = model or build_classifier(8, 10, width=2, seed=1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         loader = loader or DataLoader(examples, batch_size=8)
         if scheduler:
@@ -50,5 +50,5 @@ def trainer(examples):
 def half():
     """A mask that keeps about half of the weights of `classifier(8, 10, width=2)`."""
     random = torch.Generator().manual_seed(2)
-    weights = prunable(classifier(8, 10, width=2).module)
+    weights = prunable(build_classifier(8, 10, width=2).module)
     return {name: torch.rand(weight.shape, generator=random) < 0.5 for name, weight in weights.items()}

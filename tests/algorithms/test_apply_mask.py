@@ -6,7 +6,7 @@ from helpers import Spy
 from torch.utils.data import DataLoader
 
 from lth_diet.algorithms import ApplyMask
-from lth_diet.models import classifier
+from lth_diet.networks.classifier import build_classifier
 
 
 def pruned_are_zero(mask, network):
@@ -53,7 +53,7 @@ def test_a_checkpoint_holds_zeros(trainer, half, place):
 
 
 def test_evaluation_without_training_is_masked_too(trainer, half, examples):
-    model = classifier(8, 10, width=2, seed=1)
+    model = build_classifier(8, 10, width=2, seed=1)
     trainer([ApplyMask(half)], model=model).eval(DataLoader(examples, batch_size=16))
     assert pruned_are_zero(half, model.module)
 
@@ -90,7 +90,7 @@ def test_clipping_sees_masked_gradients(trainer, half, order):
 
 
 def test_label_smoothing_changes_the_training_and_not_the_zeros(trainer, half):
-    models = [classifier(8, 10, width=2, seed=1) for _ in range(2)]
+    models = [build_classifier(8, 10, width=2, seed=1) for _ in range(2)]
     trainer([ApplyMask(half)], model=models[0]).fit()
     trainer([ApplyMask(half), LabelSmoothing(0.1)], model=models[1]).fit()
     assert pruned_are_zero(half, models[1].module)
@@ -105,7 +105,7 @@ def test_a_mask_of_another_model_is_refused_with_the_tensor_named(trainer, half)
 
 
 def test_predictions_without_training_are_masked_too(trainer, half, examples):
-    model = classifier(8, 10, width=2, seed=1)
+    model = build_classifier(8, 10, width=2, seed=1)
     trainer([ApplyMask(half)], model=model).predict(DataLoader(examples, batch_size=16))
     assert pruned_are_zero(half, model.module)
 
@@ -113,7 +113,7 @@ def test_predictions_without_training_are_masked_too(trainer, half, examples):
 def test_one_instance_masks_the_model_of_each_trainer(trainer, half, examples):
     mask = ApplyMask(half)
     trainer([mask]).fit()
-    second = classifier(8, 10, width=2, seed=3)
+    second = build_classifier(8, 10, width=2, seed=3)
     trainer([mask], model=second).eval(DataLoader(examples, batch_size=16))
     assert pruned_are_zero(half, second.module)
 

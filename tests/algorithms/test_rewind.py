@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader
 
 from lth_diet.algorithms import ApplyMask, Rewind
-from lth_diet.models import classifier
+from lth_diet.networks.classifier import build_classifier
 
 LR = {"before_forward": lambda state: (int(state.timestamp.batch), state.optimizers[0].param_groups[0]["lr"])}
 
@@ -40,7 +40,7 @@ def test_a_later_training_starts_from_the_state_at_the_step_with_new_momentum(tr
 
 
 def test_rewinding_to_initialisation_keeps_the_state_before_the_first_step(trainer):
-    rewind, model = Rewind(0), classifier(8, 10, width=2, seed=1)
+    rewind, model = Rewind(0), build_classifier(8, 10, width=2, seed=1)
     before = state_of(model)
     trainer([rewind], model=model).fit()
     assert equal(rewind.state, before)
@@ -69,7 +69,7 @@ def test_clock_and_schedule_start_at_the_step_with_absolute_milestones(trainer):
 
 def test_composers_own_schedulers_are_set_too(trainer):
     spy = Spy(**LR)
-    rewind = Rewind(3, state_of(classifier(8, 10, width=2, seed=1)))
+    rewind = Rewind(3, state_of(build_classifier(8, 10, width=2, seed=1)))
     trainer([rewind], steps=8, callbacks=[spy], scheduler=lambda _: MultiStepScheduler(["2ba", "5ba"], 0.1)).fit()
     # batch 6 and not 5: Composer's schedulers lag one batch behind its clock
     expected = [(3, 0.01), (4, 0.01), (5, 0.01), (6, 0.001), (7, 0.001)]
@@ -78,7 +78,7 @@ def test_composers_own_schedulers_are_set_too(trainer):
 
 def test_schedulers_stepped_every_epoch_are_advanced_by_epochs(trainer):
     spy = Spy(**LR)
-    rewind = Rewind(8, state_of(classifier(8, 10, width=2, seed=1)), step_schedulers_every_batch=False)
+    rewind = Rewind(8, state_of(build_classifier(8, 10, width=2, seed=1)), step_schedulers_every_batch=False)
     trainer(
         [rewind],
         steps=14,
@@ -91,7 +91,7 @@ def test_schedulers_stepped_every_epoch_are_advanced_by_epochs(trainer):
 
 def test_the_clock_tells_epoch_and_sample_of_the_step(trainer):
     spy = Spy(before_dataloader=lambda state: state.timestamp)
-    rewind = Rewind("8ba", state_of(classifier(8, 10, width=2)))
+    rewind = Rewind("8ba", state_of(build_classifier(8, 10, width=2)))
     trainer([rewind], steps=10, callbacks=[spy]).fit()
     first = spy.seen["before_dataloader"][0]
     assert (first.batch, first.epoch, first.batch_in_epoch) == (Time(8, "ba"), Time(1, "ep"), Time(2, "ba"))
@@ -99,8 +99,8 @@ def test_the_clock_tells_epoch_and_sample_of_the_step(trainer):
 
 
 def test_a_training_resumed_in_its_middle_is_not_rewound(trainer, place):
-    state = state_of(classifier(8, 10, width=2, seed=5))
-    whole, half_way, resumed = (classifier(8, 10, width=2, seed=1) for _ in range(3))
+    state = state_of(build_classifier(8, 10, width=2, seed=5))
+    whole, half_way, resumed = (build_classifier(8, 10, width=2, seed=1) for _ in range(3))
     trainer([Rewind(2, state)], model=whole).fit()
     trainer(
         [Rewind(2, state)], model=half_way, save_folder="saved", save_interval="4ba", save_filename="{batch}.pt"

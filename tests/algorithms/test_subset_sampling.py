@@ -5,9 +5,9 @@ from helpers import Spy
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from lth_diet.algorithms import SubsetSampling
-from lth_diet.datasets import Dataset, Split
-from lth_diet.loader import Loader
-from lth_diet.models import classifier
+from lth_diet.data.dataset import Dataset, Split
+from lth_diet.data.loader import Loader
+from lth_diet.networks.classifier import build_classifier
 
 SUBSET = list(range(0, 48, 3))  # 16 of 48 examples: two batches of 8
 
@@ -65,11 +65,11 @@ def our_labels(state):
 def test_our_loader_is_released_exactly(trainer, until):
     loader, free = our_loader(), our_loader()
     spy = Spy(before_forward=our_labels)
-    model = classifier(8, 48, width=2, seed=1)
+    model = build_classifier(8, 48, width=2, seed=1)
     fit = trainer(
         [SubsetSampling(SUBSET, until)], model=model, loader=loader, steps=9, callbacks=[spy], spin_dataloaders=False
     )
-    loader.clock = lambda: int(fit.state.timestamp.batch)
+    loader.current_step = lambda: int(fit.state.timestamp.batch)
     fit.fit()
     seen = spy.seen["before_forward"]
     assert all(set(labels) <= set(SUBSET) for labels in seen[:until])

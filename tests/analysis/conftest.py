@@ -1,7 +1,9 @@
 import pytest
 
-from lth_diet import config, tracking
-from lth_diet.runs import Run
+from lth_diet.config import loading
+from lth_diet.runs.run_directory import RunDirectory
+from lth_diet.tracking import sync
+from lth_diet.tracking.store import tracking_uri
 
 
 @pytest.fixture
@@ -16,7 +18,7 @@ def record(tiny):
             f"experiment={experiment!r}",
             *overrides,
         ]
-        run = Run(config.load(tiny(arm), settings))
+        run = RunDirectory(loading.load_config(tiny(arm), settings))
         run.create()
         for index, levels in accuracies.items():
             for level, accuracy in enumerate(levels):
@@ -24,7 +26,7 @@ def record(tiny):
                 phase.path.mkdir(parents=True)
                 result = {"level": level, "timestamp": 7, "weights_remaining_percent": 100 * 0.8**level}
                 phase.finish({**result, "test_accuracy_percent": accuracy})
-            tracking.sync(run.replicate(index))
+            sync.sync_replicate(run.replicate(index))
         return run
 
     return write
@@ -35,4 +37,4 @@ def store(record):
     """A store with two arms, two levels, two replicates (one of them half done)."""
     record("init", {0: [89.0, 88.0], 1: [90.0, 89.0]})
     record("random", {0: [90.0, 89.0], 1: [91.0]})
-    return tracking.tracking_uri()
+    return tracking_uri()

@@ -3,15 +3,15 @@ import json
 import pytest
 
 from analysis import examples
-from lth_diet import config
-from lth_diet.display import Progress
+from lth_diet.config import loading
 from lth_diet.scoring import Scoring
+from lth_diet.training.progress import Progress
 
 
 @pytest.fixture
 def artifact(tiny):
     """Scores of the noisy digits by two networks."""
-    loaded = config.load(tiny("easy"), ["pretrain.label_noise=0.2"])
+    loaded = loading.load_config(tiny("easy"), ["pretrain.label_noise=0.2"])
     scoring = Scoring(loaded, Progress([], 0), lambda: None, range(2))
     scoring.folder.create()
     scoring.run()

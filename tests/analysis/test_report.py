@@ -16,8 +16,10 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from analysis import report
-from lth_diet import config, tracking
-from lth_diet.runs import Replicate
+from lth_diet.config import loading
+from lth_diet.config.identity import run_id
+from lth_diet.runs.run_directory import ReplicateDirectory
+from lth_diet.tracking import store, sync
 
 
 def accuracies(replicates, start, levels=5, seed=0):
@@ -41,7 +43,7 @@ def picture():
 
 
 def write(output="report.html"):
-    return report.write(tracking.tracking_uri(), "<b>tiny</b>", report.Path(output))
+    return report.write(store.tracking_uri(), "<b>tiny</b>", report.Path(output))
 
 
 def test_the_page_says_what_is_decided_what_is_not_and_what_is_incomplete(experiment, place, capsys):
@@ -59,7 +61,7 @@ def test_the_page_says_what_is_decided_what_is_not_and_what_is_incomplete(experi
 
 
 def test_names_are_escaped_nothing_is_fetched_and_bad_input_is_one_sentence(experiment, place, capsys):
-    client = MlflowClient(tracking.tracking_uri())
+    client = MlflowClient(store.tracking_uri())
     for run in client.search_runs([client.get_experiment_by_name("<b>tiny</b>").experiment_id], "tags.phase = 'all'"):
         client.set_tag(run.info.run_id, "version.torch", "<script>alert(1)</script>")
     page = write().path.read_text()
@@ -81,14 +83,14 @@ def test_the_configuration_on_the_page_is_that_of_the_run(experiment, place):
     page = write().path.read_text()
     block = next(text for text in re.findall(r"<pre># .*?\n(.*?)</pre>", page, flags=re.S) if "arm: random" in text)
     (place / "again.yaml").write_text(block.replace("&#39;", "'"))
-    assert config.load("again.yaml").run_id() == experiment.config.run_id()
+    assert run_id(loading.load_config("again.yaml")) == run_id(experiment.config)
     assert yaml.safe_load(block)["train"]["steps"] == 12
 
 
 def test_example_pictures_are_on_the_page_where_they_were_logged(experiment, place):
     assert "<h2>Examples" not in write().path.read_text()
     (place / "subset.png").write_bytes(picture())
-    client = MlflowClient(tracking.tracking_uri())
+    client = MlflowClient(store.tracking_uri())
     where = client.get_experiment_by_name("<b>tiny</b>").experiment_id
     child = client.create_run(where, tags={"phase": "pretrain", "run_id": "x"}, run_name="random/pretrain")
     client.log_artifact(child.info.run_id, "subset.png")
@@ -174,7 +176,7 @@ def test_a_server_gives_the_same_page_as_its_store(place, record, monkeypatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/local.db")
         for folder in sorted(run.path.parent.iterdir()):
             for replicate in sorted(folder.glob("replicate_*")):
-                tracking.sync(Replicate(replicate))
+                sync.sync_replicate(ReplicateDirectory(replicate))
         here = report.write(f"sqlite:///{place}/local.db", "tiny", report.Path("here.html"))
         assert there.verdicts == here.verdicts and there.path.read_text() == here.path.read_text()
     finally:

@@ -15,9 +15,9 @@ from helpers import write_image_folder
 from PIL import Image
 from safetensors.numpy import save
 
-from lth_diet import datasets
-from lth_diet.phases import read_json, write_json
-from lth_diet.scores import fingerprint
+from lth_diet.data import catalog
+from lth_diet.files import read_json, write_json
+from lth_diet.scores.artifact import hash_labels
 
 
 def write(files):
@@ -97,14 +97,14 @@ def scores(about):
     `name`, `dtype`, `shape` and `value` of the tensor; `bytes`: instead of a safetensors file; `labels`: "zeros";
     anything else: of the manifest, where null takes a key out.
     """
-    labels = np.zeros(1442, int) if about.pop("labels", None) else datasets.load("digits", "data").train.labels
+    labels = np.zeros(1442, int) if about.pop("labels", None) else catalog.load("digits", "data").train.labels
     values = np.full(about.pop("shape", (1, 1442)), float(about.pop("value", 0.5)), about.pop("dtype", "float32"))
     content = save({about.pop("name", "el2n"): values})
     content = bytes.fromhex(about.pop("bytes", "")) or content
     manifest = {
         "dataset": "digits",
         "dataset_fingerprint": "digits",
-        "labels_sha256": fingerprint(labels),
+        "labels_sha256": hash_labels(labels),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     Path("mine").mkdir()

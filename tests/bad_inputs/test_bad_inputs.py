@@ -16,19 +16,21 @@ from bad_inputs import steps
 from helpers import MEASURED, ROOT, TINY
 
 from analysis import claims, collect, dominance, examples, figures, matching, power, report
-from lth_diet import config, datasets, masks, runs, tracking
-from lth_diet.masks import Mask
-from lth_diet.models import ResNet
-from lth_diet.runs import Run
+from lth_diet.__main__ import main
+from lth_diet.config import loading
+from lth_diet.data import catalog
+from lth_diet.masks.mask import Mask
+from lth_diet.networks.resnet import ResNet
+from lth_diet.runs.run_directory import RunDirectory
 from recipes import imp, score, sweep
 
 COMMANDS = {
     "imp": (imp.main, ["recipes/imp.py"]),
     "score": (score.main, ["recipes/score.py"]),
     "sweep": (sweep.main, ["recipes/sweep.py"]),
-    "masks": (masks.main, ["-m", "lth_diet.masks"]),
-    "tracking": (tracking.main, ["-m", "lth_diet.tracking"]),
-    "runs": (runs.main, ["-m", "lth_diet.runs"]),
+    "masks": (main, ["-m", "lth_diet.masks"]),
+    "tracking": (main, ["-m", "lth_diet.tracking"]),
+    "runs": (main, ["-m", "lth_diet.runs"]),
     "examples": (examples.main, ["-m", "analysis.examples"]),
     "claims": (claims.main, ["-m", "analysis.claims"]),
     "collect": (collect.main, ["-m", "analysis.collect"]),
@@ -62,7 +64,7 @@ def finished(tmp_path_factory):
     """The run directory that tiny.yaml with one level leaves, without its training."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "tiny.yaml").write_text(TINY.format(arm="random"))
-    run = Run(config.load(folder / "tiny.yaml", [f"runs={folder}/runs", "prune.levels=1"]))
+    run = RunDirectory(loading.load_config(folder / "tiny.yaml", [f"runs={folder}/runs", "prune.levels=1"]))
     run.create()
     replicate, mask = run.replicate(0), Mask.dense(ResNet(8, 10, width=2))
     for phase in (replicate.pretrain, replicate.level(0)):
@@ -81,7 +83,7 @@ def prepare(place, monkeypatch, finished):
         case = copy.deepcopy(CASES[name])  # steps take it apart
         if case.get("permissions") and not _permissions_matter(place):
             pytest.skip("permissions bind no administrator")
-        datasets.facts.cache_clear()
+        catalog.info.cache_clear()
         (place / "tiny.yaml").write_text(TINY.format(arm="random"))
         (place / "images.yaml").write_text(IMAGES)
         if case.get("run"):

@@ -8,9 +8,9 @@ from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lth_diet import config
+from lth_diet.config import identity, loading
 from lth_diet.errors import UserError
-from lth_diet.sweep import Sweep
+from lth_diet.sweep.grid import Sweep
 
 YAMLS = ROOT / "yamls"
 FILES = {str(path.relative_to(YAMLS)): path.read_text() for path in sorted(YAMLS.rglob("*.yaml"))}
@@ -50,7 +50,7 @@ def mutated(draw, names):
     return text
 
 
-def is_taken_or_refused_in_one_sentence(path, overrides=(), read=config.load):
+def is_taken_or_refused_in_one_sentence(path, overrides=(), read=loading.load_config):
     try:
         assert read(path, overrides)
     except UserError as error:
@@ -89,7 +89,9 @@ def test_any_bytes(folder, content):
     is_taken_or_refused_in_one_sentence(path)
 
 
-KEYS = st.sampled_from(sorted(config.DEFAULTS)) | st.text(string.ascii_lowercase + "._\x1b\n", max_size=12) | st.text()
+KEYS = (
+    st.sampled_from(sorted(identity.DEFAULTS)) | st.text(string.ascii_lowercase + "._\x1b\n", max_size=12) | st.text()
+)
 
 
 @settings(max_examples=300)

@@ -5,8 +5,8 @@ from pathlib import Path
 from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
-from lth_diet import tracking
-from lth_diet.phases import Phase
+from lth_diet.runs.phase_directory import PhaseDirectory
+from lth_diet.tracking import store
 
 
 def bits(root):
@@ -15,17 +15,17 @@ def bits(root):
     for path in sorted(Path(root).rglob("*.safetensors")):
         found[str(path.relative_to(root))] = {name: array.tobytes() for name, array in load_file(path).items()}
     for path in sorted(Path(root).rglob("result.json")):
-        result = Phase(path.parent).result()
+        result = PhaseDirectory(path.parent).result()
         found[str(path.relative_to(root))] = {key: result.get(key) for key in ("test_accuracy_percent", "test_loss")}
     for path in sorted(Path(root).rglob("curve.jsonl")):
-        rows = Phase(path.parent).curve()
+        rows = PhaseDirectory(path.parent).curve()
         found[str(path.relative_to(root))] = [{key: row[key] for key in row if key != "timestamp"} for row in rows]
     return found
 
 
 def check_mlflow():
     """Every phase is one finished run with each point of its curve once; parents have a point a level or network."""
-    client = MlflowClient(tracking.tracking_uri())
+    client = MlflowClient(store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     stored = {run.info.run_name: run for run in client.search_runs([experiment])}
     folders = {path.parent: path.parent.relative_to("runs") for path in Path("runs").rglob("result.json")}
@@ -36,7 +36,7 @@ def check_mlflow():
     for path, name in folders.items():
         expected = [
             (row["step"], key, value)
-            for row in Phase(path).curve()
+            for row in PhaseDirectory(path).curve()
             for key, value in row.items()
             if key not in ("step", "timestamp")
         ]

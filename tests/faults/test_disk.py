@@ -11,8 +11,10 @@ from faults.commands import SMALL
 from faults.runs import bits, check_mlflow
 from helpers import TINY, write_image_folder
 
-from lth_diet import launch, runs, tracking
-from lth_diet.ranks import Ranks
+from lth_diet.__main__ import main
+from lth_diet.launch import command_line, tracker
+from lth_diet.launch.processes import ProcessInfo
+from lth_diet.launch.status_board import StatusBoard
 
 
 @pytest.fixture
@@ -173,11 +175,11 @@ def test_what_reads_works_where_nothing_can_be_written_and_what_writes_is_one_se
 
     plan = outcome("recipes.imp", "-f", "tiny.yaml", *SMALL, "--plan")
     assert plan[0] == 0 and plan[1].endswith("total: 0 steps to train\n")
-    assert outcome("lth_diet.runs", "verify", "runs")[0] == 0
-    assert outcome("lth_diet.masks", "show", f"runs/{run}/replicate_0", "1")[0] == 0
-    assert outcome("lth_diet.masks", "export", f"runs/{run}/replicate_0", "1", "-o", "ticket")[0] == 0
+    assert outcome("lth_diet.__main__", "verify", "runs")[0] == 0
+    assert outcome("lth_diet.__main__", "show", f"runs/{run}/replicate_0", "1")[0] == 0
+    assert outcome("lth_diet.__main__", "export", f"runs/{run}/replicate_0", "1", "-o", "ticket")[0] == 0
     assert outcome("analysis.examples", f"runs/scores/{scored}", "-o", "examples")[0] == 0
-    assert outcome("lth_diet.tracking", "sync", "runs")[0] == 0
+    assert outcome("lth_diet.__main__", "sync", "runs")[0] == 0
     assert outcome("analysis.report", "--experiment", "tiny", "-o", "report.html")[0] == 0
     cannot = "cannot be written (Read-only file system)"
     for command in (
@@ -189,7 +191,7 @@ def test_what_reads_works_where_nothing_can_be_written_and_what_writes_is_one_se
         status, output = outcome(*command)
         assert (status, output) == (2, f"error: runs: 'runs' {cannot}; allowed: a folder that can\n")
     for module, *arguments in (
-        ["lth_diet.masks", "export", f"runs/{run}/replicate_0", "1", "-o", "runs/ticket"],
+        ["lth_diet.__main__", "export", f"runs/{run}/replicate_0", "1", "-o", "runs/ticket"],
         ["analysis.report", "--experiment", "tiny", "-o", "runs/report.html"],
         ["analysis.collect", "--experiment", "tiny", "-o", "runs/results.csv"],
         ["analysis.examples", f"runs/scores/{scored}", "-o", "runs/examples"],
@@ -242,8 +244,8 @@ def test_names_that_mean_something_elsewhere_are_only_names(commands, tmp_path, 
         status, output = commands.run(*command, folder=folder)
         assert status == 0 and "warning" not in output and "no report" not in output, output
         for module, *arguments in (
-            ["lth_diet.runs", "verify", f"{folder}/{name}runs"],
-            ["lth_diet.tracking", "sync", f"./{name}runs"],
+            ["lth_diet.__main__", "verify", f"{folder}/{name}runs"],
+            ["lth_diet.__main__", "sync", f"./{name}runs"],
             ["analysis.report", "--experiment", "tiny", f"-o{name}.html"],
         ):
             status, output = commands.run(module, *arguments, folder=folder)
@@ -283,11 +285,11 @@ def test_verify_names_exactly_the_file_that_is_damaged(reference, place, capsys,
         content = path.read_bytes()
         for _ in range(5):
             path.write_bytes(damage(content, draw))
-            assert runs.main(["verify", "runs"]) == 1
+            assert main(["verify", "runs"]) == 1
             named, last = capsys.readouterr().out.splitlines()
             assert named.startswith(f"{path}: damaged or missing; ") and last.endswith(": 1 files are damaged")
         path.write_bytes(content)
-    assert runs.main(["verify", "runs"]) == 0
+    assert main(["verify", "runs"]) == 0
 
 
 UNUSED = {  # of a finished run, by its own command
@@ -300,12 +302,12 @@ UNUSED = {  # of a finished run, by its own command
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_same_command_never_uses_a_damaged_file(reference, tiny, place, monkeypatch, capsys, damage):
     def command():
-        status = launch.imp(["-f", str(path), *SMALL], "", lambda run: None)
+        status = command_line.launch_imp(["-f", str(path), *SMALL], "", lambda run: None)
         return status, capsys.readouterr().err
 
-    monkeypatch.setattr(launch, "_begin", lambda config, ranks: ranks.board())
-    monkeypatch.setattr(Ranks, "leave", lambda ranks: None)
-    monkeypatch.setattr(launch.Tracker, "_sync", lambda tracker: None)
+    monkeypatch.setattr(command_line, "_start", lambda config, process: StatusBoard(process))
+    monkeypatch.setattr(ProcessInfo, "detach", lambda ranks: None)
+    monkeypatch.setattr(tracker.Tracker, "_sync", lambda tracker: None)
     path, draw = tiny("easy"), random.Random(9)
     shutil.copytree(reference / "runs", "runs")
     whole = {path: path.read_bytes() for path in artifacts("runs")}
@@ -333,13 +335,13 @@ def test_mlflow_is_not_told_of_a_damaged_file(reference, place, capsys, damage):
     for path in [path for path in artifacts("runs") if path.name in ("curve.jsonl", "mask.safetensors", "result.json")]:
         content = path.read_bytes()
         path.write_bytes(damage(content, draw))
-        status, err = tracking.main(["sync", "runs"]), capsys.readouterr().err
+        status, err = main(["sync", "runs"]), capsys.readouterr().err
         if status:
             assert (status, err.count("\n")) == (2, 1) and str(path) in err
         else:
             assert err == "" and path.parent.name not in ("level_0", "level_1"), "MLflow has it already"
         path.write_bytes(content)
-    assert tracking.main(["sync", "runs"]) == 0
+    assert main(["sync", "runs"]) == 0
     check_mlflow()
 
 

@@ -8,10 +8,12 @@ import psutil
 import pytest
 import torch
 
-from lth_diet import config, imp, tracking
-from lth_diet.display import Progress
-from lth_diet.launch import Tracker
-from lth_diet.runs import Run
+from lth_diet import imp
+from lth_diet.config import loading
+from lth_diet.launch.tracker import Tracker
+from lth_diet.runs.run_directory import RunDirectory
+from lth_diet.tracking import sync
+from lth_diet.training.progress import Progress
 
 LEVELS = 200
 SETTLED = 20
@@ -22,9 +24,9 @@ SMALL += [f"prune.levels={LEVELS - 1}", "intervals.checkpoint=2", "intervals.log
 
 # MLflow keeps what writes the artifacts of the last 1,024 runs: 34 objects each
 @pytest.mark.integration
-@pytest.mark.parametrize(("sync", "objects", "mebibytes"), [(None, 2, 5), (tracking.sync, 50, 30)])
+@pytest.mark.parametrize(("sync", "objects", "mebibytes"), [(None, 2, 5), (sync.sync_replicate, 50, 30)])
 def test_memory_open_files_and_time_a_level_stay(tiny, sync, objects, mebibytes):
-    run = Run(config.load(tiny(), SMALL))
+    run = RunDirectory(loading.load_config(tiny(), SMALL))
     run.create()
     torch.set_num_threads(run.config.threads)
     replicate, progress, process, rows = run.replicate(0), Progress(["replicate_0"], 0), psutil.Process(), []

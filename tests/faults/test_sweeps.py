@@ -14,8 +14,9 @@ import pytest
 from faults.runs import bits
 from helpers import ROOT, TINY, run
 
-from lth_diet import remote
-from lth_diet.runs import folders, verify
+from lth_diet.runs import object_store
+from lth_diet.runs.find import find_directories
+from lth_diet.runs.verify import verify
 
 pytestmark = pytest.mark.integration
 
@@ -128,7 +129,7 @@ def test_a_sweep_that_loses_something_ends_with_the_bits_of_runs_one_after_anoth
         assert out.count("starts again, from the last step saved") == 1, out
     assert process.returncode == 0, out + err
     assert bits("runs") == reference
-    assert list(verify(Path("runs"))) == [] and len(folders(Path("runs"))[0]) == len(ARMS)
+    assert list(verify(Path("runs"))) == [] and len(find_directories(Path("runs"))[0]) == len(ARMS)
 
 
 def test_a_sweep_whose_nodes_share_only_an_object_store_survives_the_loss_of_one(
@@ -147,6 +148,6 @@ def test_a_sweep_whose_nodes_share_only_an_object_store_survives_the_loss_of_one
         out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
     assert "starts again, from the last step saved" in out
-    remote.pull(s3, Path("pulled"))
+    object_store.pull(s3, Path("pulled"))
     assert bits("pulled") == reference
     assert list(verify(Path("pulled"))) == []

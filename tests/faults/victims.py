@@ -23,7 +23,11 @@ from composer.utils import checkpoint
 from mlflow import MlflowClient
 
 from analysis import report  # noqa: F401
-from lth_diet import datasets, imp, launch, loader, phases, runs, scores, scoring, tracking, training  # noqa: F401
+from lth_diet import files, imp, scoring  # noqa: F401
+from lth_diet.data import catalog, loader
+from lth_diet.launch import command_line  # noqa: F401
+from lth_diet.tracking import sync  # noqa: F401
+from lth_diet.training import callbacks
 
 
 class Fault:
@@ -89,12 +93,12 @@ def pruning(fault):
 
 
 MOMENTS = {
-    "while building the data cache": before(datasets.np, "save"),
+    "while building the data cache": before(catalog.np, "save"),
     "in a training step": before(loader.Loader, "batch"),
     "in an evaluation": before(loader.EvaluationLoader, "__iter__"),
-    "before a file is written": before(phases.os, "fsync"),
-    "before a file gets its name": after(phases.os, "fsync"),
-    "after a file got its name": after(phases.Path, "replace"),
+    "before a file is written": before(files.os, "fsync"),
+    "before a file gets its name": after(files.os, "fsync"),
+    "after a file got its name": after(files.Path, "replace"),
     "while writing a checkpoint": torn_checkpoint,
     "between a checkpoint and its commit": after(checkpoint, "save_checkpoint"),
     "while pruning": pruning,
@@ -149,7 +153,7 @@ def command(told):
 
 
 def main():
-    training.TELL_SECONDS = 0.0
+    callbacks.SYNC_SECONDS = 0.0
     for line in sys.stdin:
         told = json.loads(line)
         if "run" in told:

@@ -1,0 +1,129 @@
+"""Commands on finished and running runs.
+
+python -m lth_diet verify runs                                      check every file against its checksum
+python -m lth_diet show runs/<run>/replicate_0 8                    weights remaining in each layer at a level
+python -m lth_diet export runs/<run>/replicate_0 8 -o ticket        mask and weights as files for plain PyTorch
+python -m lth_diet sync runs                                        bring MLflow up to date with the run directories
+python -m lth_diet pull s3://bucket/prefix runs                     copy runs from an object store
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lth_diet.errors import Parser, UserError, print_error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one of the commands above.
+
+    Returns:
+        0; 1 if `verify` found damage or `sync` could not reach MLflow; 2 after one sentence if the input is bad.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.command(arguments)
+    except (UserError, OSError) as error:
+        return print_error(error)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m lth_diet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    command = commands.add_parser("verify", help="check every file against its checksum")
+    command.add_argument("runs", type=Path, help="folder of run directories, or one run directory")
+    command.set_defaults(command=_verify)
+
+    command = commands.add_parser("sync", help="bring MLflow up to date with the run directories")
+    command.add_argument("runs", type=Path, help="folder of run directories, or one run directory")
+    command.set_defaults(command=_sync)
+
+    command = commands.add_parser("show", help="weights remaining in each layer at a level")
+    command.add_argument("replicate", type=Path, help="runs/<run>/replicate_<r>")
+    command.add_argument("level", type=int)
+    command.set_defaults(command=_show)
+
+    command = commands.add_parser("export", help="mask and weights as files for plain PyTorch")
+    command.add_argument("replicate", type=Path, help="runs/<run>/replicate_<r>")
+    command.add_argument("level", type=int)
+    command.add_argument("-o", "--output", type=Path, required=True, help="new folder")
+    command.set_defaults(command=_export)
+
+    command = commands.add_parser("pull", help="copy runs from an object store")
+    command.add_argument("url", help="of a folder of runs, or of one run directory")
+    command.add_argument("folder", type=Path, help="created if it does not exist")
+    command.set_defaults(command=_pull)
+    return parser
+
+
+# Each command imports what it needs, so that `verify` does not wait for MLflow.
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from lth_diet.runs.find import find_directories
+    from lth_diet.runs.verify import verify
+
+    directories, scored = find_directories(arguments.runs)
+    damaged = list(verify(arguments.runs))
+    for file, remedy in damaged:
+        print(f"{file}: damaged or missing; {remedy}")
+    counts = f"{len(directories)} runs and {len(scored)} sets of scores"
+    print(f"{counts}: {len(damaged)} files are damaged" if damaged else f"{counts}: every finished file is whole")
+    return 1 if damaged else 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from lth_diet.masks.mask import Mask
+    from lth_diet.runs.export import find_finished_level
+
+    _, phase = find_finished_level(arguments.replicate, arguments.level)
+    mask = Mask.load(phase.verified("mask.safetensors"))
+    print(mask.table().to_string(index=False, formatters={"density": "{:.4f}".format}))
+    print(f"{mask.remaining:,} of {mask.total:,} weights remain, {100 * mask.density:.2f} %")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from lth_diet.runs.export import export_ticket
+
+    card = export_ticket(arguments.replicate, arguments.level, arguments.output)
+    print(
+        f"{arguments.output}: {card['model']} on {card['dataset']}, arm {card['arm']}, level {card['level']}, "
+        f"{card['weights_remaining_percent']:.1f} % of weights, {card['test_accuracy_percent']:.2f} %"
+    )
+    return 0
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from lth_diet.runs.find import find_directories
+    from lth_diet.tracking.sync import sync_folder
+
+    directories, scored = find_directories(arguments.runs)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # MLflow's default, 7, takes minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    status = 0
+    for folder in [*scored, *directories]:
+        try:
+            sync_folder(folder, folder in scored)
+        except UserError as error:  # a damaged file does not stop the other folders
+            status = print_error(error)
+        except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each raise their own
+            print(f"error: {folder}: MLflow is not up to date ({type(error).__name__})", file=sys.stderr)
+            return 1
+    return status
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    from lth_diet.runs.object_store import pull
+
+    print(f"{arguments.folder}: {pull(arguments.url, arguments.folder)} files")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

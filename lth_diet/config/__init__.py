@@ -1,0 +1,4 @@
+"""Configuration: the schema, reading and overriding YAML files, and run ids.
+
+May import errors, files, data and scores, and none of torch, Composer, MLflow or Ray.
+"""

@@ -1,0 +1,95 @@
+"""Run ids: which fields of a configuration identify a run or a set of scores, and their hash."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+from lth_diet.config.fields import Section
+from lth_diet.config.schema import Config
+from lth_diet.data import catalog
+from lth_diet.scores import artifact
+
+
+def run_id(config: Config) -> str:
+    """Ten hexadecimal digits: the hash of the identity fields that differ from their frozen defaults."""
+    return _hash(run_identity(config))
+
+
+def run_name(config: Config) -> str:
+    """Name of the run directory: `<dataset>_<arm>-<run id>`."""
+    return f"{config.dataset.name}_{config.arm}-{run_id(config)}"
+
+
+def scores_id(config: Config) -> str:
+    """Ten hexadecimal digits that identify the scores of a configuration; see `scores_identity`."""
+    return _hash(scores_identity(config))
+
+
+def run_identity(config: Config) -> dict[str, Any]:
+    """The fields that change a result, as dotted keys, without those that the arm ignores."""
+    fields = _fields(config)
+    ignored = ["prune.levels"]
+    if config.arm == "init":
+        ignored += ["pretrain."]
+    if not config.needs_scores:
+        ignored += ["scores.", "pretrain.subset.class_balanced", "pretrain.subset.offset"]
+    elif config.scores.file is not None:
+        ignored += ["scores.networks", "scores.steps"]
+        fields["scores.file"] = artifact.read_manifest(Path(config.scores.file))["sha256"]
+    if config.arm not in ("random", "easy", "hard"):
+        ignored += ["pretrain.subset"]
+    if config.parallelism == "replicates":
+        ignored += ["parallelism"]
+    return {key: value for key, value in fields.items() if not key.startswith(tuple(ignored))}
+
+
+def scores_identity(config: Config) -> dict[str, Any]:
+    """The fields that change the scores, as dotted keys; arms that agree in them share one set of scores."""
+    fields = _fields(config)
+    used = ("dataset.", "model.", "train.", "pretrain.label_noise", "scores.networks", "scores.steps")
+    used += ("seed", "threads", "precision", "deterministic", "compile")
+    milestones = tuple(step for step in config.train.milestones if step < config.scores.steps)
+    ignored = ("train.steps",) if milestones else ("train.steps", "train.gamma")
+    fields["train.milestones"] = milestones
+    return {key: value for key, value in fields.items() if key.startswith(used) and key not in ignored}
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    fields = flatten(config.model_dump(exclude={"replicates", "runs", "experiment", "intervals"}))
+    del fields["dataset.root"]
+    if config.dataset.name == "image_folder":
+        fields["dataset.fingerprint"] = catalog.info(config.dataset.name, config.dataset.root).fingerprint
+    return fields
+
+
+def _hash(fields: dict[str, Any]) -> str:
+    different = {key: value for key, value in fields.items() if DEFAULTS.get(key) != value}
+    return hashlib.sha256(json.dumps(different, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _defaults(section: type[Section], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, field in section.model_fields.items():
+        inner = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)), None)
+        if inner is not None:
+            flat |= _defaults(inner, f"{prefix}{name}.")
+        if inner is None or field.default is None:
+            flat[f"{prefix}{name}"] = None if field.is_required() else field.default
+    return flat
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+DEFAULTS = _defaults(Config)
+"""Dotted key to frozen default of every field (None: it has none)."""

@@ -1,0 +1,154 @@
+"""The data sets by name. Each is decoded once, to a cache of uint8 images that processes map into memory.
+
+To add a data set: write a module with `decode(root)`, which returns the training set, the test set and the class names;
+enter it in `_decode` and `_SIZES`; and add its name to `Dataset` in `config/schema.py`.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from lth_diet.data import image_folder
+from lth_diet.data.dataset import Dataset, DatasetInfo, Split
+from lth_diet.errors import UserError, raise_if_corrupt
+from lth_diet.files import cache_folder
+
+# Per-channel mean and standard deviation over the training set, in units of 0 to 1 (the paper's data sets).
+_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "cinic10": ((0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587)),
+}
+# Sizes of training and test set, and number of classes, of what is not a folder of the user's.
+_SIZES = {
+    "cifar10": (50_000, 10_000, 10),
+    "cifar100": (50_000, 10_000, 100),
+    "cinic10": (180_000, 90_000, 10),  # train and valid merged, as in the paper
+    "digits": (1442, 355, 10),
+}
+
+
+@functools.cache
+def info(name: str, root: str) -> DatasetInfo:
+    """Sizes and fingerprint of a data set, without decoding it.
+
+    Raises:
+        UserError: If an image folder is missing or is not laid out as one.
+    """
+    try:
+        return _info(name, root)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; allowed: files that can be read") from None
+
+
+def _info(name: str, root: str) -> DatasetInfo:
+    if name == "image_folder":
+        train, test = (image_folder.list_images(Path(root), parts) for parts in (("train", "valid"), ("test",)))
+        classes = {label for label, _ in train}
+        if classes != {label for label, _ in test}:
+            odd = sorted(classes.symmetric_difference(label for label, _ in test))
+            raise UserError(f"class {odd[0]!r} is not in both train/ and test/; allowed: the same classes in each")
+        if len(classes) < 2:
+            raise UserError(f"{root} has one class, {next(iter(classes))!r}; allowed: two or more")
+        described = [f"{path.relative_to(root)} {image_folder.file_size(path)}" for _, path in train + test]
+        fingerprint = hashlib.sha256("\n".join(described).encode(errors="surrogateescape")).hexdigest()[:16]
+        return DatasetInfo(len(train), len(test), len(classes), fingerprint)
+    if name not in _SIZES:  # of scores made elsewhere
+        raise UserError(f"data set {name!r} is not known; allowed: {', '.join([*_SIZES, 'image_folder'])}")
+    return DatasetInfo(*_SIZES[name], fingerprint=name)
+
+
+def load(name: str, root: str) -> Dataset:
+    """Open a data set's cache; build it first if there is none (once, however many processes ask).
+
+    Args:
+        name: A data set that `config.Dataset` allows.
+        root: Where its files are, or are downloaded to.
+
+    Raises:
+        UserError: If files are missing, cannot be had, or are not images of one size.
+    """
+    folder = _cache_folder(name, root)
+    if not folder.exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    _build(name, root, folder)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: the cache of {name} cannot be written ({error.strerror or error}); allowed: a place with "
+                "room, such as another one in LTH_DIET_CACHE"
+            ) from None
+    with raise_if_corrupt(folder, f"the cache of {name} as it was written; delete it to build it again"):
+        about = json.loads((folder / "about.json").read_text())
+        # mode "c" (copy on write) maps the file as "r" does, and lets torch take the array without a copy or a warning
+        keys = ("train_x", "train_y", "test_x", "test_y")
+        arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="c") for key in keys}
+        return Dataset(
+            name,
+            Split(arrays["train_x"], arrays["train_y"]),
+            Split(arrays["test_x"], arrays["test_y"]),
+            tuple(about["mean"]),
+            tuple(about["std"]),
+            tuple(about["class_names"]),
+        )
+
+
+def _cache_folder(name: str, root: str) -> Path:
+    key = info(name, root).fingerprint
+    if name == "image_folder":  # a file rewritten at the same size keeps the fingerprint; its time changes
+        times = [
+            path.stat().st_mtime_ns
+            for part in ("train", "valid", "test")
+            for path in image_folder.image_files(Path(root) / part)
+        ]
+        key += "-" + hashlib.sha256(repr(times).encode()).hexdigest()[:8]
+    return cache_folder() / (name if key == name else f"{name}-{key}")
+
+
+def _build(name: str, root: str, folder: Path) -> None:
+    for stale in folder.parent.glob(f"{folder.name}.part-*"):  # of a builder that was killed: we hold the lock
+        shutil.rmtree(stale)
+    train, test, class_names = _decode(name, root)
+    mean, std = _STATISTICS.get(name) or _statistics(train.images)
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+    try:
+        part.mkdir()
+        for key, split in (("train", train), ("test", test)):
+            np.save(part / f"{key}_x.npy", split.images)
+            np.save(part / f"{key}_y.npy", split.labels.astype(np.int64))
+        about = {"mean": mean, "std": std, "class_names": class_names}
+        (part / "about.json").write_text(json.dumps(about))
+        part.rename(folder)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _decode(name: str, root: str) -> tuple[Split, Split, list[str]]:
+    from lth_diet.data import cifar, cinic10, digits  # not at the top: requests and Pillow take long to import
+
+    decoders = {
+        "cifar10": functools.partial(cifar.decode, "CIFAR10"),
+        "cifar100": functools.partial(cifar.decode, "CIFAR100"),
+        "cinic10": cinic10.decode,
+        "digits": digits.decode,
+        "image_folder": image_folder.decode,
+    }
+    return decoders[name](root)
+
+
+def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    # from histograms: exact, and no floating-point copy of the images
+    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+    values = np.arange(256) / 255
+    mean = counts @ values / counts.sum(1)
+    std = np.sqrt(counts @ values**2 / counts.sum(1) - mean**2)
+    return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())

@@ -1,0 +1,71 @@
+"""What would run, what exists already, and the table of results."""
+
+import contextlib
+import json
+
+import pandas as pd
+
+from lth_diet.config.identity import run_id
+from lth_diet.errors import UserError
+from lth_diet.files import read_json
+from lth_diet.launch.text import humanize
+from lth_diet.runs.phase_directory import PhaseDirectory
+from lth_diet.runs.remaining import phases_of, resume_step, scoring_steps_left, steps_left
+from lth_diet.runs.run_directory import RunDirectory
+from lth_diet.runs.scores_directory import ScoresDirectory
+
+
+def plan_scores(folder: ScoresDirectory) -> str:
+    """What scoring would run: networks, steps, what exists already."""
+    last = folder.config.scores.steps
+    noise = f", {100 * folder.config.pretrain.label_noise:g} % label noise" * (folder.config.pretrain.label_noise > 0)
+    lines = [f"{folder.path}: EL2N scores by {len(folder.networks())} {folder.config.model_name}{noise}"]
+    if folder.done:
+        return f"{lines[0]}  done"
+    for network in folder.networks():
+        lines.append(f"  {humanize(network.name):<10} steps 0 to {last}  {_state(network, 0)}")
+    return "\n".join([*lines, f"scores: {scoring_steps_left(folder):,} steps to train"])
+
+
+def _state(phase: PhaseDirectory, first: int) -> str:
+    step = resume_step(phase, first)
+    return "done" if phase.done else f"goes on at step {step}" if step > first else "to do"
+
+
+def plan(run: RunDirectory, scores: ScoresDirectory | None = None) -> str:
+    """What would run: phases, steps, what exists already; `scores` come first, where the arm needs them."""
+    lines = [plan_scores(scores)] if scores else []
+    lines += [f"{run.path}: {run.config.model_name}, arm {run.config.arm}, run id {run_id(run.config)}"]
+    for replicate in run.replicates():
+        lines.append(f"replicate {replicate.index}: {steps_left(run, replicate):,} steps to train")
+        for number, (phase, first, last) in enumerate(phases_of(run, replicate)):
+            weights = 100 * (1 - run.config.prune.fraction) ** max(number - 1, 0)
+            state = _state(phase, first)
+            lines.append(f"  {humanize(phase.name):<9} {weights:>5.1f} % of weights  steps {first} to {last}  {state}")
+    total = sum(steps_left(run, replicate) for replicate in run.replicates())
+    total += scoring_steps_left(scores) if scores else 0
+    return "\n".join([*lines, f"total: {total:,} steps to train"])
+
+
+def summary(folder: ScoresDirectory) -> str:
+    """What is known of finished scores; nothing, if it could not be drawn."""
+    path = folder.path / "examples/summary.json"
+    return json.dumps(read_json(path), indent=2) if path.exists() else ""
+
+
+def table(run: RunDirectory) -> str:
+    """Level, weights remaining and test accuracy (mean ± sd over the replicates so far) of a run."""
+    rows = []
+    for level, phase in (pair for replicate in run.replicates() for pair in replicate.levels() if pair[1].done):
+        with contextlib.suppress(UserError):  # a damaged result, which has been told
+            result = phase.result()
+            rows.append((level, result["weights_remaining_percent"], result["test_accuracy_percent"]))
+    if not rows:
+        return "no level is done yet"
+    frame = pd.DataFrame(rows, columns=["level", "weights", "accuracy"])
+    lines = ["level  weights remaining  test accuracy (mean ± sd)    n"]
+    for level, group in frame.groupby("level"):
+        sd = f"± {group.accuracy.std():.2f}" if len(group) > 1 else "      "
+        accuracy = f"{group.accuracy.mean():.2f} {sd} %"
+        lines.append(f"{level:>5}  {group.weights.iloc[0]:>15.1f} %  {accuracy:>25}  {len(group):>3}")
+    return "\n".join(lines)

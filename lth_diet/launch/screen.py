@@ -1,0 +1,116 @@
+"""Shows on one screen what all ranks of a launch train."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lth_diet.launch.text import duration, humanize
+from lth_diet.training.progress import Status
+
+
+class Screen:
+    """Shows what the ranks post: a live table on a terminal, plain lines where output is piped.
+
+    Args:
+        read: The ranks' accounts.
+        title: Of the table.
+        console: Where to; standard output if none is given.
+        every: Seconds between two plain lines of the same replicate or network.
+    """
+
+    def __init__(
+        self, read: Callable[[], dict[int, Status]], title: str, console: Console | None = None, every: float = 10.0
+    ):
+        self.read, self.title, self.every = read, title, every
+        self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self._said: set[str] = set()
+        self._results: dict[str, int] = {}
+        self._lines: dict[str, float] = {}
+
+    def __enter__(self) -> "Screen":
+        if self._live:
+            self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.refresh()
+        if self._live:
+            self._live.stop()
+
+    def _loop(self) -> None:
+        while not self._stop.wait(0.5):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Show what is new."""
+        statuses = self.read()
+        for message in (message for status in statuses.values() for message in status["messages"]):
+            if message not in self._said:  # what several ranks have to say is said once
+                print(message, file=sys.stderr, flush=True)  # above the table, where there is one
+                self._said.add(message)
+        rows = [(row, status["left"]) for status in statuses.values() for row in status["rows"]]
+        if self._live:
+            self._live.update(self._table(rows), refresh=True)
+        else:
+            for row, left in rows:
+                self._print(row, left)
+
+    def _print(self, row: Status, left: int) -> None:
+        name, results = row["name"], row.get("results", {})
+        for phase, (weights, accuracy) in list(results.items())[self._results.get(name, 0) :]:
+            self.console.print(f"{_line(name, phase, weights)}  test accuracy {accuracy:.2f} %")
+        self._results[name] = len(results)
+        now = time.monotonic()
+        if row["state"] == "training" and row.get("rate") and now - self._lines.get(name, 0) >= self.every:
+            self._lines[name] = now
+            pace = f"step {row['step']}/{row['last']}  {row['rate']:.1f} steps/s"
+            level_left = duration(row["last"] - row["step"], row["rate"])
+            line = _line(name, row["phase"], row["weights"])
+            self.console.print(f"{line}  {pace}  ETA phase {level_left}, run {duration(left, row['rate'])}")
+
+    def _table(self, rows: list[tuple[Status, int]]) -> Group:
+        table = Table(title=self.title, title_justify="left", expand=False)
+        for name, side in (
+            ("", "left"), ("phase", "left"), ("weights", "right"), ("step", "right"), ("steps/s", "right"),
+            ("ETA phase", "right"), ("test accuracy of what is done, %", "left"),
+        ):  # fmt: skip
+            table.add_column(name, justify=side, no_wrap=name != "test accuracy of what is done, %")
+        for row, _ in sorted(rows, key=lambda pair: _sort_key(pair[0]["name"])):
+            name = humanize(row["name"])
+            accuracies = " ".join(f"{accuracy:.1f}" for _, accuracy in row.get("results", {}).values())
+            if row["state"] != "training":
+                table.add_row(name, row["state"], "", "", "", "", accuracies)
+                continue
+            rate, step, last = row["rate"], row.get("step", 0), row.get("last", 0)
+            table.add_row(
+                name, humanize(row["phase"]), f"{row['weights']:.1f} %", f"{step:,}/{last:,}",
+                f"{rate:.1f}" if rate else "", duration(last - step, rate), accuracies,
+            )  # fmt: skip
+        rates = [(left, row["rate"]) for row, left in rows if row["state"] == "training" and row.get("rate")]
+        if all(row["state"] in ("done", "failed") for row, _ in rows):
+            return Group(table)
+        slowest = max((left / rate for left, rate in rates), default=None)
+        return Group(table, Text(f"ETA of the run {'?' if slowest is None else duration(slowest, 1)}"))
+
+
+def _sort_key(name: str) -> tuple[str, int]:
+    """`network_10` after `network_9`, and replicates after networks."""
+    kind, _, number = name.partition("_")
+    return kind, int(number)
+
+
+def _line(name: str, phase: str, weights_remaining_percent: float) -> str:
+    return f"{humanize(name)}  {humanize(phase):<8}  {weights_remaining_percent:5.1f} % of weights"

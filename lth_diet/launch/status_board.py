@@ -1,0 +1,74 @@
+"""Where the ranks of a launch publish their status and wait for each other."""
+
+import datetime
+import json
+import time
+from typing import Any
+
+from lth_diet.launch.processes import ProcessInfo
+
+_TIMEOUT = datetime.timedelta(hours=1)
+
+
+class StatusBoard:
+    """Where ranks leave statuses and wait for each other, whether or not they train as one world."""
+
+    def __init__(self, process: ProcessInfo):
+        self.process = process
+        self._status = ""
+        if process.world_size > 1:
+            from torch.distributed import TCPStore
+
+            self.store = TCPStore(
+                process.address,
+                process.port,
+                process.world_size,
+                process.rank == 0,
+                timeout=_TIMEOUT,
+                wait_for_workers=False,
+            )
+
+    def publish(self, status: Any) -> None:
+        """Replace this rank's status, anything that JSON can hold."""
+        self._status = json.dumps(status)
+        if self.process.rank:
+            self.store.set(f"status_{self.process.rank}", self._status)
+
+    def read(self) -> dict[int, Any]:
+        """The status of each rank that has posted one; on rank 0 only."""
+        texts = {0: self._status} if self._status else {}
+        for rank in range(1, self.process.world_size):
+            if self.store.check([f"status_{rank}"]):
+                texts[rank] = self.store.get(f"status_{rank}").decode()
+        return {rank: json.loads(text) for rank, text in texts.items()}
+
+    def init_process_group(self) -> None:
+        """Make the ranks one world, for Composer to find."""
+        import torch
+        from torch import distributed
+
+        if self.process.world_size > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(self.process.local_rank)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            world = distributed.PrefixStore("world", self.store)
+            distributed.init_process_group(
+                backend, store=world, rank=self.process.rank, world_size=self.process.world_size, timeout=_TIMEOUT
+            )
+
+    def barrier(self) -> None:
+        """Return when every rank is here; rank 0, which holds the board, goes last.
+
+        The launcher ends all ranks when one has failed, so that a rank with a failure must not leave early.
+        """
+        if self.process.world_size > 1:
+            self.store.set(f"here_{self.process.rank}", "")
+            self._wait_for([f"here_{rank}" for rank in range(self.process.world_size)])
+            if self.process.rank:
+                self.store.set(f"gone_{self.process.rank}", "")
+            else:
+                self._wait_for([f"gone_{rank}" for rank in range(1, self.process.world_size)])
+
+    def _wait_for(self, keys: list[str]) -> None:
+        while not self.store.check(keys):
+            time.sleep(0.1)

@@ -1,0 +1,4 @@
+"""Networks for small images and their initialization.
+
+May import nothing else of lth_diet.
+"""

@@ -1,0 +1,4 @@
+"""Run directories: what is stored where, what is finished, verification, export, and copies on an object store.
+
+May import everything up to config.
+"""

@@ -1,0 +1,8 @@
+"""Old spelling of `python -m lth_diet`."""
+
+import sys
+
+from lth_diet.__main__ import main
+
+if __name__ == "__main__":
+    sys.exit(main())

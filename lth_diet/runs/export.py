@@ -1,0 +1,79 @@
+"""A ticket (mask and rewind point) as a folder that plain PyTorch can load."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lth_diet.errors import UserError
+from lth_diet.masks.mask import Mask
+from lth_diet.runs.phase_directory import PhaseDirectory
+from lth_diet.runs.run_directory import ReplicateDirectory
+
+
+def find_finished_level(path: Path, level: int) -> tuple[ReplicateDirectory, PhaseDirectory]:
+    """A level that is done, of a replicate's directory.
+
+    Raises:
+        UserError: If `path` is no replicate's directory or the level is not done.
+    """
+    if not (path.parent / "config.json").exists() or not re.fullmatch(r"replicate_\d+", path.name):
+        raise UserError(f"{path}: not a replicate's directory; allowed: runs/<run>/replicate_<r>")
+    replicate = ReplicateDirectory(path)
+    done = [number for number, phase in replicate.levels() if phase.done]
+    if level not in done:
+        raise UserError(f"{path}: level {level} is not done; allowed: {', '.join(map(str, done)) or 'none yet'}")
+    return replicate, replicate.level(level)
+
+
+def export_ticket(path: Path, level: int, output: Path) -> dict[str, Any]:
+    """Write `mask`, `rewind_point` and `weights` as safetensors, and `card.json`, to a new folder.
+
+    Args:
+        path: `runs/<run>/replicate_<r>`.
+        level: Which level's mask and trained weights.
+        output: Made whole or not at all.
+
+    Returns:
+        The card: what the ticket is, its accuracy, and the sha256 of each file.
+
+    Raises:
+        UserError: If the level is not done, a file is damaged, or `output` exists.
+    """
+    replicate, phase = find_finished_level(path, level)
+    if output.exists():
+        raise UserError(f"{output}: exists already; allowed: a new folder")
+    files = {
+        "mask.safetensors": phase.verified("mask.safetensors"),
+        "rewind_point.safetensors": replicate.pretrain.verified("weights.safetensors"),
+        "weights.safetensors": phase.verified("weights.safetensors"),
+    }
+    keys = ("run_id", "dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "train_steps")
+    about = replicate.about
+    card = {key: about[key] for key in keys}
+    result = phase.result()
+    measured = {key: float(result[key]) for key in ("weights_remaining_percent", "test_accuracy_percent")}
+    hashes = result["sha256"] | {
+        "rewind_point.safetensors": replicate.pretrain.result()["sha256"]["weights.safetensors"]
+    }
+    card |= {
+        "replicate": replicate.index,
+        "level": level,
+        **measured,
+        "layers": Mask.load(files["mask.safetensors"]).table().to_dict("records"),
+        "identity": about["identity"],
+        "sha256": {name: hashes[name] for name in files},
+    }
+    part = output.with_name(f".{output.name}.part-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        for name, source in files.items():
+            shutil.copyfile(source, part / name)
+        (part / "card.json").write_text(json.dumps(card, indent=2))
+        part.rename(output)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{output}: cannot be written ({error.strerror}); allowed: a new folder") from None
+    return card

@@ -1,0 +1,307 @@
+"""Trains a sweep on Ray: what is ready starts where there is room, and what crashed starts again.
+
+A task is one attempt of `composer -n 1 recipes/...` as a process of its own; results, checkpoints and logs go to the
+folder of runs, which all nodes have at the same path, or to the runs' URL. So a task that is lost loses only the steps
+since a checkpoint.
+
+<runs>/sweep-logs/<run>/replicate_<r>/attempt_<n>.log      what an attempt printed
+"""
+
+import contextlib
+import functools
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from lth_diet.errors import UserError
+from lth_diet.launch.processes import exit_with_parent
+from lth_diet.runs.run_directory import ReplicateDirectory
+from lth_diet.runs.run_store import RunStore, open_run_store
+from lth_diet.sweep.grid import Settings, Sweep, Work
+from lth_diet.sweep.screen import Job, Screen
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_POLL = 0.5  # seconds
+_STOP_TIMEOUT = 15.0  # seconds for tasks that are stopped
+_DEVICES = "CUDA_VISIBLE_DEVICES"
+_OBJECT_STORE_BYTES = 80 << 20  # bytes of shared memory for Ray, which has next to nothing to keep here
+
+
+def run_sweep(sweep: Sweep, address: str | None, recipes: Path) -> int:
+    """Train what is left of a sweep.
+
+    Args:
+        sweep: Checked.
+        address: Of a running cluster; None: start one here.
+        recipes: Folder of the recipes.
+
+    Returns:
+        0; 1 if something failed; 130 if it was interrupted.
+
+    Raises:
+        UserError: If there is no cluster, no room in it for a run, or the object store cannot be used.
+    """
+    left = [work for work in sweep.work() if not work.done]
+    if not left:
+        print(f"{sweep.path}: everything is finished")
+        return 0
+    for runs in {work.config.runs for work in left}:
+        open_run_store(runs).check()
+    try:
+        with _connected(sweep.settings, address) as dashboard, _interruptible():
+            engine = Scheduler(sweep.settings, left, recipes)
+            with Screen(engine.jobs, f"{sweep.path}  {dashboard}") as screen:
+                engine.run(screen)
+        return screen.conclude()
+    except KeyboardInterrupt:
+        done = sum(work.done for work in left)
+        print(f"interrupted: {done} of {len(left)} are done; the same command goes on", file=sys.stderr, flush=True)
+        return 130
+
+
+@contextlib.contextmanager
+def _connected(settings: Settings, address: str | None) -> Iterator[str]:
+    """A Ray cluster for a while; gives its dashboard's address."""
+    if address not in (None, "auto"):
+        _check_address(address)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    own = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "object_store_memory": _OBJECT_STORE_BYTES}
+    own |= {"include_dashboard": True, "_node_ip_address": "127.0.0.1"}
+    try:
+        context = ray.init(
+            address or "local", log_to_driver=False, logging_level="ERROR", **(own if address is None else {})
+        )
+    except (ConnectionError, SystemExit):
+        if address is None:
+            raise
+        raise _no_cluster(address) from None
+    try:
+        yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
+    finally:
+        ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Ray itself takes minutes to find out."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError):
+        raise _no_cluster(address) from None
+
+
+def _no_cluster(address: str) -> UserError:
+    return UserError(f"--address: {address!r} is not the address of a Ray cluster that runs; allowed: host:port, auto")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C, whatever Ray makes of it."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def jobs_from(work: list[Work], room: int) -> list[Job]:
+    """In the order in which they start: the scores, with a job for each network if there is room, then the longest."""
+    jobs = []
+    for each in sorted(work, key=lambda each: (each.recipe != "score", -each.steps_left)):
+        several = min(room, max(each.trainings_left, 1)) if each.recipe == "score" else 1
+        names = [f"{each.name}/process_{number}" for number in range(several)] if several > 1 else [each.name]
+        jobs += [Job(each, name) for name in names]
+    return jobs
+
+
+class Scheduler:
+    """Starts jobs in their order where there is room; an attempt of a job is a Ray task.
+
+    Args:
+        settings: Of the sweep.
+        work: What is left.
+        recipes: Folder of the recipes.
+
+    Raises:
+        UserError: If no node has room for a run.
+    """
+
+    def __init__(self, settings: Settings, work: list[Work], recipes: Path):
+        import ray
+
+        self.settings = settings
+        self.recipes = recipes
+        self.cpus = settings.cpus_per_run or max(each.config.threads for each in work)
+        there = ray.cluster_resources()
+        self.gpus = settings.gpus_per_run
+        if self.gpus is None:
+            self.gpus = 1.0 if there.get("GPU") else 0.0
+        room = self._room()
+        if not room:
+            raise UserError(
+                f"gpus_per_run: {self.gpus:g} and cpus_per_run: {self.cpus} are more than any node has; allowed: what "
+                f"fits into one node, of {there.get('GPU', 0):g} GPUs and {there.get('CPU', 0):g} CPUs on all of them"
+            )
+        self.jobs = jobs_from(work, room)
+        self._scores = {each.name: each for each in work if each.recipe == "score"}
+        self._running: dict[ray.ObjectRef, Job] = {}
+        self._attempt = ray.remote(max_retries=0)(_run_attempt)
+
+    def run(self, screen: Screen) -> None:
+        """Return when every job is done or has failed; an interrupt ends what runs."""
+        import ray
+
+        try:
+            while any(job.state in ("waiting", "running") for job in self.jobs):
+                self._start_what_is_ready(screen)
+                if not self._running:
+                    time.sleep(_POLL)
+                for task in ray.wait([*self._running], timeout=_POLL)[0] if self._running else ():
+                    self._conclude(self._running.pop(task), task, screen)
+                screen.refresh()
+        finally:
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # what follows ends by itself
+            for task in self._running:
+                ray.cancel(task, force=False)  # a KeyboardInterrupt there, and the task ends its process
+            if self._running:
+                ray.wait([*self._running], num_returns=len(self._running), timeout=_STOP_TIMEOUT)
+
+    def _room(self) -> int:
+        """Jobs that the nodes that are alive can run at a time."""
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        slots = functools.partial(self.settings.slots, cpus_each=self.cpus, gpus_each=self.gpus)
+        return sum(slots(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
+
+    def _start_what_is_ready(self, screen: Screen) -> None:
+        room = self._room() - len(self._running)
+        for job in (job for job in self.jobs if job.state == "waiting"):
+            scores = self._scores.get(job.work.needs or "")
+            if scores is not None and not scores.done:
+                failed = [other for other in self.jobs if other.work is scores and other.state == "failed"]
+                if not any(other.work is scores and other.state in ("waiting", "running") for other in self.jobs):
+                    self._end(job, "failed", f"{scores.name}: {failed[0].reason}", screen)
+                continue
+            if room <= 0:
+                return
+            self._start(job)
+            room -= 1
+
+    def _start(self, job: Job) -> None:
+        logs = _logs(job)
+        folder = logs.path
+        folder.mkdir(parents=True, exist_ok=True)
+        job.logs.append(folder / f"attempt_{len([*folder.glob('attempt_*.log')]) + 1}.log")
+        job.logs[-1].touch()
+        job.state = "running"
+        ours = {key: value for key, value in os.environ.items() if key.startswith(("LTH_DIET_", "MLFLOW_"))}
+        task = self._attempt.options(num_cpus=self.cpus, num_gpus=self.gpus, name=job.name).remote(
+            ["-n", "1", str((self.recipes / f"{job.work.recipe}.py").resolve()), *job.work.arguments],
+            str(Path.cwd()),
+            ours | {"OMP_NUM_THREADS": str(job.work.config.threads)} | ({} if self.gpus else {_DEVICES: ""}),
+            logs.resolve(),
+            job.logs[-1].name,
+        )
+        self._running[task] = job
+
+    def _conclude(self, job: Job, task: "ray.ObjectRef", screen: Screen) -> None:  # noqa: F821
+        """An attempt has ended: the job is done, has failed, or waits for another attempt."""
+        import ray
+
+        try:
+            status = ray.get(task)
+        except ray.exceptions.RayTaskError as error:
+            crash = f"the task failed ({type(error.cause).__name__}: {error.cause})"
+        except ray.exceptions.RayError as error:
+            crash = f"lost with its worker or node ({type(error).__name__})"
+        else:
+            with contextlib.suppress(OSError):
+                job.work.folder.store.refresh_index()
+            crash = _crash(job, status)
+            if not crash:
+                done = job.work.done
+                self._end(job, "done" if done else "failed", "" if done else _reason(job, status), screen)
+                return
+        if len(job.logs) <= self.settings.retries:
+            job.state = "waiting"
+            screen.say(f"{job.name}: {crash}; starts again, from the last step saved; log: {job.logs[-1]}")
+        else:
+            self._end(job, "failed", f"{crash}, {len(job.logs)} times", screen)
+
+    def _end(self, job: Job, state: str, reason: str, screen: Screen) -> None:
+        job.state, job.reason = state, reason
+        screen.say(f"{job.name}: {state}" + (f": {reason}" if reason else ""))
+
+
+def _logs(job: Job) -> RunStore:
+    return open_run_store(job.work.config.runs) / "sweep-logs" / job.name
+
+
+def _run_attempt(arguments: list[str], folder: str, environment: dict[str, str], logs: RunStore, log: str) -> int:
+    """The Ray task: `composer` in a process that ends with it; returns its exit status, negative for a signal."""
+    command = [str(Path(sys.executable).with_name("composer")), *arguments]
+    raylet, began = os.getppid(), time.monotonic()
+    logs.path.mkdir(parents=True, exist_ok=True)
+    with open(logs.path / log, "w") as file:
+        devices = (os.environ | environment).get(_DEVICES)
+        print(f"{socket.gethostname()}, GPU {devices or 'none'}: {shlex.join(command)}", file=file, flush=True)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=functools.partial(exit_with_parent, os.getpid()),
+        )
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL)  # a long wait would not see that the task is cancelled
+                if os.getppid() != raylet:  # Ray counts the node as lost, and the run will go on elsewhere
+                    raise RuntimeError("the node's raylet has ended")
+            print(f"status {process.returncode} after {time.monotonic() - began:.1f} s", file=file, flush=True)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the launcher and its rank; a run may be killed at any moment
+            process.wait()
+    with contextlib.suppress(OSError):
+        logs.upload_file(log)
+    status = process.returncode
+    return status - 256 if status > 128 else status  # the launcher passes its rank's -9 on as 247
+
+
+def _crash(job: Job, status: int) -> str:
+    """Why the same might go well another time; empty where it would not, or did."""
+    if status < 0:
+        return f"killed by signal {-status}"
+    told = isinstance(job.work.folder, ReplicateDirectory) and not job.work.folder.failed
+    return "ended without a word" if status == 1 and told else ""
+
+
+def _reason(job: Job, status: int) -> str:
+    """What its log says last."""
+    log = job.logs[-1]
+    with contextlib.suppress(OSError):
+        _logs(job).download_file(log.name)
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
+    return str(UserError(errors[-1])) if errors else f"exit status {status}"

@@ -1,0 +1,4 @@
+"""MLflow, written from the run directories.
+
+May import everything up to runs.
+"""

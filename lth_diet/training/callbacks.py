@@ -1,0 +1,138 @@
+"""Composer Callbacks that write the training curve and the checkpoints of a phase."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from composer import Callback, Logger, State
+from composer.utils import checkpoint, dist
+
+from lth_diet.algorithms.network import bare_network
+from lth_diet.config.schema import Intervals
+from lth_diet.data.loader import Loader
+from lth_diet.errors import TrainingError, add_path_to_errors
+from lth_diet.runs.phase_directory import PhaseDirectory
+from lth_diet.training.progress import Progress
+
+SYNC_SECONDS = 30.0
+"""Between two calls for MLflow: on a fast GPU a checkpoint is due every second."""
+
+
+def measure(state: State) -> dict[str, float]:
+    """What the last evaluation found."""
+    metrics = state.eval_metrics["test"]
+    return {
+        "test_accuracy_percent": round(100 * float(metrics["MulticlassAccuracy"].compute()), 4),
+        "test_loss": float(metrics["CrossEntropy"].compute()),
+    }
+
+
+class _Recorder(Callback):
+    """Appends to the phase's curve: mean loss since the last row, the learning rate used, evaluations.
+
+    Losses stay on the device until a row, a checkpoint or an evaluation needs them; then all are read, and refused if
+    one is not finite.
+    """
+
+    def __init__(self, phase: PhaseDirectory, loader: Loader, intervals: Intervals, progress: Progress):
+        self.path = phase.path / "curve.jsonl"
+        self.name = phase.path
+        self.loader = loader
+        self.intervals = intervals
+        self.progress = progress
+        self.unread: list[tuple[int, float, torch.Tensor]] = []
+        self.losses = 0.0
+        self.batches = 0
+        self.lr = 0.0
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        self.lr = state.optimizers[0].param_groups[0]["lr"]
+        self.unread.append((int(state.timestamp.batch) + 1, self.lr, state.loss.detach()))
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        step = int(state.timestamp.batch)
+        if step % self.intervals.log == 0 or step % self.intervals.checkpoint == 0:
+            self._read()
+        if step % self.intervals.log == 0:
+            self._append(step, {"train_loss": self.losses / self.batches, "learning_rate": self.lr})
+            self.losses, self.batches = 0.0, 0
+        self.progress.step(step)
+
+    def _read(self) -> None:
+        """Add up the losses of the steps since the last time, of all ranks."""
+        if not self.unread:
+            return
+        steps, rates, losses = zip(*self.unread, strict=True)
+        self.unread = []
+        values = torch.stack(losses).double()
+        dist.all_reduce(values)
+        for step, lr, loss in zip(steps, rates, (values / dist.get_world_size()).tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"{self.name}: the loss is {loss} at step {step} with learning rate {lr:g}, on batch {step - 1} "
+                    f"of order seed {self.loader.order_seed} and augmentation seed {self.loader.augmentation_seed}; "
+                    "try a lower train.lr or pretrain.lr"
+                )
+            self.losses += loss
+            self.batches += 1
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        self._read()
+        if dist.get_world_size() > 1:  # each rank's BatchNorm has seen its own images; rank 0's is what is saved
+            for buffer in bare_network(state.model).buffers():
+                dist.broadcast(buffer, src=0)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        step, measured = int(state.timestamp.batch), measure(state)
+        if not math.isfinite(measured["test_loss"]):
+            raise TrainingError(
+                f"{self.name}: the test loss is {measured['test_loss']} after step {step} with learning rate "
+                f"{self.lr:g}; try a lower train.lr or pretrain.lr"
+            )
+        self._append(step, measured)
+
+    def _append(self, step: int, metrics: dict[str, float]) -> None:
+        row = {"step": step, "timestamp": time.time_ns() // 1_000_000, **metrics}
+        if dist.get_global_rank() == 0:
+            with add_path_to_errors(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses, "batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses, self.batches = state["losses"], state["batches"]
+
+
+class _Checkpointer(Callback):
+    """Saves Composer's checkpoint at an interval; a phase's last step is not one of them: its result follows."""
+
+    def __init__(self, phase: PhaseDirectory, interval: int, sync: Callable[[], None]):
+        self.phase = phase
+        self.interval = interval
+        self.sync = sync
+        self.told = time.monotonic()
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        step = int(state.timestamp.batch)
+        if step % self.interval == 0 and step < state.max_duration.value:
+            path = self.phase.checkpoint_path(step)
+            literal = str(path).replace("{", "{{").replace("}", "}}")
+            try:
+                checkpoint.save_checkpoint(state, literal)
+                if dist.get_global_rank() == 0:
+                    self.phase.commit_checkpoint(step)
+            except (OSError, RuntimeError) as error:  # PyTorch's own error of a full disk is a RuntimeError
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+                raise TrainingError(
+                    f"{path} cannot be written ({reason}); the same command goes on once there is room"
+                ) from None
+            if dist.get_global_rank() == 0:
+                self.phase.upload()
+                self.sync()

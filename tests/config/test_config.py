@@ -1,0 +1,356 @@
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, TINY, write_image_folder
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lth_diet.config import identity, loading
+from lth_diet.config.identity import run_id, run_name, scores_id
+from lth_diet.data import catalog
+from lth_diet.errors import UserError
+from lth_diet.launch import plan
+from lth_diet.runs.run_directory import RunDirectory
+from lth_diet.runs.scores_directory import ScoresDirectory
+from lth_diet.scores import artifact
+
+
+def load(tiny, *overrides, arm="random"):
+    return loading.load_config(tiny(arm), overrides)
+
+
+def test_a_file_is_merged_over_its_base_and_overrides_over_both(place):
+    (place / "base").mkdir()
+    (place / "base/b.yaml").write_text(
+        "dataset: {name: digits}\nmodel: {depth: 8}\ntrain: {steps: 50, batch_size: 64}\n"
+    )
+    (place / "a.yaml").write_text("base: base/b.yaml\narm: all\npretrain: {steps: 5ba}\ntrain: {lr: 0.2}\n")
+    loaded = loading.load_config("a.yaml", ["train.batch_size=32", "replicates=[1, 3]"])
+    assert (loaded.train.steps, loaded.train.batch_size, loaded.train.lr) == (50, 32, 0.2)
+    assert loaded.replicates == (1, 3)
+    assert loaded.pretrain.steps == 5
+
+
+def test_batches_are_a_number_with_or_without_unit(tiny):
+    assert load(tiny, "train.steps=20ba").train.steps == load(tiny, "train.steps=20").train.steps == 20
+
+
+def test_a_number_without_a_point_is_one(tiny):
+    assert load(tiny, "train.weight_decay=5e-4").train.weight_decay == 5e-4
+
+
+FREE = ["replicates=7", "prune.levels=9", "runs=elsewhere", "experiment=other", "dataset.root=x", "intervals.log=7"]
+
+
+@pytest.mark.parametrize("override", FREE)
+def test_what_does_not_change_a_result_does_not_change_the_id(tiny, override):
+    assert run_id(load(tiny, override)) == run_id(load(tiny))
+
+
+TOLD = ["seed=1", "threads=2", "train.lr=0.3", "pretrain.steps=5", "pretrain.subset.size=64", "precision=fp32"]
+
+
+@pytest.mark.parametrize("override", [*TOLD, "prune.fraction=0.3", "model.width=3", "deterministic=true"])
+def test_what_changes_a_result_changes_the_id(tiny, override):
+    assert run_id(load(tiny, override)) != run_id(load(tiny))
+
+
+@pytest.mark.parametrize(
+    ("arm", "override"),
+    [
+        ("init", "pretrain.lr=0.9"),
+        ("init", "pretrain.steps=9"),
+        ("init", "pretrain.label_noise=0.5"),
+        ("init", "pretrain.subset.size=65"),
+        ("all", "pretrain.subset.size=65"),
+        ("all", "scores.networks=3"),
+        ("random", "scores.networks=3"),
+        ("random", "pretrain.subset.class_balanced=true"),
+        ("random", "pretrain.subset.offset=3"),
+    ],
+)
+def test_fields_that_an_arm_ignores_do_not_change_its_id(tiny, arm, override):
+    assert run_id(load(tiny, override, arm=arm)) == run_id(load(tiny, arm=arm))
+
+
+@pytest.mark.parametrize(
+    "override", ["pretrain.subset.class_balanced=true", "pretrain.subset.offset=3", "scores.networks=3"]
+)
+def test_easy_and_hard_heed_scores_balance_and_offset(tiny, override):
+    ids = {run_id(load(tiny, *chosen, arm=arm)) for arm in ("easy", "hard") for chosen in ((), (override,))}
+    assert len(ids) == 4
+
+
+def test_a_default_that_is_written_out_does_not_change_the_id(tiny):
+    written = ["train.momentum=0.9", "pretrain.subset.offset=0", "seed=42", "prune.fraction=0.2"]
+    assert run_id(load(tiny, *written, arm="easy")) == run_id(load(tiny, arm="easy"))
+
+
+def test_an_image_folder_enters_by_its_content_and_not_by_its_place(tiny, place):
+    catalog.info.cache_clear()
+    for name, sizes in (("a", None), ("b", None), ("c", {"train": 7, "test": 2})):
+        write_image_folder(place / name, sizes)
+    few = ["dataset.name=image_folder", "train.batch_size=2", "pretrain.subset.size=4"]
+    ids = [run_id(load(tiny, *few, f"dataset.root={name}")) for name in "abc"]
+    assert ids[0] == ids[1] != ids[2]
+
+
+# A run id names work that has been done: these must not change, whatever is added to the schema.
+IDS = {
+    "cifar100_all": "cifar100_all-8dc5322229",
+    "cifar100_all_half": "cifar100_all-12d51972ca",
+    "cifar100_easy": "cifar100_easy-7c4954c766",
+    "cifar100_hard": "cifar100_hard-0bf45e2c25",
+    "cifar100_init": "cifar100_init-980ff62193",
+    "cifar100_random": "cifar100_random-fc04e4568e",
+    "cifar10_all": "cifar10_all-8236c9693b",
+    "cifar10_all_half": "cifar10_all-84b72b6b29",
+    "cifar10_easy": "cifar10_easy-a2e5618623",
+    "cifar10_hard": "cifar10_hard-01c49e16d9",
+    "cifar10_init": "cifar10_init-6a027a3dfc",
+    "cifar10_noise10_all": "cifar10_all-415af075bd",
+    "cifar10_noise10_all_half": "cifar10_all-78c5bbbe1e",
+    "cifar10_noise10_easy": "cifar10_easy-e080697ec5",
+    "cifar10_noise10_random": "cifar10_random-e4b49234a0",
+    "cifar10_noise50_all": "cifar10_all-1550ad94d1",
+    "cifar10_noise50_all_half": "cifar10_all-ee7ea8d5f9",
+    "cifar10_noise50_easy": "cifar10_easy-c022ecccbc",
+    "cifar10_noise50_random": "cifar10_random-388ab7892f",
+    "cifar10_random": "cifar10_random-c4c74dc415",
+    "cinic10_all": "cinic10_all-d7b570b9ed",
+    "cinic10_all_half": "cinic10_all-6306d45db1",
+    "cinic10_easy": "cinic10_easy-db12383570",
+    "cinic10_hard": "cinic10_hard-bdab87a715",
+    "cinic10_init": "cinic10_init-8051fbde8e",
+    "cinic10_random": "cinic10_random-acbf5d4856",
+    "digits_all": "digits_all-ccc3a7902e",
+    "digits_all_half": "digits_all-77cd5ea0aa",
+    "digits_easy": "digits_easy-8a730df21f",
+    "digits_hard": "digits_hard-4ac852293e",
+    "digits_init": "digits_init-3bab17aadb",
+    "digits_noise10_all": "digits_all-94b3ea8ff9",
+    "digits_noise10_all_half": "digits_all-69c62f3487",
+    "digits_noise10_easy": "digits_easy-6f34aaf50e",
+    "digits_noise10_random": "digits_random-3e607f8bbc",
+    "digits_noise50_all": "digits_all-7ee1f607d3",
+    "digits_noise50_all_half": "digits_all-1ab47b0ed0",
+    "digits_noise50_easy": "digits_easy-885da835a8",
+    "digits_noise50_random": "digits_random-883de58a82",
+    "digits_random": "digits_random-d70d781e75",
+}
+
+
+def test_run_ids_are_frozen():
+    ids = {path.stem: run_name(loading.load_config(path)) for path in sorted((ROOT / "yamls").glob("*.yaml"))}
+    assert ids == IDS
+
+
+def test_the_id_of_an_arm_that_uses_scores_is_frozen(tiny):
+    settings = ["pretrain.label_noise=0.1", "scores.networks=10", "scores.steps=7800"]
+    assert run_id(load(tiny, *settings, arm="easy")) == "2858869c85"
+
+
+TABLE_1 = {
+    "cifar10": {"depth": 20, "batch": 128, "pretrain": 0.4, "milestones": (31_200, 46_800), "steps": 62_400, "t": 400},
+    "cinic10": {"depth": 56, "batch": 256, "pretrain": 0.1, "milestones": (15_625, 23_440), "steps": 31_250, "t": 800},
+    "cifar100": {"depth": 32, "batch": 128, "pretrain": 0.4, "milestones": (31_200, 46_800), "steps": 62_400, "t": 800},
+}
+
+
+@pytest.mark.parametrize("dataset", TABLE_1)
+def test_the_files_of_the_paper_hold_table_1(dataset):
+    row = TABLE_1[dataset]
+    arms = {"init": 0, "all": row["t"], "all_half": row["t"] // 2, "random": row["t"] // 2}
+    for arm, rewind_steps in arms.items():
+        loaded = loading.load_config(ROOT / "yamls" / f"{dataset}_{arm}.yaml")
+        train = loaded.train
+        assert loaded.dataset.name == dataset
+        assert (loaded.model.depth, loaded.model.width) == (row["depth"], 16)
+        assert (train.batch_size, train.steps, train.milestones) == (row["batch"], row["steps"], row["milestones"])
+        assert (train.lr, train.momentum, train.weight_decay, train.gamma) == (0.1, 0.9, 1e-4, 0.1)
+        assert loaded.pretrain.lr == row["pretrain"]
+        assert (loaded.prune.fraction, loaded.prune.levels) == (0.2, 16 if dataset == "cinic10" else 20)
+        assert loaded.rewind_step == rewind_steps
+        assert loaded.replicates == (0, 1, 2, 3)
+        assert (loaded.scores.networks, loaded.scores.steps) == (10, 8000 if dataset == "cinic10" else 7800)
+        assert loaded.arm == arm.removesuffix("_half")
+
+
+def test_the_head_of_every_file_names_its_own_command():
+    for path in (ROOT / "yamls").glob("*.yaml"):
+        assert f"recipes/imp.py -f yamls/{path.name}\n" in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "yamls").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_is_planned(path, place):
+    loaded = loading.load_config(path)
+    run = RunDirectory(loaded)
+    scores = ScoresDirectory(loaded) if loaded.needs_scores else None
+    planned = plan.plan(run, scores)
+    levels = 8 if path.stem.startswith("digits") else loaded.prune.levels
+    assert planned.count(f"level {levels}") == len(loaded.replicates)
+    steps = len(loaded.replicates) * (loaded.rewind_step + (levels + 1) * (loaded.train.steps - loaded.rewind_step))
+    steps += loaded.scores.networks * loaded.scores.steps if loaded.needs_scores else 0
+    assert planned.endswith(f"total: {steps:,} steps to train")
+    assert not list(place.iterdir())
+
+
+SIZES = {"cifar10": 12_800, "cifar100": 2048, "cinic10": 51_200, "cifar10_noise10": 2048, "cifar10_noise50": 3200}
+
+
+def test_the_files_of_subset_arms_have_the_sizes_of_the_paper():
+    for family, size in SIZES.items():
+        for arm in ("random", "easy") if "noise" in family else ("random", "easy", "hard"):
+            loaded = loading.load_config(ROOT / f"yamls/{family}_{arm}.yaml")
+            assert (loaded.arm, loaded.subset_size) == (arm, size)
+            assert loaded.rewind_step == (200 if family.startswith("cifar10_") or family == "cifar10" else 400)
+            assert loaded.label_noise == {"10": 0.1, "50": 0.5}.get(family[-2:] if "noise" in family else "", 0)
+
+
+SHARED = ["arm=hard", "arm=all", "pretrain.steps=5", "pretrain.subset.size=64", "prune.fraction=0.3", "replicates=2"]
+
+
+@pytest.mark.parametrize(
+    "override", [*SHARED, "train.steps=20", "pretrain.lr=0.3", "train.milestones=[6, 10]", "train.gamma=0.3"]
+)
+def test_arms_with_equal_scoring_settings_share_one_artifact(tiny, override):
+    assert scores_id(load(tiny, override, arm="easy")) == scores_id(load(tiny, arm="easy"))
+
+
+SCORED = ["scores.networks=3", "scores.steps=8", "pretrain.label_noise=0.1", "seed=1", "threads=2", "train.lr=0.3"]
+
+
+@pytest.mark.parametrize("override", [*SCORED, "model.width=4", "train.milestones=[5]", "train.gamma=0.3"])
+def test_what_changes_the_scores_changes_their_id(tiny, override):
+    drop = "train.milestones=[4]"
+    assert scores_id(load(tiny, drop, override, arm="easy")) != scores_id(load(tiny, drop, arm="easy"))
+
+
+SCORES_IDS = {
+    "cifar10_easy": "677709013f",
+    "cifar10_hard": "677709013f",
+    "cifar10_noise10_easy": "c07d9c28bd",
+    "cifar10_noise50_easy": "4c9ef52eff",
+    "cifar100_easy": "340f096531",
+    "cinic10_hard": "21d3a1f4d5",
+    "digits_easy": "ddc3e3c142",
+}
+
+
+def test_scores_ids_are_frozen():
+    ids = {name: scores_id(loading.load_config(ROOT / f"yamls/{name}.yaml")) for name in SCORES_IDS}
+    assert ids == SCORES_IDS
+
+
+def test_a_score_file_enters_the_id_by_its_content_and_replaces_the_scoring_settings(tiny, place):
+    for name, value in (("a", 0.5), ("b", 0.5), ("c", 0.7)):
+        artifact.save_scores(
+            place / name, np.full((1, 1442), value, np.float32), np.zeros(1442, int), "digits", "digits"
+        )
+    given = [f"scores.file={name}/scores.safetensors" for name in "abc"]
+    ids = [run_id(load(tiny, file, arm="easy")) for file in given]
+    assert ids[0] == ids[1] != ids[2]
+    assert run_id(load(tiny, given[0], "scores.networks=3", arm="easy")) == ids[0]
+    assert run_id(load(tiny, given[0])) == run_id(load(tiny)), "a random arm has no scores"
+    assert run_id(load(tiny, arm="easy")) not in ids
+
+
+BAD = {
+    "train.lrr=1": r"command line: train.lrr is not a known key; did you mean train.lr?",
+    "trian.lr=1": r"command line: trian is not a known key; did you mean train.lr",
+    "zzzzzz=1": r"zzzzzz is not a known key; known are arm, dataset",
+    "train.lr=fast": r"command line: train.lr: 'fast' is not allowed; allowed: a number",
+    "train.lr=true": r"train.lr: True is not allowed; allowed: a number",
+    "train.lr=.nan": r"train.lr: nan is not allowed; allowed: a finite number",
+    "train.lr=0": r"train.lr: 0 is not allowed; allowed: greater than 0",
+    "train=5": r"command line: train: 5 is not allowed; allowed: a section of keys below train:",
+    "train.batch_size=12.5": r"train.batch_size: 12.5 is not allowed; allowed: a valid integer",
+    "train.batch_size=9999": r"train.batch_size: 9999 is not allowed; allowed: up to the 1442 training images",
+    "train.steps=10ep": r"train.steps: '10ep' is not allowed; allowed: a number of batches, such as 400",
+    "train.steps=4": r"tiny.yaml: pretrain.steps: 4 is not allowed; allowed: 1 to 3 \(below train.steps\)",
+    "pretrain.steps=12": r"command line: pretrain.steps: 12 is not allowed; allowed: 1 to 11 \(below train.steps\)",
+    "pretrain.steps=0": r"pretrain.steps: 0 is not allowed; allowed: 1 to 11",
+    "train.milestones=[9, 6]": r"train.milestones: \[9, 6\] is not allowed; allowed: increasing steps",
+    "train.milestones=[x]": r"train.milestones.0: 'x' is not allowed",
+    "pretrain.subset.size=2000": r"pretrain.subset.size: 2000 is not allowed; allowed: 64 \(a batch\) to 1442",
+    "pretrain.subset.size=63": r"pretrain.subset.size: 63 is not allowed; allowed: 64 \(a batch\) to 1442",
+    "pretrain.subset=": r"pretrain.subset: None is not allowed; allowed: {size: M}, for arm: random",
+    "prune.fraction=0": r"prune.fraction: 0 is not allowed; allowed: greater than 0",
+    "prune.fraction=1.0": r"prune.fraction: 1.0 is not allowed; allowed: less than 1",
+    "prune.levels=-1": r"prune.levels: -1 is not allowed; allowed: greater than or equal to 0",
+    "model.depth=21": r"model.depth: 21 is not allowed; allowed: 6n \+ 2, such as 20, 32 or 56",
+    "dataset.name=imagenet": r"dataset.name: 'imagenet' is not allowed; allowed: 'cifar10', 'cifar100'",
+    "arm=medium": r"arm: 'medium' is not allowed; allowed: 'init', 'all', 'random', 'easy' or 'hard'",
+    "replicates=0": r"replicates: 0 is not allowed; allowed: a count of 1 to 1000, such as 4, or a list of different",
+    "replicates=300000000": r"replicates: 300000000 is not allowed; allowed: a count of 1 to 1000",
+    "seed=5000000000": r"seed: 5000000000 is not allowed; allowed: less than 4294967296",
+    "replicates=[1, 1]": r"replicates: \[1, 1\] is not allowed",
+    "seed=-1": r"seed: -1 is not allowed",
+    "parallelism=pipeline": r"parallelism: 'pipeline' is not allowed; allowed: 'replicates' or 'data'",
+    "train.lr": r"command line: 'train.lr' is not an override; allowed: key.sub=value",
+    "=3": r"command line: '=3' is not an override",
+    "train.lr=[": r"command line: train.lr: not YAML",
+    "dataset.name=image_folder": r"command line: dataset.root: 'data' is not allowed; data holds no folder train/",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_input_is_one_sentence_with_file_key_value_and_what_is_allowed(tiny, override):
+    with pytest.raises(UserError, match=BAD[override]) as error:
+        load(tiny, override)
+    assert "\n" not in str(error.value)
+
+
+BAD_FILES = {
+    "a: [1": r"bad.yaml: not YAML in line 1",
+    "- a list": r"bad.yaml: not a configuration",
+    "": r"bad.yaml: not a configuration",
+    "arm: all\narm: init": r"bad.yaml: not YAML in line 1: the key 'arm' stands twice",
+    "arm: !!python/object/apply:os.mkdir [trap]": r"bad.yaml: not YAML in line 1",
+    "base: missing.yaml\narm: all": r"missing.yaml, the base of bad.yaml, cannot be read: No such file or directory",
+    "base: bad.yaml\narm: all": r"bad.yaml: base: 'bad.yaml' is not allowed; the files are each other's base",
+    "base: 3": r"bad.yaml: base: 3 is not allowed; allowed: a path",
+    "arm: all": r"bad.yaml: dataset is missing",
+    "3: 4": r"bad.yaml: not a configuration",
+    "train.lr: 0.1": r"bad.yaml: train.lr is not a known key; write train: {lr: ...}",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_a_bad_file_is_refused_by_name(place, text):
+    (place / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=BAD_FILES[text]):
+        loading.load_config("bad.yaml")
+    assert not (place / "trap").exists()
+
+
+def test_a_missing_file_and_a_binary_file_are_refused_by_name(place):
+    with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read: No such file or directory"):
+        loading.load_config("nowhere.yaml")
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"binary\.yaml cannot be read: not text"):
+        loading.load_config("binary.yaml")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 300) | st.floats() | st.text(string.printable, max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(string.ascii_lowercase, max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(sorted(identity.DEFAULTS) + [key.rpartition(".")[0] for key in identity.DEFAULTS if "." in key])
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=4))
+def test_any_value_of_any_key_is_taken_or_refused_in_one_sentence(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("fuzz") / "fuzz.yaml"
+    path.write_text(TINY.format(arm="random"))
+    try:
+        loaded = loading.load_config(path, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+        assert len(run_id(loaded)) == 10
+    except UserError as error:
+        assert "\n" not in str(error)

@@ -1,0 +1,233 @@
+import hashlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import write_image_folder
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from lth_diet.data import catalog
+from lth_diet.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(place, monkeypatch):
+    """Caches are built anew, and facts read anew, in every test."""
+    monkeypatch.setenv("LTH_DIET_CACHE", str(place / "cache"))
+    catalog.info.cache_clear()
+
+
+def test_digits_are_all_1797_in_a_fixed_stratified_split():
+    digits = catalog.load("digits", "unused")
+    assert digits.train.images.shape == (1442, 8, 8, 1) and digits.test.images.shape == (355, 8, 8, 1)
+    facts = catalog.info("digits", "unused")
+    assert (facts.train_size, facts.test_size, facts.classes) == (1442, 355, 10)
+    share = np.bincount(digits.test.labels) / np.bincount(np.concatenate([digits.train.labels, digits.test.labels]))
+    assert np.all(np.abs(share - 0.2) < 0.01)
+    assert digits.train.images.max() == 255
+    assert hashlib.sha256(digits.train.labels.tobytes()).hexdigest()[:16] == "9313721fa010b406"
+    assert not digits.flip
+
+
+def test_mean_and_std_of_other_data_sets_are_those_of_the_training_images():
+    digits = catalog.load("digits", "unused")
+    pixels = digits.train.images / 255
+    assert digits.mean == pytest.approx(pixels.mean((0, 1, 2)).tolist())
+    assert digits.std == pytest.approx(pixels.std((0, 1, 2)).tolist())
+
+
+def test_arrays_are_memory_mapped_uint8():
+    digits = catalog.load("digits", "unused")
+    assert isinstance(digits.train.images, np.memmap) and digits.train.images.dtype == np.uint8
+    assert digits.train.labels.dtype == np.int64
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_an_image_folder_is_read_in_order_of_class_and_name_with_valid_merged(place, suffix):
+    root = write_image_folder(place / "data", {"train": 3, "valid": 2, "test": 1}, suffix=suffix)
+    data = catalog.load("image_folder", str(root))
+    paths = [p for part in ("train", "valid") for p in sorted((root / part).glob(f"*/*{suffix}"))]
+    expected = np.stack([np.asarray(Image.open(path)) for path in paths])
+    assert np.array_equal(data.train.images, expected)
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1]
+    assert data.test.labels.tolist() == [0, 1]
+    assert data.class_names == ("ant", "bee")
+    assert catalog.info("image_folder", str(root)).train_size == 10
+
+
+def test_grey_images_have_one_channel(place):
+    root = write_image_folder(place / "data")
+    for path in root.glob("*/*/*.png"):
+        Image.open(path).convert("L").save(path)
+    assert catalog.load("image_folder", str(root)).train.images.shape[-1] == 1
+
+
+def test_the_fingerprint_follows_names_and_sizes_and_not_the_place(place):
+    facts = [catalog.info("image_folder", str(write_image_folder(place / name))).fingerprint for name in "ab"]
+    assert facts[0] == facts[1]
+    (place / "b/train/ant/0000.png").rename(place / "b/train/ant/9999.png")
+    catalog.info.cache_clear()
+    assert catalog.info("image_folder", str(place / "b")).fingerprint != facts[0]
+
+
+def test_an_image_rewritten_in_place_is_decoded_again(place):
+    root = write_image_folder(place / "data")
+    before = catalog.load("image_folder", str(root)).train.images.copy()
+    path = root / "train/ant/0000.png"
+    size = path.stat().st_size
+    Image.fromarray(255 - before[0]).save(path)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0")[:size] if path.stat().st_size < size else path.read_bytes())
+    catalog.info.cache_clear()
+    assert np.array_equal(catalog.load("image_folder", str(root)).train.images[0], 255 - before[0])
+
+
+def write_cifar(root, cls, monkeypatch, count=20):
+    """Files in torchvision's layout, small, and the checksums that it shall expect of them."""
+    fine = cls is CIFAR100
+    folder = root / cls.base_folder
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for listing in ("train_list", "test_list"):
+        entries = []
+        for name, _ in getattr(cls, listing):
+            images = random.integers(0, 256, (count, 3072), dtype=np.uint8)
+            labels = random.integers(0, 100 if fine else 10, count).tolist()
+            (folder / name).write_bytes(pickle.dumps({"data": images, "fine_labels" if fine else "labels": labels}))
+            entries.append([name, hashlib.md5((folder / name).read_bytes()).hexdigest()])
+        monkeypatch.setattr(cls, listing, entries)
+    names = {cls.meta["key"]: [f"class {i}" for i in range(100 if fine else 10)]}
+    (folder / cls.meta["filename"]).write_bytes(pickle.dumps(names))
+    md5 = hashlib.md5((folder / cls.meta["filename"]).read_bytes()).hexdigest()
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5})
+    return folder
+
+
+@pytest.mark.parametrize(("name", "cls", "files"), [("cifar10", CIFAR10, 5), ("cifar100", CIFAR100, 1)])
+def test_cifar_is_read_from_its_official_layout(place, monkeypatch, name, cls, files):
+    write_cifar(place / "data", cls, monkeypatch)
+    data = catalog.load(name, "data")
+    expected = cls("data", train=True)
+    assert data.train.images.shape == (20 * files, 32, 32, 3)
+    assert np.array_equal(data.train.images, expected.data)
+    assert data.train.labels.tolist() == expected.targets
+    assert len(data.class_names) == (10 if name == "cifar10" else 100)
+    assert data.flip
+
+
+def test_an_altered_cifar_file_is_not_unpickled(place, monkeypatch):
+    folder = write_cifar(place / "data", CIFAR10, monkeypatch)
+    trap = b"cos\nmkdir\n(S'trap'\ntR."
+    (folder / "data_batch_2").write_bytes(trap)
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing-is-here.tar.gz")
+    with pytest.raises(UserError, match="'data' does not hold CIFAR10 and the download failed"):
+        catalog.load("cifar10", "data")
+    assert not (place / "trap").exists()
+    assert not (place / "cache" / "cifar10").exists()
+
+
+def test_a_failed_download_leaves_no_folder(place, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing-is-here.tar.gz")
+    with pytest.raises(UserError, match="the download failed"):
+        catalog.load("cifar10", "data")
+    assert not (place / "data").exists()
+
+
+def test_four_processes_that_ask_at_once_build_one_cache(place):
+    root = write_image_folder(place / "data", {"train": 200, "test": 20})
+    script = (
+        "import sys; from lth_diet.data import catalog, image_folder\n"
+        "real = image_folder.decode\n"
+        "def counted(root):\n"
+        "    open(sys.argv[2], 'a').write('built\\n')\n"
+        "    return real(root)\n"
+        "image_folder.decode = counted\n"
+        "print(catalog.load('image_folder', sys.argv[1]).train.images.sum())"
+    )
+    command = [sys.executable, "-c", script, str(root), str(place / "builds")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+    sums = {process.communicate()[0] for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4
+    assert len(sums) == 1
+    assert (place / "builds").read_text() == "built\n"
+
+
+def test_the_rest_of_a_killed_builder_is_cleared_away(place):
+    root = write_image_folder(place / "data")
+    folder = catalog._cache_folder("image_folder", str(root))
+    stale = folder.with_name(f"{folder.name}.part-99999")
+    stale.mkdir(parents=True)
+    catalog.load("image_folder", str(root))
+    assert folder.exists() and not stale.exists()
+
+
+def test_a_folder_without_train_is_refused(place):
+    with pytest.raises(UserError, match=r"nowhere holds no folder train/; allowed: a folder of train/<class>/"):
+        catalog.info("image_folder", "nowhere")
+
+
+def test_a_folder_without_images_is_refused(place):
+    (place / "data/train/ant").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no image"):
+        catalog.info("image_folder", "data")
+
+
+def test_a_class_in_one_part_only_is_refused(place):
+    root = write_image_folder(place / "data")
+    (root / "test/bee").rename(root / "test/wasp")
+    with pytest.raises(UserError, match="class 'bee' is not in both"):
+        catalog.info("image_folder", str(root))
+
+
+def test_an_image_of_another_size_is_refused_by_name_and_nothing_is_cached(place):
+    root = write_image_folder(place / "data")
+    Image.new("RGB", (9, 8)).save(root / "train/bee/0001.png")
+    with pytest.raises(UserError, match=r"bee/0001\.png: 9 x 8 pixels, colour; allowed: 8 x 8 pixels, colour"):
+        catalog.load("image_folder", str(root))
+    assert not list((place / "cache").glob("*/*.npy"))
+
+
+def test_a_broken_image_is_refused_by_name(place):
+    root = write_image_folder(place / "data")
+    (root / "test/ant/0000.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(UserError, match=r"test/ant/0000\.png: not a readable image"):
+        catalog.load("image_folder", str(root))
+
+
+def test_an_image_of_16_bits_is_refused_by_name(place):
+    root = write_image_folder(place / "data")
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(root / "train/bee/0001.png")
+    with pytest.raises(UserError, match=r"bee/0001\.png: pixels of mode I;16; allowed: 8 bits a channel"):
+        catalog.load("image_folder", str(root))
+
+
+def test_a_folder_with_one_class_is_refused(place):
+    root = write_image_folder(place / "data")
+    for part in ("train", "test"):
+        shutil.rmtree(root / part / "bee")
+    with pytest.raises(UserError, match="data has one class, 'ant'; allowed: two or more"):
+        catalog.info("image_folder", str(root))
+
+
+def test_a_dangling_link_is_refused_by_name(place):
+    root = write_image_folder(place / "data")
+    (root / "train/ant/0009.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=r"ant/0009\.png: No such file or directory"):
+        catalog.info("image_folder", str(root))
+
+
+def test_a_file_name_that_is_not_utf_8_is_taken(place):
+    root = write_image_folder(place / "data")
+    (root / "train/ant/0000.png").rename(root / "train/ant" / os.fsdecode(b"\xff.png"))
+    assert catalog.info("image_folder", str(root)).train_size == 12
+    assert len(catalog.load("image_folder", str(root)).train.images) == 12
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("LTH_DIET_CACHE", "/proc/nope")
+    with pytest.raises(UserError, match="/proc/nope/digits: the cache of digits cannot be written"):
+        catalog.load("digits", "unused")

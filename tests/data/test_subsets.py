@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lth_diet.data.subsets import easy, hard, random_subset
+
+LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=80).map(np.array)
+
+
+@given(LABELS, st.data())
+def test_a_random_subset_has_the_size_asked_for_and_no_example_twice(labels, data):
+    size = data.draw(st.integers(1, len(labels)))
+    subset = random_subset(labels, size, seed=1)
+    assert len(subset) == len(set(subset.tolist())) == size
+    assert np.array_equal(subset, np.sort(subset))
+    assert subset.min() >= 0 and subset.max() < len(labels)
+
+
+@given(st.integers(2, 6), st.integers(1, 60), st.integers(0, 9))
+def test_a_random_subset_of_equal_classes_has_at_least_size_by_classes_of_each(classes, size, seed):
+    labels = np.repeat(np.arange(classes), 30)
+    size = min(size, len(labels))
+    counts = np.bincount(labels[random_subset(labels, size, seed)], minlength=classes)
+    assert counts.min() >= size // classes
+    if size % classes == 0:
+        assert counts.min() == counts.max()
+
+
+def test_the_subset_is_a_function_of_the_seed():
+    labels = np.arange(100) % 10
+    assert np.array_equal(random_subset(labels, 30, 5), random_subset(labels, 30, 5))
+    assert not np.array_equal(random_subset(labels, 30, 5), random_subset(labels, 30, 6))
+
+
+@pytest.mark.parametrize("size", [0, 11])
+def test_a_size_that_cannot_be_is_refused(size):
+    with pytest.raises(ValueError, match="allowed: 1 to 10"):
+        random_subset(np.zeros(10, int), size, 0)
+
+
+@st.composite
+def scored(draw, ties=True):
+    """Scores and labels of some examples."""
+    labels = draw(LABELS)
+    values = st.integers(0, 9) if ties else st.integers(0, 10**6)
+    scores = draw(st.lists(values, min_size=len(labels), max_size=len(labels), unique=not ties))
+    return np.array(scores, np.float32), labels
+
+
+@given(scored(), st.data(), st.sampled_from([easy, hard]), st.booleans())
+def test_easy_and_hard_have_the_size_asked_for_and_no_example_twice(examples, data, choose, balanced):
+    scores, labels = examples
+    offset = data.draw(st.integers(0, len(labels) - 1))
+    size = data.draw(st.integers(1, len(labels) - offset))
+    subset = choose(scores, labels, size, balanced, offset)
+    assert len(subset) == len(set(subset.tolist())) == size
+    assert np.array_equal(subset, np.sort(subset))
+    assert subset.min() >= 0 and subset.max() < len(labels)
+
+
+@given(scored(), st.data())
+def test_easy_has_the_lowest_scores_and_hard_the_highest(examples, data):
+    scores, labels = examples
+    size = data.draw(st.integers(1, len(labels)))
+    assert np.array_equal(np.sort(scores[easy(scores, labels, size)]), np.sort(scores)[:size])
+    assert np.array_equal(np.sort(scores[hard(scores, labels, size)]), np.sort(scores)[len(labels) - size :])
+
+
+@given(scored(), st.data(), st.sampled_from([easy, hard]), st.booleans())
+def test_a_smaller_subset_is_part_of_a_larger_one(examples, data, choose, balanced):
+    scores, labels = examples
+    size = data.draw(st.integers(1, len(labels)))
+    smaller = data.draw(st.integers(1, size))
+    assert set(choose(scores, labels, smaller, balanced)) <= set(choose(scores, labels, size, balanced))
+
+
+@given(scored(), st.data())
+def test_easy_and_hard_are_disjoint_as_long_as_both_fit(examples, data):
+    scores, labels = examples
+    size = data.draw(st.integers(0, len(labels) // 2))
+    if size:
+        assert not set(easy(scores, labels, size)) & set(hard(scores, labels, size))
+
+
+@given(st.integers(2, 6), st.data(), st.sampled_from([easy, hard]))
+def test_a_balanced_subset_has_as_many_of_each_class_to_within_one(classes, data, choose):
+    labels = np.repeat(np.arange(classes), 12)
+    scores = np.array(data.draw(st.lists(st.integers(0, 9), min_size=len(labels), max_size=len(labels))), np.float32)
+    offset = data.draw(st.integers(0, len(labels) // 2))
+    skipped = choose(scores, labels, offset, class_balanced=True) if offset else np.array([], int)
+    left = np.bincount(np.delete(labels, skipped), minlength=classes)
+    size = data.draw(st.integers(1, int(left.min()) * classes))
+    subset = choose(scores, labels, size, class_balanced=True, offset=offset)
+    counts = np.bincount(labels[subset], minlength=classes)
+    assert counts.max() - counts.min() <= 1
+    assert not set(subset) & set(skipped)
+    for label in range(classes):  # the easiest, or hardest, of every class that were not skipped
+        direction = 1 if choose is easy else -1
+        own = np.sort(scores[np.setdiff1d(np.flatnonzero(labels == label), skipped)])[::direction]
+        mine = np.sort(scores[subset[labels[subset] == label]])[::direction]
+        assert np.array_equal(mine, own[: counts[label]])
+
+
+@given(scored(), st.data(), st.sampled_from([easy, hard]))
+def test_an_offset_skips_what_a_subset_of_its_size_would_take(examples, data, choose):
+    scores, labels = examples
+    offset = data.draw(st.integers(0, len(labels) - 1))
+    size = data.draw(st.integers(1, len(labels) - offset))
+    whole = set(choose(scores, labels, offset + size))
+    skipped = set(choose(scores, labels, offset)) if offset else set()
+    assert set(choose(scores, labels, size, offset=offset)) == whole - skipped
+
+
+@given(scored(ties=False), st.data(), st.sampled_from([easy, hard]), st.booleans())
+def test_the_order_of_the_data_does_not_matter(examples, data, choose, balanced):
+    scores, labels = examples
+    order = np.array(data.draw(st.permutations(range(len(labels)))))
+    size = data.draw(st.integers(1, len(labels)))
+    permuted = order[choose(scores[order], labels[order], size, balanced)]
+    assert set(permuted) == set(choose(scores, labels, size, balanced))
+
+
+def test_equal_scores_are_taken_by_position():
+    scores, labels = np.zeros(6, np.float32), np.zeros(6, int)
+    assert easy(scores, labels, 2).tolist() == [0, 1]
+    assert hard(scores, labels, 2).tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("choose", [easy, hard])
+def test_what_cannot_be_chosen_is_refused(choose):
+    scores, labels = np.array([0.1, np.nan, 0.3], np.float32), np.zeros(3, int)
+    with pytest.raises(ValueError, match="not a number"):
+        choose(scores, labels, 1)
+    with pytest.raises(ValueError, match="a subset of 3 of 3 examples; allowed: 1 to 2"):
+        choose(np.zeros(3), labels, 3, offset=1)

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch import nn
+
+from lth_diet.masks.mask import Mask, prunable
+from lth_diet.networks.classifier import build_classifier, initialize
+from lth_diet.networks.resnet import ResNet
+
+
+@pytest.mark.parametrize(
+    ("depth", "classes", "parameters", "weights", "tensors"),
+    [(20, 10, 272_474, 270_896, 22), (32, 100, 472_756, 470_192, 34), (56, 10, 855_770, 851_504, 58)],
+)
+def test_parameter_and_prunable_counts_are_those_of_the_paper(depth, classes, parameters, weights, tensors):
+    network = ResNet(depth, classes)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert len(prunable(network)) == tensors
+    assert Mask.dense(network).total == weights
+
+
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (32, 3), (28, 1)])
+def test_any_image_size_and_channel_count_will_do(size, channels):
+    network = ResNet(8, classes=7, width=4, channels=channels)
+    assert network(torch.zeros(2, channels, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("depth", [2, 9, 21])
+def test_a_depth_that_is_not_6n_plus_2_is_refused(depth):
+    with pytest.raises(ValueError, match="6n \\+ 2"):
+        ResNet(depth, 10)
+
+
+def test_the_width_factor_scales_every_stage():
+    assert ResNet(20, 10, width=4).fc.in_features == 16
+
+
+def test_initialisation_has_the_distributions_of_the_paper():
+    network = ResNet(56, 100, width=32)
+    initialize(network, seed=1)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+            fan_in = module.weight[0].numel()
+            assert float(module.weight.std()) == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
+    scales = torch.cat([m.weight for m in network.modules() if isinstance(m, nn.BatchNorm2d)])
+    assert 0 <= float(scales.min()) < 0.01 and 0.99 < float(scales.max()) <= 1
+    assert float(scales.mean()) == pytest.approx(0.5, abs=0.03)
+    assert all(bool((m.bias == 0).all()) for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    assert 0 < float(network.fc.bias.abs().max()) <= network.fc.in_features**-0.5
+
+
+def test_initialisation_is_a_function_of_the_seed_and_not_of_global_state():
+    networks = []
+    for seed, noise in ((1, 0), (1, 1), (2, 0)):
+        torch.manual_seed(noise)
+        networks.append(build_classifier(8, 10, width=4, seed=seed).module.state_dict())
+    same = [torch.equal(networks[0][name], networks[1][name]) for name in networks[0]]
+    assert all(same)
+    assert not torch.equal(networks[0]["conv1.weight"], networks[2]["conv1.weight"])
+
+
+def test_the_classifier_has_no_training_metrics_and_is_channels_last():
+    model = build_classifier(8, 10, width=4)
+    assert model.get_metrics(is_train=True) == {}
+    assert model.module.stages[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,201 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from helpers import ROOT
+from jsonschema import ValidationError
+
+from lth_diet.runs.run_store import RunStore
+from lth_diet.sweep import scheduler
+from lth_diet.sweep.grid import Sweep
+
+LONGER = ["train.steps=400", "intervals.checkpoint=10"]
+
+
+@pytest.fixture
+def launcher(place, monkeypatch):
+    """Puts a shell script in the place of `composer`."""
+
+    def write(script):
+        (place / "bin").mkdir()
+        (place / "bin/composer").write_text(f"#!/bin/sh\n{script}\n")
+        (place / "bin/composer").chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(place / "bin/python"))
+
+    return write
+
+
+def start(*arguments):
+    command = [sys.executable, ROOT / "recipes/sweep.py", "-f", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(found, process, seconds=300):
+    """What `found` returns, once it is true."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return value
+
+
+def trainers(place):
+    """The launchers and ranks that run below a folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(place) and any("recipes/imp.py" in word for word in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 2", 2), ("exit 247", -9), ("kill -TERM $$", -15)])
+def test_an_attempt_returns_its_status_or_the_signal_that_ended_it_or_its_rank(launcher, place, script, status):
+    launcher(script)
+    assert scheduler._run_attempt(["-n", "1"], str(place), {}, RunStore(place), "log") == status
+
+
+def test_an_attempt_logs_where_and_what_it_ran_and_all_that_was_printed(launcher, place):
+    launcher('echo "$WORD in $PWD"; echo wrong >&2')
+    scheduler._run_attempt(["-n", "1", "a b"], str(place), {"WORD": "here"}, RunStore(place), "log")
+    head, *lines, tail = (place / "log").read_text().splitlines()
+    assert head.endswith(f": {place}/bin/composer -n 1 'a b'")
+    assert lines == [f"here in {place}", "wrong"]
+    assert re.fullmatch(r"status 0 after \d+\.\d s", tail)
+
+
+def test_an_attempt_that_is_cancelled_ends_the_launcher_and_its_rank(launcher, place, monkeypatch):
+    launcher("sleep 300 & echo $! > pid; wait")
+
+    def cancel(seconds):
+        if (place / "pid").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler.time, "sleep", cancel)
+    with pytest.raises(KeyboardInterrupt):
+        scheduler._run_attempt([], str(place), {}, RunStore(place), "log")
+    monkeypatch.undo()
+    rank = int((place / "pid").read_text())
+    while psutil.pid_exists(rank) and psutil.Process(rank).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("killed", ["worker", "raylet"])
+def test_a_launcher_ends_with_a_worker_or_raylet_that_is_killed(launcher, place, killed):
+    python = sys.executable
+    launcher("echo $$ > pid; exec sleep 300")
+    code = f"import sys; from lth_diet.sweep import scheduler; sys.executable = {str(place / 'bin/python')!r}\n"
+    code += "from pathlib import Path; from lth_diet.runs.run_store import RunStore\n"
+    code += f"scheduler._run_attempt([], {str(place)!r}, {{}}, RunStore(Path({str(place)!r})), 'log')"
+    path = os.environ | {"PYTHONPATH": str(ROOT)}
+    raylet = subprocess.Popen(["sh", "-c", '"$0" -c "$1"; true', python, code], env=path)
+    wait_for(lambda: (place / "pid").exists() and (place / "pid").read_text(), raylet)
+    launched = psutil.Process(int((place / "pid").read_text()))
+    (worker,) = psutil.Process(raylet.pid).children()
+    {"worker": worker, "raylet": raylet}[killed].kill()
+    launched.wait(30)
+    psutil.wait_procs([worker], 30)
+    raylet.wait(30)
+
+
+def test_scores_start_first_a_job_a_network_and_then_the_longest(grid):
+    work = Sweep(grid(), ["replicates=1", "scores.networks=3"]).work()
+    jobs = scheduler.jobs_from(work[::-1], 2)
+    assert [job.name.rpartition("/")[2] for job in jobs[:2]] == ["process_0", "process_1"]
+    assert jobs[0].work is jobs[1].work is work[0]
+    left = [job.work.steps_left for job in jobs[2:]]
+    assert left == sorted(left, reverse=True) and left[0] > left[-1]
+    assert [job.name for job in scheduler.jobs_from(work[:1], 1)] == [work[0].name]
+
+
+def test_only_what_another_attempt_may_mend_is_a_crash(jobs):
+    score, replicate = jobs[0], jobs[1]
+    assert scheduler._crash(replicate, -9) == "killed by signal 9"
+    assert scheduler._crash(replicate, 2) == "" and scheduler._crash(replicate, 0) == ""
+    assert scheduler._crash(replicate, 1), "no failed.json: another process held it, or it did not come that far"
+    replicate.work.folder.record_failure("the loss is nan")
+    assert scheduler._crash(replicate, 1) == "" and scheduler._crash(score, 1) == ""
+
+
+def test_the_reason_of_a_failure_is_the_last_error_of_its_log(jobs, place):
+    jobs[0].logs.append(place / "log")
+    (place / "log").write_bytes(b"error: first\nerror: the loss is \x1b[31m nan\nReport: x\n\xff")
+    assert scheduler._reason(jobs[0], 1) == "the loss is \\x1b[31m nan"
+    (place / "log").write_text("Killed")
+    assert scheduler._reason(jobs[0], 3) == "exit status 3"
+
+
+def test_a_sweep_that_is_finished_starts_nothing(grid, capsys):
+    sweep = Sweep(grid(), ["prune.levels=0"])
+    for run in sweep.runs.values():
+        run.create()
+        for replicate in run.replicates():
+            for phase in (replicate.pretrain, replicate.level(0)):
+                phase.write("curve.jsonl", b"")
+                phase.finish({})
+    assert scheduler.run_sweep(sweep, None, ROOT / "recipes") == 0
+    assert "everything is finished" in capsys.readouterr().out
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+@pytest.mark.integration
+def test_an_interrupted_sweep_leaves_no_process_and_the_same_command_goes_on(grid, place):
+    path = grid("base: base.yaml\narms: [{arm: init}]\nprune: {levels: 1}\ngpus_per_run: 0\nreplicates: 2\n")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start(path, "cpus=2", *LONGER)
+        wait_for(lambda: len(trainers(place)) == 4 and list(Path("runs").glob("*/*/level_0/curve.jsonl")), process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 130, out + err
+        assert err == "interrupted: 0 of 2 are done; the same command goes on\n"
+        assert trainers(place) == []
+    process = start(path, "cpus=2", *LONGER)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    assert "0 running, 2 done, 0 failed, 0 waiting" in out
+    assert len(list(Path("runs/sweep-logs").glob("*/replicate_0/attempt_*.log"))) == 3
+
+
+@pytest.mark.integration
+def test_a_crash_is_tried_again_and_a_failure_is_told_once_and_stops_no_other(grid, place):
+    path = grid(
+        "base: base.yaml\narms: [{arm: init, train.lr: [0.1, 1e30]}]\nprune: {levels: 0}\ngpus_per_run: 0\nretries: 1\n"
+    )
+    process = start(path, "cpus=2")
+    for launched in wait_for(lambda: [p for p in trainers(place) if "train.lr=0.1" in p.cmdline()], process):
+        launched.kill()
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 1, out + err
+    assert out.count("killed by signal 9; starts again, from the last step saved; log: ") == 1
+    assert "0 running, 1 done, 1 failed, 0 waiting" in out
+    assert out.count("the loss is") == 2, "when it happens and at the end"
+    assert len(list(Path("runs/sweep-logs").glob("*/*/attempt_*.log"))) == 3
+
+
+@pytest.mark.integration
+def test_a_run_that_no_node_has_room_for_is_refused(grid):
+    process = start(grid(), "cpus=1", "cpus_per_run=2")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 2
+    assert "cpus_per_run: 2 are more than any node has" in err and "Traceback" not in err
+
+
+def test_the_cluster_file_is_one_for_ray_up():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    cluster = yaml.safe_load((ROOT / "yamls/clusters/aws.yaml").read_text())
+    validate_config(prepare_config(cluster))
+    with pytest.raises(ValidationError, match="clustername"):
+        validate_config(prepare_config({**cluster, "clustername": "x"}))
+    assert cluster["available_node_types"]["gpus"]["min_workers"] == cluster["max_workers"]
+    assert "ray up -y yamls/clusters/aws.yaml" in (ROOT / "README.md").read_text()

@@ -1,0 +1,191 @@
+import time
+
+import pytest
+import torch
+from composer import Algorithm, Event, Trainer
+
+from lth_diet import errors
+from lth_diet.algorithms import ApplyMask, Rewind
+from lth_diet.config import loading
+from lth_diet.data import catalog
+from lth_diet.data.loader import EvaluationLoader, Loader
+from lth_diet.networks.classifier import build_classifier
+from lth_diet.runs.phase_directory import PhaseDirectory
+from lth_diet.training import callbacks, composer_internals, trainer
+from lth_diet.training.progress import Progress
+
+
+class Look(Algorithm):
+    """Notes step and learning rate in every forward."""
+
+    def __init__(self):
+        self.seen = []
+
+    def match(self, event, state):
+        return event == Event.BEFORE_FORWARD
+
+    def apply(self, event, state, logger):
+        self.seen.append((int(state.timestamp.batch), state.optimizers[0].param_groups[0]["lr"]))
+
+
+@pytest.fixture
+def phase(place):
+    return PhaseDirectory(place / "level_0")
+
+
+@pytest.fixture
+def train(phase, tiny):
+    """Trains a small classifier through `training.train`."""
+
+    def run(schedule, algorithms=(), overrides=(), model=None, sync=lambda: None):
+        settings = loading.load_config(tiny(), overrides)
+        data = catalog.load("digits", "unused")
+        model = model or build_classifier(8, 10, width=2, channels=1, seed=1)
+        loader, evaluation = Loader(data, 8, 1, 2), EvaluationLoader(data, data.test)
+        return trainer.train(model, loader, evaluation, schedule, algorithms, phase, settings, Progress([0], 0), sync)
+
+    return run
+
+
+def weights_of_table_1(step):
+    """Table 1, CIFAR-10 and CIFAR-100: 0.1, divided by ten at 31,200 and at 46,800 steps."""
+    return 0.1 if step < 31_200 else 0.01 if step < 46_800 else 0.001
+
+
+@pytest.mark.parametrize("first", [0, 400, 31_195, 31_200, 46_795, 62_390])
+def test_the_learning_rate_of_a_rewound_level_is_that_of_table_1_at_every_step(train, first):
+    look = Look()
+    state = build_classifier(8, 10, width=2, channels=1, seed=1).module.state_dict()
+    train(trainer.Schedule(first, first + 10, 0.1, (31_200, 46_800)), [Rewind(first, state), look])
+    expected = [(step, pytest.approx(weights_of_table_1(step))) for step in range(first, first + 10)]
+    assert look.seen == expected
+
+
+def test_a_resumed_training_ends_with_the_same_bits_curve_and_learning_rates(train, phase, monkeypatch):
+    monkeypatch.setattr(callbacks, "SYNC_SECONDS", 0)
+    whole, first, second = (build_classifier(8, 10, width=2, channels=1, seed=1) for _ in range(3))
+    schedule = trainer.Schedule(0, 8, 0.1, (5,))
+    overrides = ["intervals.evaluate=4", "intervals.log=4"]
+    train(schedule, overrides=overrides, model=whole)
+    curve = [{**row, "timestamp": 0} for row in phase.curve()]
+    (phase.path / "curve.jsonl").unlink()
+    phase._keep_only_checkpoint(None)
+
+    class Killed(Exception):
+        pass
+
+    def die_after_the_second():
+        if phase.checkpoint()[1] == 6:
+            with open(phase.path / "curve.jsonl", "a") as file:
+                file.write('{"step": 7, "timestamp": 1, "train_loss": 0}\n{"step": 8, "ti')
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(schedule, overrides=overrides, model=first, sync=die_after_the_second)
+    look = Look()
+    train(schedule, [look], overrides, model=second)
+    assert [step for step, _ in look.seen] == [6, 7]
+    assert [{**row, "timestamp": 0} for row in phase.curve()] == curve
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_the_curve_has_mean_loss_learning_rate_and_evaluations_at_their_intervals(train, phase):
+    result = train(trainer.Schedule(0, 8, 0.1, (5,)), overrides=["intervals.log=3", "intervals.evaluate=4"])
+    rows = phase.curve()
+    assert [(row["step"], sorted(set(row) - {"step", "timestamp"})) for row in rows] == [
+        (3, ["learning_rate", "train_loss"]),
+        (4, ["test_accuracy_percent", "test_loss"]),
+        (6, ["learning_rate", "train_loss"]),
+        (8, ["test_accuracy_percent", "test_loss"]),
+    ]
+    assert [row["learning_rate"] for row in rows if "learning_rate" in row] == pytest.approx([0.1, 0.01])
+    assert result["test_accuracy_percent"] == rows[-1]["test_accuracy_percent"]
+
+
+def test_accuracy_is_measured_after_the_last_step_on_the_test_images(train):
+    model = build_classifier(8, 10, width=2, channels=1, seed=1)
+    result = train(trainer.Schedule(0, 20, 0.1), model=model)
+    data = catalog.load("digits", "unused")
+    model.eval()
+    hits = 0
+    with torch.no_grad():
+        for batch in EvaluationLoader(data, data.test, batch_size=50):
+            hits += int((model(batch).argmax(1) == batch[1]).sum())
+    assert result["test_accuracy_percent"] == pytest.approx(100 * hits / 355, abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_learning_rate(train, phase):
+    with pytest.raises(errors.TrainingError, match=r"level_0: the loss is (nan|inf) at step \d+ with learning rate"):
+        train(trainer.Schedule(0, 8, 1e30))
+
+
+def test_a_closed_trainer_is_not_kept_alive(train):
+    import gc
+    import weakref
+
+    model = build_classifier(8, 10, width=2, channels=1, seed=1)
+    train(trainer.Schedule(0, 2, 0.1), model=model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_steps_are_those_of_composers_own_trainer_bit_for_bit(train, phase, monkeypatch):
+    ours, plain = (build_classifier(8, 10, width=2, channels=1, seed=1) for _ in range(2))
+    curves = []
+    for model, kind in ((ours, composer_internals.LeanTrainer), (plain, Trainer)):
+        monkeypatch.setattr(composer_internals, "LeanTrainer", kind)
+        mask = {"conv1.weight": torch.arange(18).view(2, 1, 3, 3) % 2 == 0}
+        train(trainer.Schedule(0, 8, 0.1, (5,)), [ApplyMask(mask)], ["intervals.log=1"], model)
+        curves.append([{**row, "timestamp": 0} for row in phase.curve()])
+        phase._keep_only_checkpoint(None)
+    assert curves[0] == curves[1] and len(curves[0]) == 9
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[name]), name
+
+
+def test_losses_are_read_from_the_device_at_an_interval_and_not_at_every_step(train, monkeypatch):
+    reads = []
+    for name in ("cpu", "tolist"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda tensor, original=original: (reads.append(tuple(tensor.shape)), original(tensor))[1],
+        )
+    look = Look()
+    train(trainer.Schedule(0, 8, 0.1), [look], ["intervals.log=4", "intervals.checkpoint=100"])
+    assert len(look.seen) == 8
+    assert reads[:2] == [(4,), (4,)], "the losses of four steps at a time"
+    assert len(reads) < 8
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_step_and_never_saved(train, phase):
+    with pytest.raises(errors.TrainingError) as stopped:
+        train(trainer.Schedule(0, 8, 1e30), overrides=["intervals.log=1", "intervals.checkpoint=100"])
+    phase.truncate_curve(-1)
+    with pytest.raises(errors.TrainingError) as later:
+        train(trainer.Schedule(0, 8, 1e30), overrides=["intervals.log=8", "intervals.checkpoint=6"])
+    assert str(later.value) == str(stopped.value)
+    assert phase.checkpoint() is None
+
+
+@pytest.mark.integration
+def test_a_compiled_network_trains_to_the_same_losses_and_is_compiled_once_a_process(train, phase):
+    def losses(*overrides):
+        (phase.path / "curve.jsonl").unlink(missing_ok=True)
+        model = build_classifier(8, 10, width=2, channels=1, seed=1)
+        began = time.monotonic()
+        result = train(trainer.Schedule(0, 8, 0.1), overrides=["intervals.log=1", *overrides], model=model)
+        rows = [row["train_loss"] for row in phase.curve() if "train_loss" in row]
+        return rows, result["test_accuracy_percent"], time.monotonic() - began
+
+    plain, accuracy, _ = losses()
+    compiled, compiled_accuracy, first = losses("compile=true")
+    again, again_accuracy, second = losses("compile=true")
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert compiled_accuracy == pytest.approx(accuracy, abs=1)
+    assert (again, again_accuracy) == (compiled, compiled_accuracy)
+    assert second < first / 2
