@@ -1,12 +1,12 @@
 # docker build -t lth_diet --build-arg GIT_COMMIT=$(git rev-parse HEAD) .
 # docker run --gpus all -v $PWD/data:/lth_diet/data -v $PWD/runs:/lth_diet/runs lth_diet -n 4 recipes/imp.py -f yamls/cifar100_all.yaml
 #
-# torch's wheels bring CUDA with them: the image needs no CUDA of its own, the host NVIDIA's driver and container toolkit.
+# torch's wheels include CUDA. The host needs the NVIDIA driver and container toolkit; the image needs no other CUDA.
 FROM python:3.11.13-slim-bookworm
 
 WORKDIR /lth_diet
 
-# the requirements are a layer of their own, built again only when they change
+# a separate layer, rebuilt only if the requirements change
 COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
 
@@ -17,8 +17,7 @@ RUN pip install --no-cache-dir --no-deps -e .
 COPY recipes recipes
 COPY yamls yamls
 
-# data sets and their cache; run directories and the MLflow store; what a server of compose.yaml is sent: writable for
-# whoever the container runs as
+# data sets and cache; run directories and MLflow store; artifacts of the server in compose.yaml: writable for any user
 RUN mkdir -m 777 data runs artifacts
 VOLUME ["/lth_diet/data", "/lth_diet/runs"]
 

@@ -1,9 +1,9 @@
-# make quickstart   the main job on embedded data, a few minutes
-# make test         the tests
-# make faults       runs killed at 200 moments, each time ending with the same bits
-# make integration  the tests that take long or need a server
-# make lint         style
-# make ui           MLflow UI on the local store
+# make quickstart   run all arms on the digits data set, a few minutes on two CPU cores
+# make test         run the tests
+# make faults       kill and resume runs at 200 points; the results must be bit-identical
+# make integration  run the tests that are slow or need a server
+# make lint         check style
+# make ui           open the MLflow UI of the local store
 # make lock         compile requirements.in to requirements.txt
 PYTHON ?= python3
 PORT ?= 5000
@@ -18,7 +18,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not integration"
 
 faults: .venv/installed
-	KILLS=120 $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults tests/test_remote.py
+	KILLS=120 $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults tests/runs/test_run_store.py
 
 integration: .venv/installed
 	$(BIN)/python -m pytest -m integration -rs --durations=15
@@ -30,7 +30,7 @@ lint: .venv/installed
 
 ui: .venv/installed
 	@case "$$MLFLOW_TRACKING_URI" in \
-	http*) echo "the store is a server with a UI of its own: open MLFLOW_TRACKING_URI in a browser";; \
+	http*) echo "the MLflow store is a server with its own UI: open MLFLOW_TRACKING_URI in a browser";; \
 	*) exec $(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --port $(PORT);; \
 	esac
 

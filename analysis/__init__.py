@@ -1,1 +1,1 @@
-"""Reads MLflow, never trains."""
+"""Statistics, figures and reports from MLflow or a CSV file; nothing here trains."""

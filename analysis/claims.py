@@ -1,6 +1,6 @@
-"""What the paper says, put as statements on arms and tested: on its own published curves, or on your results.
+"""Tests the claims of the paper on its published curves or on your results.
 
-python -m analysis.claims --published      a Markdown table, a row a claim, a column a data set
+python -m analysis.claims --published      prints Markdown tables: one row per claim and data set
 python -m analysis.claims results.csv
 """
 
@@ -20,17 +20,17 @@ from lth_diet.errors import Parser, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """That one arm (weakly) dominates another.
+    """A claim that one arm dominates or weakly dominates another.
 
     Args:
-        words: As the paper puts it.
-        challenger: Of `Family.arm`: its name, and full for all examples at t*, half for them at t*/2.
-        reference: Likewise.
-        strict: dominates; else weakly dominates.
-        noise: Only under label noise.
+        text: The claim in the words of the paper.
+        challenger: An arm name of `Family.arm`, or full (all examples at t*) or half (all examples at t*/2).
+        reference: The arm that it is compared with, named in the same way.
+        strict: True if the claim is "dominates", False if it is "weakly dominates".
+        noise: Whether the claim is made only for label noise.
     """
 
-    words: str
+    text: str
     challenger: str
     reference: str
     strict: bool
@@ -38,13 +38,13 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """That shows it."""
+        """Verdict that confirms the claim."""
         return "dominates" if self.strict else "weakly dominates"
 
     def arms(self, family: Family) -> tuple[Arm, Arm]:
-        """Challenger and reference of a family."""
-        full = {"full": family.arm("all", family.t_star), "half": family.arm("all")}
-        return tuple(full.get(name) or family.arm(name) for name in (self.challenger, self.reference))
+        """Returns challenger and reference of a family."""
+        all_examples = {"full": family.arm("all", family.t_star), "half": family.arm("all")}
+        return tuple(all_examples.get(name) or family.arm(name) for name in (self.challenger, self.reference))
 
 
 CLAIMS = (
@@ -60,18 +60,17 @@ CLAIMS = (
     Claim("under noise, easy dominates random", "easy", "random", True, noise=True),
     Claim("under noise, easy dominates init", "easy", "init", True, noise=True),
 )
-DENSE = "all at t* stays with the dense accuracy"
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A claim, tested.
+    """Result of testing a claim.
 
     Args:
-        claim: Which.
-        family: Of which arms.
-        comparison: None if it cannot be tested.
-        reason: Why not.
+        claim: The claim.
+        family: The arms that it was tested on.
+        comparison: The comparison of the two arms; None if the claim was not tested.
+        reason: Why the claim was not tested.
     """
 
     claim: Claim
@@ -81,7 +80,10 @@ class Finding:
 
     @property
     def outcome(self) -> str:
-        """holds, contradicted (the simultaneous interval of the worst level excludes it), undecided or not tested."""
+        """One of holds, contradicted, undecided or not tested.
+
+        A claim is contradicted if the simultaneous interval of the worst level excludes it.
+        """
         if self.comparison is None:
             return "not tested"
         statement = self.comparison.statements["pooled"]
@@ -92,55 +94,57 @@ class Finding:
 
     @property
     def replicates(self) -> int | None:
-        """Of each arm that would show it with a power of 80 %, were these differences and spreads the true ones."""
+        """Replicates per arm that would confirm the claim; see `difference.replicates_needed`."""
         return self.comparison.replicates[self.claim.verdict]
 
     @property
     def detail(self) -> str:
-        """What the comparison says, in words."""
-        return dominance.in_words(self.comparison, self.claim.verdict)
+        """Description of the comparison."""
+        return dominance.describe(self.comparison, self.claim.verdict)
 
-    def sentence(self) -> str:
-        """For a reader of the report."""
+    def describe(self) -> str:
+        """Describes the claim, its outcome and the comparison."""
         if self.comparison is None:
-            return f"{self.family}: {self.claim.words}: not tested, {self.reason}"
-        return f"{self.family}: {self.claim.words}: {self.outcome}. {self.detail}"
+            return f"{self.family}: {self.claim.text}: not tested: {self.reason}"
+        return f"{self.family}: {self.claim.text}: {self.outcome}. {self.detail}"
 
 
-def test(
+def evaluate(
     family: Family, curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], confidence: float
 ) -> list[Finding]:
-    """Every claim that is about a family."""
+    """Tests every claim that applies to a family; settings as in `dominance.compare`."""
     findings = []
     for claim in CLAIMS:
-        about = {claim.challenger, claim.reference}
-        no_hard = "hard" in about and family.label_noise  # the paper has no such arm
-        no_subset = family.size is None and about & {"random", "easy", "hard"}
+        names = {claim.challenger, claim.reference}
+        no_hard = "hard" in names and family.label_noise  # not in the paper
+        no_subset = family.size is None and names & {"random", "easy", "hard"}
         if (claim.noise and not family.label_noise) or no_hard or no_subset:
             continue
         challenger, reference = claim.arms(family)
-        missing = [arms.missing(arm, curves) for arm in (challenger, reference) if arm not in curves]
+        missing = [arms.describe_missing(arm, curves) for arm in (challenger, reference) if arm not in curves]
         if missing:
             findings.append(Finding(claim, family, None, " and ".join(missing)))
             continue
         try:
             found = compare(curves, challenger, reference, margin, levels, confidence)
             findings.append(Finding(claim, family, found))
-        except UserError as error:  # no level or replicate in common yet
+        except UserError as error:  # no common level or complete replicate yet
             findings.append(Finding(claim, family, None, str(error)))
     return findings
 
 
-def dense(
+def dense_accuracy_kept(
     family: Family, curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], confidence: float
 ) -> tuple[float | None, float | None] | None:
-    """Down to which percentage of weights all examples at t* stay within the margin of their own level 0.
+    """Finds how far all examples at t* can be pruned and stay within the margin of their own level 0.
 
-    From level 1 on, level by level, until one fails: a fixed sequence of tests needs no correction. Replicates pair
-    with themselves; of published curves, level 0 and the others are taken as independent: too wide if they go together.
+    Levels are tested in order from level 1 until one fails; a fixed sequence of tests needs no correction. Each
+    replicate is paired with itself. Published curves treat level 0 and the others as independent, which is conservative
+    if they are positively correlated.
 
     Returns:
-        By the pooled statement, and by the means alone; None where level 1 fails already. None if there is no such arm.
+        Percentage of weights remaining at the last level that passes, by the pooled test and by the means alone; an
+        entry is None if level 1 fails. None instead of the pair if the arm or its level 0 or a pruned level is missing.
     """
     arm = family.arm("all", family.t_star)
     if arm not in curves or 0 not in curves[arm].levels or max(curves[arm].levels) == 0:
@@ -163,58 +167,55 @@ def dense(
     return down_to(table.lower > -margin), down_to(table.difference > -margin)
 
 
-def _cell(finding: Finding | None) -> str:
-    """Outcome; worst level; margin and replicates at which it would hold; area between the curves."""
-    if finding is None:
-        return ""
+def table(frame: pd.DataFrame, margin: float, levels: tuple[int, int], confidence: float) -> str:
+    """Formats two Markdown tables: one row per claim and family, and the dense accuracy by family."""
+    findings, dense = [], {}
+    for dataset, rows in frame.groupby("dataset", sort=False):
+        curves = arms.curves_by_arm(collect.select_one(rows, dataset, None))
+        for family in paper.families(dataset, curves):
+            findings += evaluate(family, curves, margin, levels, confidence)
+            kept = dense_accuracy_kept(family, curves, margin, levels, confidence) or (None, None)
+            dense[family] = ["-" if weights is None else f"to {weights:.1f} %" for weights in kept]
+    order = [family for family in paper.FAMILIES if family in dense]
+    order += [family for family in dense if family not in order]
+    findings.sort(key=lambda finding: (CLAIMS.index(finding.claim), order.index(finding.family)))
+    head = ["claim", "data", "verdict", "worst level", "at weights, %", "area"]
+    head += [f"{100 * confidence:g} % interval", "margin", "n"]
+    claims = _markdown(head, [_row(finding) for finding in findings], text_columns=3)
+    head = ["data", "all at t* keeps the dense accuracy, by the test", "by the means"]
+    return claims + "\n\n" + _markdown(head, [[str(family), *dense[family]] for family in order], text_columns=3)
+
+
+def _row(finding: Finding) -> list[str]:
+    """Claim, data, outcome, worst level, area between the curves, and margin and n at which the claim would hold."""
+    start = [finding.claim.text, str(finding.family)]
     if finding.comparison is None:
-        return "not tested"
+        return [*start, "not tested", *[""] * 6]
     statement = finding.comparison.statements["pooled"]
     worst, (area,) = statement.worst, finding.comparison.statements["mean"].levels.itertuples()
-    lines = [
-        f"**{finding.outcome}**",
-        f"{worst['difference']:+.2f} at {worst['weights_remaining_percent']:.1f} %",
-        f"area {area.difference:+.2f} {dominance.interval(area.lower, area.upper)}",
-    ]
-    if finding.outcome != "holds":
-        needed = "no n" if finding.replicates is None else f"n = {finding.replicates}"
-        lines.append(f"margin {statement.holds_at_margin:.2f}; {needed}")
-    return "<br>".join(lines)
+    row = [*start, f"**{finding.outcome}**", f"{worst['difference']:+.2f}", f"{worst['weights_remaining_percent']:.1f}"]
+    row += [f"{area.difference:+.2f}", dominance.interval(area.lower, area.upper)]
+    if finding.outcome == "holds":
+        return [*row, "", ""]
+    return [*row, f"{statement.holds_at_margin:.2f}", str(finding.replicates or "none")]
 
 
-def table(frame: pd.DataFrame, margin: float, levels: tuple[int, int], confidence: float) -> str:
-    """Claims down, families across, in Markdown."""
-    columns = {}
-    for dataset, rows in frame.groupby("dataset", sort=False):
-        curves = arms.of(collect.one(rows, dataset, None))
-        for family in paper.families(dataset, curves):
-            cells = {
-                finding.claim.words: _cell(finding) for finding in test(family, curves, margin, levels, confidence)
-            }
-            stays = dense(family, curves, margin, levels, confidence)
-            words = ["-" if weights is None else f"to {weights:.1f} %" for weights in stays or (None, None)]
-            columns[family] = cells | {f"{DENSE}, by the test": words[0], f"{DENSE}, by the means": words[1]}
-    order = [family for family in paper.FAMILIES if family in columns]
-    order += [family for family in columns if family not in order]
-    names = dict.fromkeys(name for family in order for name in columns[family])
-    names = [claim.words for claim in CLAIMS if claim.words in names] + [
-        name for name in names if name.startswith(DENSE)
-    ]
-    lines = [["claim", *map(str, order)], ["---"] * (len(order) + 1)]
-    lines += [[name, *(columns[family].get(name, "") for family in order)] for name in names]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _markdown(head: list[str], rows: list[list[str]], text_columns: int) -> str:
+    """Formats a Markdown table; columns after the first `text_columns` are aligned to the right."""
+    rule = "|".join(["---"] * text_columns + ["---:"] * (len(head) - text_columns))
+    return "\n".join([f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-@collect.one_sentence
+@collect.catch_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m analysis.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    dominance.add_source(parser)
-    dominance.add_range(parser)
+    dominance.add_result_arguments(parser)
+    dominance.add_test_arguments(parser)
     arguments = parser.parse_args(argv)
-    dominance.check_range(arguments)
-    frame = collect.select(dominance.source(arguments), arguments.dataset, arguments.model)
+    dominance.check_test_arguments(arguments)
+    frame = collect.select(dominance.load_results(arguments), arguments.dataset, arguments.model)
     print(table(frame, arguments.margin, arguments.levels, arguments.confidence))
     return 0
 

@@ -1,9 +1,9 @@
-"""Results as one tidy table, a row a (replicate, level): from MLflow, from a CSV file, or as published.
+"""Collects results in one tidy table, one row per replicate and level.
 
 python -m analysis.collect --tracking-uri sqlite:///mlflow.db --experiment cifar10 -o results.csv
 
-It works while a sweep runs, and says which replicates are incomplete. Accuracies are in percent, so that differences
-and margins are in percentage points.
+The table comes from MLflow, from a CSV file or from the published curves. A running sweep can be collected too;
+incomplete replicates are listed. Accuracies are in percent, differences and margins in percentage points.
 """
 
 import argparse
@@ -38,70 +38,71 @@ COLUMNS = {
     "test_accuracy_percent": float,
     "run_id": str,
 }
-"""Column to type. subset_size is empty where all examples were seen or there was no pre-training."""
+"""Columns and their types. subset_size is empty for all examples and for no pre-training."""
 
 OPTIONAL = ("seed", "planned_levels", "train_steps")
-"""May be absent from a CSV file; without seeds, replicates are known by their number."""
+"""Columns that a CSV file may lack. Without seeds, replicates are identified by their number."""
 
 SUMMARY = {name: COLUMNS[name] for name in ("dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise")}
 SUMMARY |= {"level": "int64", "weights_remaining_percent": float, "mean": float, "sd": float, "n": "int64"}
-"""Columns of a table of means: sd is the sample standard deviation over n replicates, in percentage points."""
+"""Columns of a table of means; sd is the sample standard deviation over n replicates, in percentage points."""
 
 _ORDER = ["dataset", "model", "label_noise", "arm", "rewind_steps", "subset_size"]
 _PUBLISHED = Path(__file__).with_name("reference") / "paper_curves.csv"
 
 
 def collect(tracking_uri: str, experiment: str | None = None) -> pd.DataFrame:
-    """The levels that are done, of every replicate in MLflow.
+    """Collects the finished levels of every replicate from MLflow.
 
     Args:
-        tracking_uri: Of the store.
-        experiment: Its name; None: all experiments of the store.
+        tracking_uri: URI of the MLflow store.
+        experiment: Name of the experiment; None for all experiments of the store.
 
     Returns:
-        One row a (replicate, level) with `COLUMNS`.
+        One row per replicate and level, with `COLUMNS`.
 
     Raises:
-        UserError: If there is no such store or experiment, or no level is done.
+        UserError: If the store or experiment does not exist, or no level is finished.
     """
-    client, experiments = store(tracking_uri, experiment)
-    rows = [row for run in search(client, experiments, "tags.phase = 'all'") for row in _levels(client, run)]
+    client, experiments = open_store(tracking_uri, experiment)
+    rows = [row for run in search_runs(client, experiments, "tags.phase = 'all'") for row in _levels(client, run)]
     if not rows:
-        raise UserError(f"no level is done yet in {experiment or 'any experiment'!r} of the MLflow store")
+        where = f"experiment {experiment!r}" if experiment else "any experiment"
+        raise UserError(f"no level is finished yet in {where} of the MLflow store")
     source = f"MLflow experiment {experiment!r}" if experiment else "the MLflow store"
     return _typed(pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates(), COLUMNS, source)
 
 
-def store(tracking_uri: str, experiment: str | None) -> tuple[MlflowClient, list[str]]:
-    """A client, and the ids of the experiments that are meant.
+def open_store(tracking_uri: str, experiment: str | None) -> tuple[MlflowClient, list[str]]:
+    """Opens an MLflow store; returns a client and the ids of the experiment, or of all experiments.
 
     Raises:
-        UserError: If the store cannot be reached or has no such experiment.
+        UserError: If the store cannot be read or the experiment does not exist.
     """
     local = next(
         (tracking_uri.removeprefix(kind) for kind in ("sqlite:///", "file://") if tracking_uri.startswith(kind)),
         tracking_uri if "://" not in tracking_uri else None,
     )
-    there = Path.is_file if tracking_uri.startswith("sqlite:") else Path.is_dir
-    if local is not None and not (local and there(Path(local))):  # MLflow would create it
-        raise UserError(f"no MLflow store at {local}; allowed: sqlite:///<file> that is there, or http://<server>")
+    exists = Path.is_file if tracking_uri.startswith("sqlite:") else Path.is_dir
+    if local is not None and not (local and exists(Path(local))):  # MLflow would create it
+        raise UserError(f"no MLflow store at {local}; expected sqlite:///<existing file> or http://<server>")
     try:
         client = MlflowClient(tracking_uri)
-        found = {one.name: one.experiment_id for one in client.search_experiments()}
-    except (MlflowException, SQLAlchemyError, ValueError) as error:  # a ValueError: of an address that is none
+        found = {entry.name: entry.experiment_id for entry in client.search_experiments()}
+    except (MlflowException, SQLAlchemyError, ValueError) as error:  # an invalid URL raises ValueError
         raise UserError(f"the MLflow store {without_secrets(tracking_uri)} cannot be read: {_reason(error)}") from None
     if experiment is not None and experiment not in found:
-        raise UserError(f"no experiment {experiment!r} in the MLflow store; allowed: {', '.join(found)}")
+        raise UserError(f"no experiment {experiment!r} in the MLflow store; expected one of {', '.join(found)}")
     return client, [found[experiment]] if experiment is not None else list(found.values())
 
 
 def _reason(error: Exception) -> str:
-    """Why a store cannot be read, without the password that its address may hold."""
+    """Reason why a store cannot be read, without the password that its URI may contain."""
     return without_secrets(str(error).splitlines()[0].partition(" with exception")[0])[:200]
 
 
-def search(client: MlflowClient, experiments: list[str], query: str) -> list[Run]:
-    """All runs that match, over as many pages as the store makes of them."""
+def search_runs(client: MlflowClient, experiments: list[str], query: str) -> list[Run]:
+    """Returns all runs that match a query, from all pages of results."""
     runs, token = [], None
     while token != "":
         page = client.search_runs(experiments, query, page_token=token)
@@ -124,113 +125,113 @@ def _levels(client: MlflowClient, run: Run) -> list[dict]:
 
 
 def load(path: str | Path) -> pd.DataFrame:
-    """Read a CSV file that `collect` wrote, or one with the columns of `SUMMARY`.
+    """Reads a CSV file with the columns of `COLUMNS`, as `collect` returns them, or of `SUMMARY`.
 
     Raises:
-        UserError: With a sentence naming file, row, column, value and what is allowed.
+        UserError: If the file cannot be read or a value is invalid; names the file, row, column and value.
     """
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=["", "nan", "NaN", "NA"])
-    except (OSError, ValueError) as error:  # pandas' own errors and bad text are ValueErrors
+    except (OSError, ValueError) as error:  # pandas raises ValueErrors for malformed text
         reason = error.strerror if isinstance(error, OSError) else "not a CSV table"
-        raise UserError(f"{path} cannot be read: {reason}; allowed: a file of python -m analysis.collect") from None
+        raise UserError(
+            f"{path} cannot be read: {reason}; expected a CSV file written by python -m analysis.collect"
+        ) from None
     columns = SUMMARY if {"mean", "sd"} <= set(frame.columns) else COLUMNS
     needed = [name for name in columns if name not in OPTIONAL]
     missing = [name for name in needed if name not in frame]
     if missing:
-        raise UserError(f"{path}: column {missing[0]} is missing; needed: {', '.join(needed)}")
+        raise UserError(f"{path}: column {missing[0]} is missing; expected columns {', '.join(needed)}")
     if frame.empty:
-        raise UserError(f"{path}: no rows; allowed: a row a replicate and level")
+        raise UserError(f"{path}: no rows; expected one row per replicate and level")
     return _typed(frame.reindex(columns=list(columns)), columns, str(path))
 
 
 def published() -> pd.DataFrame:
-    """The curves of the paper, digitised (analysis/reference/README.md), with the columns of `SUMMARY`."""
+    """Returns the published curves of the paper, with the columns of `SUMMARY` (analysis/reference/README.md)."""
     return load(_PUBLISHED)
 
 
 def _typed(frame: pd.DataFrame, columns: dict, source: str) -> pd.DataFrame:
-    """The table with its types, sorted; refused if a value cannot be."""
+    """Validates all values, converts the columns to their types and sorts the rows."""
     frame = frame.reset_index(drop=True)
 
-    def refuse(bad: pd.Series, column: str, allowed: str) -> None:
+    def reject(bad: pd.Series, column: str, expected: str) -> None:
         if bad.any():
             row = int(bad.idxmax())
             value = frame.loc[row, column]
-            shown = "empty or NaN" if pd.isna(value) else repr(value)
-            raise UserError(f"{source}: row {row + 1}: {column}: {shown} is not allowed; allowed: {allowed}")
+            shown = "is empty or NaN" if pd.isna(value) else f"= {value!r}"
+            raise UserError(f"{source}: row {row + 1}: {column} {shown}: must be {expected}")
 
     typed = {}
-    whole = frame.arm.isin(["init", "all"])
+    no_subset = frame.arm.isin(["init", "all"])
     for column, kind in columns.items():
         values = frame[column]
         if kind is str:
-            refuse(values.isna(), column, "text")
+            reject(values.isna(), column, "text")
             typed[column] = values.astype(str)
             continue
         numbers = pd.to_numeric(values, errors="coerce").astype(float)
-        numbers = numbers.where(numbers.abs() < 1e15)  # also not infinite
+        numbers = numbers.where(numbers.abs() < 1e15)  # excludes infinity
         if column in ("label_noise", "rewind_steps"):
             numbers = numbers.where(frame.arm != "init", 0.0)  # no pre-training
-        empty_allowed = values.isna() & (whole if column == "subset_size" else column in OPTIONAL)
-        refuse(numbers.isna() & ~empty_allowed, column, "a number")
-        low, high, words = _RANGES.get(column, (0, float("inf"), "0 or more"))
-        refuse((numbers < low) | (numbers > high), column, words)
+        empty_allowed = values.isna() & (no_subset if column == "subset_size" else column in OPTIONAL)
+        reject(numbers.isna() & ~empty_allowed, column, "a number")
+        low, high, expected = _RANGES.get(column, (0, float("inf"), "0 or more"))
+        reject((numbers < low) | (numbers > high), column, expected)
         if kind is not float:
-            refuse((numbers % 1 != 0) & numbers.notna(), column, "a whole number")
+            reject((numbers % 1 != 0) & numbers.notna(), column, "a whole number")
         if column == "subset_size":
-            numbers = numbers.where(~whole)
+            numbers = numbers.where(~no_subset)
         typed[column] = numbers.astype(kind)
     result = pd.DataFrame(typed)
     keys = [name for name in (*_ORDER, "run_id", "seed", "replicate", "level") if name in result]
-    again = result.duplicated(keys)
-    if again.any():
-        row = result[again].iloc[0]
-        raise UserError(
-            f"{source}: {row.arm}, level {row.level}: there is a second row of the same replicate and level"
-        )
+    duplicated = result.duplicated(keys)
+    if duplicated.any():
+        row = result[duplicated].iloc[0]
+        raise UserError(f"{source}: {row.arm}, level {row.level}: two rows for the same replicate and level")
     return result.sort_values(keys, ignore_index=True)
 
 
 _RANGES: dict[str, tuple[float, float, str]] = {
     "test_accuracy_percent": (0, 100, "0 to 100"),
     "mean": (0, 100, "0 to 100"),
-    "weights_remaining_percent": (1e-9, 100, "above 0, to 100"),
+    "weights_remaining_percent": (1e-9, 100, "greater than 0 and at most 100"),
     "label_noise": (0, 1, "0 to 1"),
     "n": (1, float("inf"), "1 or more"),
 }
 
 
 def select(frame: pd.DataFrame, dataset: str | None, model: str | None) -> pd.DataFrame:
-    """The rows of a data set and a model; None: all.
+    """Returns the rows of a data set and a model; None selects all.
 
     Raises:
-        UserError: If there is no such one.
+        UserError: If the data set or the model is not in the table.
     """
     for column, wanted in (("dataset", dataset), ("model", model)):
-        there = sorted(frame[column].unique())
-        if wanted is not None and wanted not in there:
-            raise UserError(f"--{column}: {wanted!r} is not in these results; allowed: {', '.join(there)}")
+        available = sorted(frame[column].unique())
+        if wanted is not None and wanted not in available:
+            raise UserError(f"--{column} = {wanted!r}: not in these results; expected one of {', '.join(available)}")
         frame = frame if wanted is None else frame[frame[column] == wanted]
     return frame
 
 
-def one(frame: pd.DataFrame, dataset: str | None, model: str | None) -> pd.DataFrame:
-    """The rows of one data set and model.
+def select_one(frame: pd.DataFrame, dataset: str | None, model: str | None) -> pd.DataFrame:
+    """Returns the rows of exactly one data set and model.
 
     Raises:
-        UserError: If there is no such one, or several and none was named.
+        UserError: If the selection is not in the table, or still has several data sets or models.
     """
     frame = select(frame, dataset, model)
     for column in ("dataset", "model"):
-        there = sorted(frame[column].unique())
-        if len(there) > 1:
-            raise UserError(f"these results mix {column}s; choose one with --{column} {' | '.join(there)}")
+        available = sorted(frame[column].unique())
+        if len(available) > 1:
+            raise UserError(f"these results mix {column}s; choose one with --{column} {' | '.join(available)}")
     return frame
 
 
-def incomplete(frame: pd.DataFrame) -> list[str]:
-    """A sentence for each replicate that lacks levels which were planned, or which others of its data set have."""
+def describe_incomplete(frame: pd.DataFrame) -> list[str]:
+    """Describes each replicate that lacks planned levels, or levels that others of its data set have."""
     sentences = []
     if "replicate" not in frame:
         return sentences
@@ -239,71 +240,68 @@ def incomplete(frame: pd.DataFrame) -> list[str]:
         for (name, size, steps, noise, *_, replicate), levels in rows.groupby(keys, dropna=False):
             planned = levels.planned_levels.max()
             last = rows.level.max() if pd.isna(planned) else int(planned)
-            lacking = sorted(set(range(last + 1)) - set(levels.level))
-            if lacking:
+            missing = sorted(set(range(last + 1)) - set(levels.level))
+            if missing:
                 arm = Arm(name, None if pd.isna(size) else int(size), int(steps), noise)
-                words = f"level{'s' * (len(lacking) > 1)} {_span(lacking)} of {last}"
-                sentences.append(f"{dataset}, {arm}, replicate {replicate}: {words} not done")
+                which = f"level{'s' * (len(missing) > 1)} {format_levels(missing)} of {last}"
+                sentences.append(f"{dataset}, {arm}, replicate {replicate}: {which} not finished")
     return sentences
 
 
-def _span(levels: list[int]) -> str:
+def format_levels(levels: list[int]) -> str:
+    """Formats sorted levels, such as `3 to 12` or `3, 5`."""
     consecutive = levels == list(range(levels[0], levels[-1] + 1))
     return f"{levels[0]} to {levels[-1]}" if consecutive and len(levels) > 2 else ", ".join(map(str, levels))
 
 
-def one_sentence(command: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
-    """A command whose bad input is one sentence and exit status 2."""
+def catch_user_errors(command: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+    """Decorates a command so that invalid input prints one sentence and exits with status 2."""
 
     def run(argv: Sequence[str] | None = None) -> int:
-        os.environ.setdefault(
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"
-        )  # a server that is not there: seconds, not minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # an unreachable server fails in seconds
         try:
             return command(argv)
-        except (MlflowException, SQLAlchemyError) as error:  # of a server that went away
-            return print_error(UserError(f"the MLflow store cannot be read any more: {_reason(error)}"))
+        except (MlflowException, SQLAlchemyError) as error:  # the server became unreachable
+            return print_error(UserError(f"lost the connection to the MLflow store: {_reason(error)}"))
         except UserError as error:
             return print_error(error)
 
     return run
 
 
-def say_incomplete(frame: pd.DataFrame) -> None:
-    """Tell on standard error what is not done yet."""
-    for sentence in incomplete(frame):
+def print_incomplete(frame: pd.DataFrame) -> None:
+    """Prints incomplete replicates on standard error."""
+    for sentence in describe_incomplete(frame):
         print(f"incomplete: {sentence}", file=sys.stderr)
 
 
-@one_sentence
+@catch_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m analysis.collect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tracking-uri", default=tracking_uri())
+    parser.add_argument("--tracking-uri", default=tracking_uri(), help="MLflow store")
     parser.add_argument("--experiment", help="default: all experiments of the store")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file to write")
     arguments = parser.parse_args(argv)
     results = collect(arguments.tracking_uri, arguments.experiment)
     write(arguments.output, lambda path: results.to_csv(path, index=False))
-    say_incomplete(results)
+    print_incomplete(results)
     replicates = results.groupby([*_ORDER, "run_id", "seed", "replicate"], dropna=False).ngroups
     print(f"{len(results)} levels of {replicates} replicates: {arguments.output}")
     return 0
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Call a writer of a file.
+    """Calls `writer(path)`.
 
     Raises:
-        UserError: If the file cannot be written.
+        UserError: If it fails with an OSError.
     """
     try:
         writer(path)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}; allowed: a file in a folder that is there"
-        ) from None
+        raise UserError(f"{path} cannot be written: {error.strerror}; expected a path in an existing folder") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The difference between two arms at each level, and what its spread lets one say: pure functions of arrays.
+"""Tests of the accuracy difference between two arms at each level, as pure functions of arrays.
 
-Accuracies are in %, differences in percentage points; leading axes are simulations (`analysis.power`).
+Accuracies are in %, differences in percentage points. Leading axes hold independent simulations (`analysis.power`).
 """
 
 import dataclasses
@@ -9,44 +9,59 @@ import numpy as np
 from scipy import special, stats
 
 POWER = 0.8
-MOST_REPLICATES = 1000
+MAX_REPLICATES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Challenger minus reference at L levels, in percentage points; leading axes are simulations.
+    """Challenger minus reference at L levels, in percentage points.
 
     Args:
-        mean: Shape (..., L).
-        variance: Of that mean, shape (..., L); NaN if there is one replicate.
+        mean: Mean difference, shape (..., L).
+        variance: Variance of the mean, shape (..., L); NaN with a single replicate.
         df: Degrees of freedom of the variance, shape (..., L).
-        shared: Mean squared correlation between levels, 0 to 1, shape (...): how little each level adds.
-        average: Mean over the levels with its variance and df, each of shape (..., 1).
-        n: Replicates of challenger and reference.
-        paired: Whether replicates are.
+        squared_correlation: Mean squared correlation between levels, 0 to 1, shape (...).
+        average: Difference averaged over the levels, its variance and df, each of shape (..., 1).
+        n: Number of replicates of challenger and reference.
+        paired: Whether the replicates are paired.
     """
 
     mean: np.ndarray
     variance: np.ndarray
     df: np.ndarray
-    shared: np.ndarray
+    squared_correlation: np.ndarray
     average: tuple[np.ndarray, np.ndarray, np.ndarray]
     n: tuple[int, int]
     paired: bool
 
+    def __repr__(self) -> str:
+        kind = "paired" if self.paired else "unpaired"
+        return f"Difference({self.mean.shape[-1]} levels, n = {self.n[0]} and {self.n[1]}, {kind})"
+
 
 def paired(challenger: np.ndarray, reference: np.ndarray) -> Difference:
-    """Of replicates that pair: arrays of shape (..., n, L), accuracy in %."""
+    """Paired t test.
+
+    Args:
+        challenger: Accuracy in %, shape (..., n, L).
+        reference: Accuracy in % of the paired replicates, same shape.
+    """
     n = challenger.shape[-2]
     differences = challenger - reference
-    rounding = _resolution(challenger, reference) ** 2 / 6  # of the difference of two rounded numbers
+    rounding = _resolution(challenger, reference) ** 2 / 6  # variance of the difference of two rounded numbers
     mean, variance, df = _t(differences, rounding)
     average = _t(differences.mean(-1, keepdims=True), 0.0)
-    return Difference(mean, variance, df, _shared(differences - mean[..., None, :]), average, (n, n), True)
+    correlation = _squared_correlation(differences - mean[..., None, :])
+    return Difference(mean, variance, df, correlation, average, (n, n), True)
 
 
 def welch(challenger: np.ndarray, reference: np.ndarray) -> Difference:
-    """Of independent replicates: arrays of shape (..., n, L) with an n of each, accuracy in %."""
+    """Welch's t test for independent replicates.
+
+    Args:
+        challenger: Accuracy in %, shape (..., n, L).
+        reference: Accuracy in %, shape (..., m, L).
+    """
     n = challenger.shape[-2], reference.shape[-2]
     rounding = _resolution(challenger, reference) ** 2 / 12
     mean, variance, df = _welch(_t(challenger, rounding), _t(reference, rounding))
@@ -55,16 +70,21 @@ def welch(challenger: np.ndarray, reference: np.ndarray) -> Difference:
         (values - values.mean(-2, keepdims=True)) / np.sqrt(count * max(count - 1, 1))
         for values, count in zip((challenger, reference), n, strict=True)
     ]
-    return Difference(mean, variance, df, _shared(np.concatenate(residuals, -2)), average, n, False)
+    return Difference(mean, variance, df, _squared_correlation(np.concatenate(residuals, -2)), average, n, False)
 
 
 def from_summaries(
     means: tuple[np.ndarray, np.ndarray], sds: tuple[np.ndarray, np.ndarray], n: tuple[int, int]
 ) -> Difference:
-    """Of means and sample standard deviations of shape (L,), challenger's and reference's, over n replicates each.
+    """Welch's t test from summary statistics.
 
-    A mean over levels spreads most, by the mean of the standard deviations, if a replicate's levels are perfectly
-    correlated; that is assumed.
+    The correlation between the levels of a replicate is unknown. Perfect correlation is assumed, which gives the mean
+    over the levels its largest possible standard deviation.
+
+    Args:
+        means: Mean accuracy of challenger and reference in %, shape (L,) each.
+        sds: Sample standard deviations in percentage points, shape (L,) each.
+        n: Number of replicates of challenger and reference.
     """
     parts = [_summary(*part) for part in zip(means, sds, n, strict=True)]
     average = _welch(
@@ -74,7 +94,7 @@ def from_summaries(
 
 
 def _t(values: np.ndarray, rounding: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over replicates, its variance (at least that of rounding) and df, of values of shape (..., n, L)."""
+    """Mean over the replicates of values of shape (..., n, L), its variance (at least that of rounding) and df."""
     n, mean = values.shape[-2], values.mean(-2)
     variance = np.maximum(values.var(-2, ddof=1), rounding) / n if n > 1 else np.full(mean.shape, np.nan)
     return mean, variance, np.full(mean.shape, n - 1.0)
@@ -85,9 +105,10 @@ def _summary(mean: np.ndarray, sd: np.ndarray, n: int) -> tuple[np.ndarray, np.n
 
 
 def _welch(challenger: tuple, reference: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Difference of two (mean, variance, df) and the df of Welch and Satterthwaite; 1 if an arm has two replicates.
+    """Difference of two (mean, variance, df), with the Welch-Satterthwaite df.
 
-    With two against four or more, Satterthwaite's df are too many: 8 % instead of 5 % in simulations of 400,000.
+    The df are 1 if an arm has two replicates: with two against four or more, Satterthwaite's df give a type I error
+    rate of 8 % instead of 5 % (400,000 simulations).
     """
     (m1, v1, df1), (m2, v2, df2) = challenger, reference
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -97,14 +118,14 @@ def _welch(challenger: tuple, reference: tuple) -> tuple[np.ndarray, np.ndarray,
 
 
 def _resolution(*values: np.ndarray) -> float:
-    """Smallest step between two accuracies, at most 1: on 355 test images 0.28. Spread below it cannot be seen."""
+    """Smallest step between accuracies, at most 1 (0.28 with 355 test images); a smaller spread is not visible."""
     steps = np.diff(np.unique(np.concatenate([part.ravel() for part in values])))
     steps = steps[steps > 1e-9]
     return min(float(steps.min()), 1.0) if steps.size else 0.0
 
 
-def _shared(residuals: np.ndarray) -> np.ndarray:
-    """Mean squared correlation between different levels of residuals (..., n, L); few replicates raise it: safe."""
+def _squared_correlation(residuals: np.ndarray) -> np.ndarray:
+    """Mean squared correlation between different levels of residuals (..., n, L); conservative for few replicates."""
     covariance = np.einsum("...nl,...nm->...lm", residuals, residuals)
     sd = np.sqrt(np.einsum("...ll->...l", covariance))
     levels = residuals.shape[-1]
@@ -115,18 +136,22 @@ def _shared(residuals: np.ndarray) -> np.ndarray:
 
 
 def pooled(difference: Difference) -> tuple[np.ndarray, np.ndarray]:
-    """Variance of the mean difference and df at each level, moderated by the other levels; each of shape (..., L).
+    """Moderated variance and degrees of freedom, which borrow strength across the levels.
 
-    Smyth (2004, section 6.2): a level's true variance is drawn from a scaled inverse chi-squared distribution with d0
-    degrees of freedom about a trend, here a polynomial in the level of the log variance; its estimate is the weighted
-    mean of trend and own variance, with d0 + df degrees of freedom. Smyth's many genes are nearly independent and leave
-    the trend as good as known. Ten levels of the same replicates do not, so here
+    In Smyth (2004, section 6.2) a level's true variance is drawn from a scaled inverse chi-squared distribution with
+    d0 degrees of freedom around a trend, here a polynomial in the level fitted to the log variances. The estimate is
+    the weighted mean of the trend and the level's own variance, with d0 + df degrees of freedom. Smyth's many genes
+    are nearly independent, so that the trend is practically known. Ten levels of the same replicates are few and
+    correlated, so this implementation is more conservative in two ways:
 
-    - all scatter about the trend beyond none counts as real (with correlated levels, chance makes less of it than
-      independent levels would show, and to subtract it would make d0 too large);
-    - the trend carries ν degrees of freedom, df / (s + (1 - s) h) with s the mean squared correlation between levels
-      and h the leverage of the level in the fit, and what it adds to the uncertainty of the weighted mean is added:
+    - All scatter around the trend counts as real. Sampling causes less scatter between correlated levels than between
+      independent ones; subtracting the latter would overestimate d0.
+    - The trend has ν = df / (s + (1 - s) h) degrees of freedom, where s is the mean squared correlation between levels
+      and h the leverage of the level in the fit. Its uncertainty is added to that of the weighted mean:
       1 / df' = 1 / (d0 + df) + (1 - (1 - w)²) / ν, with w = d0 / (d0 + df).
+
+    Returns:
+        Variance of the mean difference and its degrees of freedom, each of shape (..., L).
     """
     levels = difference.mean.shape[-1]
     variance, df = difference.variance, difference.df
@@ -141,14 +166,14 @@ def pooled(difference: Difference) -> tuple[np.ndarray, np.ndarray]:
     d0 = 2 * _trigamma_inverse(np.maximum(scatter, 1e-6))
     prior = np.exp(fit + special.digamma(d0 / 2) - np.log(d0 / 2))
     weight = d0 / (d0 + df)
-    shared = np.asarray(difference.shared)[..., None]
-    trend_df = df / (shared + (1 - shared) * np.diag(hat))
+    correlation = np.asarray(difference.squared_correlation)[..., None]
+    trend_df = df / (correlation + (1 - correlation) * np.diag(hat))
     moderated_df = 1 / (1 / (d0 + df) + (1 - (1 - weight) ** 2) / trend_df)
     return weight * prior + (1 - weight) * variance, moderated_df
 
 
 def _trigamma_inverse(y: np.ndarray) -> np.ndarray:
-    """Newton's method on 1 / trigamma, which is nearly linear (Smyth 2004, appendix)."""
+    """Solves trigamma(x) = y by Newton's method on 1 / trigamma, which is nearly linear (Smyth 2004, appendix)."""
     x = 0.5 + 1 / y
     for _ in range(10):
         trigamma = special.polygamma(1, x)
@@ -157,32 +182,43 @@ def _trigamma_inverse(y: np.ndarray) -> np.ndarray:
 
 
 def bounds(mean: np.ndarray, variance: np.ndarray, df: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """One-sided lower and upper bounds of the difference, each at the confidence; NaN without a spread."""
+    """One-sided lower and upper confidence bounds of the difference; NaN if the variance is unknown."""
     half = stats.t.ppf(confidence, df) * np.sqrt(variance)
     return mean - half, mean + half
 
 
 def verdict(lower: np.ndarray, upper: np.ndarray, margin: float) -> np.ndarray:
-    """dominates, weakly dominates, dominated or undecided, from bounds of shape (..., L); shape (...)."""
+    """Verdict from one-sided bounds at all levels.
+
+    Args:
+        lower: Lower bounds of the difference, shape (..., L).
+        upper: Upper bounds, same shape.
+        margin: Non-inferiority margin in percentage points, at least 0.
+
+    Returns:
+        dominates, weakly dominates, dominated or undecided, shape (...).
+    """
     with np.errstate(invalid="ignore"):
         cases = [(lower > 0).all(-1), (lower > -margin).all(-1), (upper < 0).all(-1)]
     return np.select(cases, ["dominates", "weakly dominates", "dominated"], "undecided")
 
 
 def replicates_needed(difference: Difference, gap: np.ndarray, confidence: float) -> int | None:
-    """Smallest n of each arm that clears every gap with a power of 80 %, if gap and spread are the true ones.
+    """Number of replicates per arm that gives a power of 80 %, if the observed gaps and spreads are the true ones.
 
-    The chances of failing add up over the levels, which holds however they are correlated.
+    The failure probabilities of the levels are added (union bound), which is valid for any correlation.
 
     Args:
-        gap: How far the difference is on the right side of what it is tested against, shape (L,).
+        difference: Observed difference; its variance sets the spread.
+        gap: Distance of the mean difference from the tested bound, shape (L,); negative on the wrong side.
+        confidence: Confidence of each one-sided test.
 
     Returns:
-        2 to 1,000; None: more, or a gap is on the wrong side, or there is no spread to go by.
+        2 to 1,000. None if more are needed, a gap is not positive, or the spread is unknown.
     """
     if not (gap > 0).all() or not np.isfinite(difference.variance).all():
         return None
-    # of one replicate; where the two arms have different numbers, as though both had the harmonic mean of them
+    # standard deviation of one replicate; arms with different n count as their harmonic mean
     sd = np.sqrt(difference.variance * 2 / (1 / difference.n[0] + 1 / difference.n[1]))
 
     def enough(n: int) -> bool:
@@ -191,10 +227,10 @@ def replicates_needed(difference: Difference, gap: np.ndarray, confidence: float
             power = stats.nct.sf(stats.t.ppf(confidence, df), df, np.minimum(gap * np.sqrt(n) / sd, 30))
         return float((1 - power).sum()) <= 1 - POWER
 
-    if not enough(MOST_REPLICATES):
+    if not enough(MAX_REPLICATES):
         return None
-    few, many = 1, MOST_REPLICATES
-    while many - few > 1:
-        middle = (few + many) // 2
-        few, many = (few, middle) if enough(middle) else (middle, many)
-    return many
+    low, high = 1, MAX_REPLICATES
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -1,8 +1,8 @@
-"""Figures 2 to 7 of the paper, from results or from the published curves.
+"""Draws Figures 2 to 7 of the paper from results or from the published curves.
 
-python -m analysis.figures --figure 2 results.csv -o figures              figure2.svg and figure2.png
-python -m analysis.figures --figure 2 results.csv --published -o figures  the published curves thin behind
-python -m analysis.figures --published -o figures                         all figures, published curves only
+python -m analysis.figures --figure 2 results.csv -o figures              writes figure2.svg and figure2.png
+python -m analysis.figures --figure 2 results.csv --published -o figures  adds the published curves as thin lines
+python -m analysis.figures --published -o figures                         draws all figures from the published curves
 """
 
 import argparse
@@ -26,9 +26,9 @@ from lth_diet.errors import Parser, UserError
 
 NUMBERS = (2, 3, 4, 5, 6, 7)
 LEVELS_DRAWN = (8, 10, 12)
-"""Of Figure 4: 16.8, 10.7 and 6.9 % of weights."""
+"""Levels of Figure 4: 16.8, 10.7 and 6.9 % of weights remaining."""
 
-# Okabe and Ito's colours after the paper's (yellow darkened); a marker or dash of its own keeps each apart in grey.
+# Okabe-Ito colors close to those of the paper, yellow darkened. Markers and dashes distinguish the lines in grayscale.
 _STYLES = {
     "init": {"color": "#8A7F00", "linestyle": (0, (1, 1.5)), "linewidth": 2},
     "half": {"color": "#E69F00", "linestyle": (0, (5, 1.5, 1, 1.5)), "linewidth": 1.8},
@@ -41,7 +41,7 @@ _DENSE = {"color": "#777777", "linestyle": (0, (3, 3)), "linewidth": 1}
 _SUBSETS = ("random", "easy", "hard")
 
 Results = dict[str, dict[Arm, Curve]]
-"""Data set to its arms."""
+"""Curves by data set and arm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Panel:
     """One set of axes: accuracy against weights remaining, or against subset size at one level.
 
     Args:
-        family: The arms it compares.
-        size: Subset size of the curves; None at a level.
-        level: Pruning level of a panel against subset size; None: against weights remaining.
+        family: The arms to compare.
+        size: Subset size of the arms; None if the x axis is the subset size.
+        level: Pruning level if the x axis is the subset size; None if it is weights remaining.
     """
 
     family: Family
@@ -66,16 +66,16 @@ class Panel:
 
 
 def results_by_dataset(frame: pd.DataFrame) -> Results:
-    """The arms of each data set.
+    """Groups results by data set and arm.
 
     Raises:
-        UserError: If one data set comes with two models.
+        UserError: If a data set has several models.
     """
-    return {name: arms.of(collect.one(rows, name, None)) for name, rows in frame.groupby("dataset")}
+    return {name: arms.curves_by_arm(collect.select_one(rows, name, None)) for name, rows in frame.groupby("dataset")}
 
 
 def panels(number: int, results: Results) -> list[list[Panel]]:
-    """The rows of panels of a figure, of the families that the results have arms of."""
+    """Panels of a figure, row by row, for the families that have results."""
     found = [family for name, curves in results.items() for family in paper.families(name, curves)]
     found.sort(key=lambda f: paper.FAMILIES.index(f) if f in paper.FAMILIES else len(paper.FAMILIES))
     clean = [family for family in found if not family.label_noise]
@@ -94,7 +94,7 @@ def panels(number: int, results: Results) -> list[list[Panel]]:
 
 
 def _sizes(family: Family, curves: dict[Arm, Curve]) -> list[int]:
-    """Subset sizes of a family that there are arms of."""
+    """Subset sizes of a family that have results."""
     return [size for size in family.sizes if any(family.arm(name, size=size) in curves for name in _SUBSETS)]
 
 
@@ -108,7 +108,7 @@ def _every_size(families: list[Family], results: Results) -> list[list[Panel]]:
 
 
 def _roles(panel: Panel) -> dict[str, Arm]:
-    """The arms of a panel by role: init, half and full (all examples at t*/2 and t*), and the subsets at t*/2."""
+    """Arms of a panel by role: init, half and full (all examples at t*/2 and t*), and the subsets at t*/2."""
     family = panel.family
     roles = {"init": family.arm("init"), "half": family.arm("all"), "full": family.arm("all", family.t_star)}
     subsets = _SUBSETS[:2] if family.label_noise else _SUBSETS  # the paper has no hard arm under noise
@@ -116,7 +116,7 @@ def _roles(panel: Panel) -> dict[str, Arm]:
 
 
 def _dense(family: Family, curves: dict[Arm, Curve]) -> float | None:
-    """Accuracy before any pruning, of all examples at t* (of the paper's lines for CINIC-10: at 400 steps)."""
+    """Accuracy of the unpruned network, all examples at t* (for CINIC-10 at 400 steps, as in the paper)."""
     steps = 400 if family.dataset == "cinic10" else family.t_star
     for arm in (family.arm("all", steps), family.arm("all", family.t_star)):
         if arm in curves and 0 in curves[arm].levels:
@@ -124,14 +124,16 @@ def _dense(family: Family, curves: dict[Arm, Curve]) -> float | None:
     return None
 
 
-def draw(axes: Axes, panel: Panel, curves: dict[Arm, Curve], behind: dict[Arm, Curve] | None = None) -> None:
-    """Draw a panel. Arms that are missing, and arms that lie below the view, are named on it.
+def draw(axes: Axes, panel: Panel, curves: dict[Arm, Curve], published: dict[Arm, Curve] | None = None) -> None:
+    """Draws a panel and names the arms that are missing or below the y range.
 
     Args:
-        curves: Of the panel's data set.
-        behind: The published curves, drawn thin.
+        axes: Axes to draw on.
+        panel: The panel.
+        curves: Curves of the panel's data set.
+        published: Published curves to add as thin lines.
     """
-    for line in _lines(panel, behind or {})[0].values():
+    for line in _lines(panel, published or {})[0].values():
         _plot(axes, line, thin=True)
     lines, missing = _lines(panel, curves)
     for line in lines.values():
@@ -144,16 +146,15 @@ def draw(axes: Axes, panel: Panel, curves: dict[Arm, Curve], behind: dict[Arm, C
     axes.tick_params(labelsize=7.5)
     axes.grid(alpha=0.25, linewidth=0.5)
     _x_axis(axes, panel, lines)
-    below = _view(axes, lines)
-    notes = {"below": below, "missing": missing}
-    text = "; ".join(f"{word}: {', '.join(names)}" for word, names in notes.items() if names)
+    notes = {"below": _set_y_range(axes, lines), "missing": missing}
+    text = "; ".join(f"{label}: {', '.join(names)}" for label, names in notes.items() if names)
     box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1} if text else None
     axes.text(0.02, 0.02, textwrap.fill(text, 46), transform=axes.transAxes, fontsize=6.5, color="#333333", bbox=box)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """A line to draw: x is None for a horizontal one; mean and sd in %."""
+    """A line to draw; x is None for a horizontal line, mean and sd are in %."""
 
     role: str
     x: np.ndarray | None
@@ -162,7 +163,7 @@ class _Line:
 
 
 def _lines(panel: Panel, curves: dict[Arm, Curve]) -> tuple[dict[str, _Line], list[str]]:
-    """The lines of a panel by role, and the arms that are not there."""
+    """Lines of a panel by role, and names of missing arms."""
     return (_against_size if panel.level is not None else _against_weights)(panel, curves)
 
 
@@ -174,21 +175,21 @@ def _against_weights(panel: Panel, curves: dict[Arm, Curve]) -> tuple[dict[str, 
             columns = ("weights_remaining_percent", "mean", "sd")
             lines[role] = _Line(role, *(summary[name].to_numpy() for name in columns))
         else:
-            copied = panel.family == paper.CIFAR10 and arm == paper.SAME_RUNS
-            missing.append(str(arm) + " (published as the runs of all, t*/2)" * copied)
+            same_runs = panel.family == paper.CIFAR10 and arm == paper.SAME_RUNS
+            missing.append(str(arm) + " (same runs as all, t*/2, in the paper)" * same_runs)
     return lines, missing
 
 
 def _against_size(panel: Panel, curves: dict[Arm, Curve]) -> tuple[dict[str, _Line], list[str]]:
     family, level, lines, missing = panel.family, panel.level, {}, []
-    there = {arm: curve.summary.loc[level] for arm, curve in curves.items() if level in curve.levels}
+    available = {arm: curve.summary.loc[level] for arm, curve in curves.items() if level in curve.levels}
     for role, arm in _roles(panel).items():
-        if arm in there:
-            lines[role] = _Line(role, None, there[arm]["mean"], there[arm]["sd"])
+        if arm in available:
+            lines[role] = _Line(role, None, available[arm]["mean"], available[arm]["sd"])
         else:
             missing.append(str(arm))
     for role in _SUBSETS:
-        points = {arm.subset_size: there[arm] for arm in there if arm == family.arm(role, size=arm.subset_size)}
+        points = {a.subset_size: row for a, row in available.items() if a == family.arm(role, size=a.subset_size)}
         if points:
             mean, sd = (np.array([points[size][name] for size in sorted(points)]) for name in ("mean", "sd"))
             lines[role] = _Line(role, np.array(sorted(points)), mean, sd)
@@ -213,7 +214,7 @@ def _plot(axes: Axes, line: _Line, thin: bool) -> None:
 
 
 def _x_axis(axes: Axes, panel: Panel, lines: dict[str, _Line]) -> None:
-    """Logarithmic, with ticks at levels or at subset sizes."""
+    """Sets a logarithmic x axis with ticks at the levels or subset sizes."""
     x = np.unique(np.concatenate([[], *(line.x for line in lines.values() if line.x is not None)]))
     if not x.size:
         return
@@ -233,22 +234,22 @@ def _x_axis(axes: Axes, panel: Panel, lines: dict[str, _Line]) -> None:
     axes.set_xlim(ends if panel.level is not None else ends[::-1])
 
 
-def _view(axes: Axes, lines: dict[str, _Line]) -> list[str]:
-    """As in the paper, the view is that of the better arms; returns what lies below it."""
+def _set_y_range(axes: Axes, lines: dict[str, _Line]) -> list[str]:
+    """Fits the y axis to the better arms, as in the paper; returns the roles that lie entirely below it."""
     better = [line for role, line in lines.items() if role in ("half", "full", "random", "easy")] or lines.values()
     means = np.concatenate([[], *(np.atleast_1d(line.mean) for line in better)])
     if not means.size:
         return []
-    room = max(means.max() - means.min(), 1.0)
-    bottom = means.min() - 0.2 * room
-    axes.set_ylim(bottom, means.max() + 0.12 * room)
+    span = max(means.max() - means.min(), 1.0)
+    bottom = means.min() - 0.2 * span
+    axes.set_ylim(bottom, means.max() + 0.12 * span)
     return [role for role, line in lines.items() if np.max(line.mean) < bottom]
 
 
 def legend(chosen: list[Panel], results: Results) -> tuple[list[Line2D], list[str]]:
-    """Handles and labels of the arms in some panels, with the replicates they were averaged over."""
-    words = {"init": "init: no pre-training", "half": "all, t*/2", "full": "all, t*"}
-    words |= {name: f"{name}, t*/2" for name in _SUBSETS}
+    """Legend handles and labels of the arms in the given panels, with their numbers of replicates."""
+    names = {"init": "init: no pre-training", "half": "all, t*/2", "full": "all, t*"}
+    names |= {name: f"{name}, t*/2" for name in _SUBSETS}
     counts: dict[str, set[int]] = {}
     for panel in chosen:
         curves = results[panel.family.dataset]
@@ -257,9 +258,9 @@ def legend(chosen: list[Panel], results: Results) -> tuple[list[Line2D], list[st
                 if arm in curves:
                     counts.setdefault(role, set()).update(curves[arm].summary.n.astype(int))
     handles = [Line2D([], [], **_style(role)) for role in counts]
-    labels = [f"{words[role]} (n = {'–'.join(map(str, sorted({min(n), max(n)})))})" for role, n in counts.items()]
+    labels = [f"{names[role]} (n = {'–'.join(map(str, sorted({min(n), max(n)})))})" for role, n in counts.items()]
     if any(panel.level is None and _dense(panel.family, results[panel.family.dataset]) for panel in chosen):
-        handles, labels = [*handles, Line2D([], [], **_DENSE)], [*labels, "dense, not pruned"]
+        handles, labels = [*handles, Line2D([], [], **_DENSE)], [*labels, "dense (unpruned)"]
     return handles, labels
 
 
@@ -273,15 +274,20 @@ _CAPTIONS = {
 }
 
 
-def figure(number: int, results: Results, behind: Results | None = None) -> Figure:
-    """One of Figures 2 to 7.
+def figure(number: int, results: Results, published: Results | None = None) -> Figure:
+    """Draws one of Figures 2 to 7.
+
+    Args:
+        number: Number of the figure in the paper.
+        results: Results to draw.
+        published: Published curves to add as thin lines.
 
     Raises:
-        UserError: If the results have no arm of it.
+        UserError: If the results have no arm of this figure.
     """
     rows = [row for row in panels(number, results) if row]
     if not rows:
-        raise UserError(f"figure {number}: these results have no arm of it ({_CAPTIONS[number].lower()})")
+        raise UserError(f"these results have no arm of figure {number} ({_CAPTIONS[number].lower()})")
     across = max(map(len, rows))
     width = 3.5 * across if across > 1 else 5.0
     drawn = Figure(figsize=(width, 2.75 * len(rows) + 0.85), layout="constrained", dpi=130)
@@ -291,33 +297,33 @@ def figure(number: int, results: Results, behind: Results | None = None) -> Figu
             axes.set_visible(False)
         for panel, axes in zip(row, line, strict=False):
             name = panel.family.dataset
-            draw(axes, panel, results[name], (behind or {}).get(name))
+            draw(axes, panel, results[name], (published or {}).get(name))
     title = f"Figure {number}: {_CAPTIONS[number]}; band: ± 1 sd over n replicates"
-    if behind:
-        title += "; thin: published" + _absent(number, rows, behind)
+    if published:
+        title += "; thin: published" + _describe_missing_panels(number, rows, published)
     drawn.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9.5)
     handles, labels = legend([panel for row in rows for panel in row], results)
     drawn.legend(handles, labels, loc="outside lower center", ncols=min(across + 1, 4), fontsize=8, handlelength=3.5)
     return drawn
 
 
-def _absent(number: int, rows: list[list[Panel]], behind: Results) -> str:
-    """The panels of the paper's figure that there are no results for."""
+def _describe_missing_panels(number: int, rows: list[list[Panel]], published: Results) -> str:
+    """Names the panels of the published figure that have no results."""
     shown = {panel for row in rows for panel in row}
-    lacking: dict[Family, list[Panel]] = {}
-    for panel in (panel for row in panels(number, behind) for panel in row if panel not in shown):
-        lacking.setdefault(panel.family, []).append(panel)
-    words = [
-        f"{family} with {', '.join(f'{panel.size:,}' for panel in lacking[family])} examples"
+    missing: dict[Family, list[Panel]] = {}
+    for panel in (panel for row in panels(number, published) for panel in row if panel not in shown):
+        missing.setdefault(panel.family, []).append(panel)
+    names = [
+        f"{family} with {', '.join(f'{panel.size:,}' for panel in missing[family])} examples"
         if any(panel.family == family for panel in shown)
         else str(family)
-        for family in lacking
+        for family in missing
     ]
-    return f"; no results of {'; '.join(words)}" if words else ""
+    return f"; no results for {'; '.join(names)}" if names else ""
 
 
-def _different(results: Results) -> list[int]:
-    """The figures that the results have arms of, without those that would repeat another."""
+def _distinct_figures(results: Results) -> list[int]:
+    """Numbers of the figures with results, except those that only repeat panels of earlier ones."""
     numbers, shown = [], set()
     for number in NUMBERS:
         new = {panel for row in panels(number, results) for panel in row} - shown
@@ -326,26 +332,26 @@ def _different(results: Results) -> list[int]:
     return numbers
 
 
-@collect.one_sentence
+@collect.catch_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m analysis.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, nargs="?", help="CSV file of python -m analysis.collect")
-    parser.add_argument("--published", action="store_true", help="the paper's curves: behind the results, or alone")
-    parser.add_argument("--dataset")
-    parser.add_argument("--model")
-    parser.add_argument("--figure", type=int, choices=NUMBERS, help="default: all that the results have arms of")
+    parser.add_argument("results", type=Path, nargs="?", help="CSV file written by python -m analysis.collect")
+    parser.add_argument("--published", action="store_true", help="draw the published curves, alone or with the results")
+    parser.add_argument("--dataset", help="only this data set")
+    parser.add_argument("--model", help="only this model")
+    parser.add_argument("--figure", type=int, choices=NUMBERS, help="default: all figures that have results")
     parser.add_argument("-o", "--output", type=Path, default=Path("figures"), help="folder, default %(default)s")
     arguments = parser.parse_args(argv)
     if arguments.results is None and not arguments.published:
-        raise UserError("give a CSV file of python -m analysis.collect, --published, or both")
+        raise UserError("give a CSV file written by python -m analysis.collect, --published, or both")
     frame = collect.published() if arguments.results is None else collect.load(arguments.results)
-    collect.say_incomplete(frame)
+    collect.print_incomplete(frame)
     results = results_by_dataset(collect.select(frame, arguments.dataset, arguments.model))
-    behind = results_by_dataset(collect.published()) if arguments.published and arguments.results else None
-    numbers = [arguments.figure] if arguments.figure else _different(results)
-    figures = {number: figure(number, results, behind) for number in numbers}
+    published = results_by_dataset(collect.published()) if arguments.published and arguments.results else None
+    numbers = [arguments.figure] if arguments.figure else _distinct_figures(results)
+    figures = {number: figure(number, results, published) for number in numbers}
     collect.write(arguments.output, lambda path: path.mkdir(parents=True, exist_ok=True))
     for number, drawn in figures.items():
         for suffix in ("svg", "png"):

@@ -1,11 +1,11 @@
-"""Which arms are matching initializations for t* (paper, Definition 3.2), and the cheapest of them.
+"""Finds the matching initializations for t* (Definition 3.2 of the paper) and the cheapest of them.
 
-python -m analysis.matching results.csv -o figures       a table, and figures/matching.svg and .png
+python -m analysis.matching results.csv -o figures       prints a table; writes figures/matching.svg and .png
 python -m analysis.matching --published --margin 1
 
-An arm is matching if it weakly dominates all examples at t* (with the same label noise). Its cost is the number of
-examples it needs times the steps it trains on them. Settings and statistics are those of python -m analysis.dominance;
-each arm is tested on its own, so that of many that fall short by the margin, some would pass.
+An arm is matching if it weakly dominates all examples at t* with the same label noise. Its cost is the number of
+examples times the pre-training steps. Options and tests are those of python -m analysis.dominance. The arms are tested
+separately, without correction: of many arms that fall short by the margin, a few pass by chance.
 """
 
 import argparse
@@ -35,7 +35,13 @@ from lth_diet.errors import Parser, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An arm against all examples at t*; cost in examples × steps, NaN if the number of examples is not known."""
+    """Comparison of an arm with all examples at t*.
+
+    Args:
+        arm: The arm.
+        cost: Examples × steps of pre-training; NaN if the number of examples is unknown.
+        comparison: The arm against all examples at t*.
+    """
 
     arm: Arm
     cost: float
@@ -43,21 +49,23 @@ class Entry:
 
     @property
     def matching(self) -> bool:
+        """Whether the arm is a matching initialization."""
         return self.comparison.verdict in ("dominates", "weakly dominates")
 
     @property
     def worst(self) -> dict[str, float]:
-        """The level with the smallest difference."""
+        """Level with the smallest difference."""
         return self.comparison.statements["pooled"].worst
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """All arms of a family against all examples at t*.
+    """Comparison of all arms of a family with all examples at t*.
 
     Args:
-        entries: In the order of their cost.
-        missing: Why there is nothing to compare with, if there is not.
+        family: The family.
+        entries: The arms, by increasing cost.
+        missing: Why there is no reference arm; empty if there is one.
     """
 
     family: Family
@@ -66,22 +74,22 @@ class Match:
 
     @property
     def cheapest(self) -> Entry | None:
-        """The matching arm of least cost."""
+        """The matching arm with the lowest cost; None if no arm matches."""
         return next((entry for entry in self.entries if entry.matching), None)
 
 
 def match(family: Family, curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], confidence: float) -> Match:
-    """Test every arm of a family against all examples at t*."""
+    """Tests every arm of a family against all examples at t*; settings as in `dominance.compare`."""
     reference = family.arm("all", family.t_star)
     entries = []
     for arm in curves if reference in curves else ():
         if arm == reference or (arm.label_noise != family.label_noise and arm.name != "init"):
             continue
-        with contextlib.suppress(UserError):  # no level in common yet
+        with contextlib.suppress(UserError):  # no common level yet
             comparison = dominance.compare(curves, arm, reference, margin, levels, confidence)
             entries.append(Entry(arm, _cost(family.dataset, arm), comparison))
     entries.sort(key=lambda entry: (math.isnan(entry.cost), entry.cost))
-    return Match(family, entries, "" if reference in curves else arms.missing(reference, curves))
+    return Match(family, entries, "" if reference in curves else arms.describe_missing(reference, curves))
 
 
 def _cost(dataset: str, arm: Arm) -> float:
@@ -95,14 +103,14 @@ def _cost(dataset: str, arm: Arm) -> float:
     return float(arm.rewind_steps * catalog.info(dataset, "").train_size)
 
 
-def in_words(found: Match) -> str:
-    """The cheapest matching initialization, in a sentence."""
+def describe(found: Match) -> str:
+    """Describes how many arms are matching initializations, and the cheapest."""
     start = f"{found.family}: "
     if found.missing:
-        return start + f"not tested, {found.missing}"
+        return start + f"matching initializations not tested: {found.missing}"
     cheapest, tested = found.cheapest, len(found.entries)
     if not found.entries:
-        return start + "there is no other arm to test"
+        return start + "matching initializations not tested: no other arm"
     if cheapest is None:
         return start + f"none of {tested} arms is shown to be a matching initialization"
     count = sum(entry.matching for entry in found.entries)
@@ -113,7 +121,7 @@ def in_words(found: Match) -> str:
 
 
 def heat_map(axes: Axes, found: Match) -> None:
-    """Subset size across, arm and t_r down; colour: the smallest difference over the levels; matching arms framed."""
+    """Draws the smallest difference over the levels by subset size and arm; matching arms have a frame."""
     shown = [entry for entry in found.entries if entry.arm.name != "init"]
     columns = [*sorted({entry.arm.subset_size for entry in shown if entry.arm.subset_size}), None]
     rows = _rows(found)
@@ -125,22 +133,23 @@ def heat_map(axes: Axes, found: Match) -> None:
         axes.text(x, y, f"{grid[y, x]:+.2f}" + "\nmatching" * entry.matching, **style)
         if entry.matching:
             axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, linewidth=1.5))
-    # one scale for all: 3 points either way, beyond which the colour stays
+    # the color scale is the same in all figures and saturates at ±3 points
     axes.imshow(np.ma.masked_invalid(grid), cmap="PuOr", norm=TwoSlopeNorm(0, -3, 3), aspect="auto")
     axes.set_xticks(range(len(columns)), [f"{size:,}" if size else "all" for size in columns], fontsize=7.5)
     axes.set_yticks(range(len(rows)), [f"{name}, t_r = {steps}" for name, steps in rows], fontsize=7.5)
     axes.set_xlabel("Subset size (examples)", fontsize=8)
-    axes.set_title(f"{found.family}: worst level against all, t_r = {found.family.t_star}, in points", fontsize=8)
+    title = f"{found.family}: difference to all, t_r = {found.family.t_star}, at the worst level (points)"
+    axes.set_title(title, fontsize=8)
 
 
 def _rows(found: Match) -> list[tuple[str, int]]:
-    """Arm and t_r, down a heat map."""
+    """Rows of a heat map: arm and rewind step."""
     rows = {(entry.arm.name, entry.arm.rewind_steps) for entry in found.entries if entry.arm.name != "init"}
-    return sorted(rows, key=lambda row: Arm(row[0], None, row[1]).rank)
+    return sorted(rows, key=lambda row: Arm(row[0], None, row[1]).sort_key)
 
 
 def figure(matches: Sequence[Match]) -> Figure:
-    """The heat maps of some families, one below the other."""
+    """Draws one heat map per family, stacked vertically."""
     rows = [max(len(_rows(found)), 2) for found in matches]
     across = max(len({entry.arm.subset_size for entry in found.entries}) for found in matches)
     size = (1.6 + 0.62 * max(across, 4), 0.42 * sum(rows) + 0.85 * len(rows))
@@ -151,8 +160,8 @@ def figure(matches: Sequence[Match]) -> Figure:
     return drawn
 
 
-def matches(results: Results, margin: float, levels: tuple[int, int], confidence: float) -> list[Match]:
-    """Of every family in the results."""
+def match_all(results: Results, margin: float, levels: tuple[int, int], confidence: float) -> list[Match]:
+    """Calls `match` for every family in the results."""
     return [
         match(family, curves, margin, levels, confidence)
         for dataset, curves in results.items()
@@ -160,19 +169,19 @@ def matches(results: Results, margin: float, levels: tuple[int, int], confidence
     ]
 
 
-@collect.one_sentence
+@collect.catch_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m analysis.matching", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    dominance.add_source(parser)
-    dominance.add_range(parser)
-    parser.add_argument("-o", "--output", type=Path, help="folder of the heat map; default: none is drawn")
+    dominance.add_result_arguments(parser)
+    dominance.add_test_arguments(parser)
+    parser.add_argument("-o", "--output", type=Path, help="folder for the heat map; default: no heat map")
     arguments = parser.parse_args(argv)
-    dominance.check_range(arguments)
-    frame = collect.select(dominance.source(arguments), arguments.dataset, arguments.model)
-    found = matches(figures.results_by_dataset(frame), arguments.margin, arguments.levels, arguments.confidence)
-    drawable = [one for one in found if _rows(one)]
+    dominance.check_test_arguments(arguments)
+    frame = collect.select(dominance.load_results(arguments), arguments.dataset, arguments.model)
+    found = match_all(figures.results_by_dataset(frame), arguments.margin, arguments.levels, arguments.confidence)
+    drawable = [entry for entry in found if _rows(entry)]
     suffixes = ("svg", "png") if arguments.output and drawable else ()
     paths = [arguments.output / f"matching.{suffix}" for suffix in suffixes]
     if paths:
@@ -180,9 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         collect.write(arguments.output, lambda path: path.mkdir(parents=True, exist_ok=True))
     for path in paths:
         collect.write(path, drawn.savefig)
-    for one in found:
-        print(in_words(one))
-        for entry in one.entries:
+    for family in found:
+        print(describe(family))
+        for entry in family.entries:
             worst = f"worst {entry.worst['difference']:+.2f} at level {entry.worst['level']}"
             print(f"  {entry.arm!s:36} {entry.cost:>14,.0f}  {entry.comparison.verdict:16}  {worst}")
     for path in paths:

@@ -1,4 +1,4 @@
-"""What the paper ran: data sets, t*, subset sizes, and which of them each figure shows."""
+"""Experiments of the paper: data sets, t*, subset sizes, and which of them each figure shows."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -10,15 +10,15 @@ NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cinic10": "CINIC-10"}
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The arms that are compared with each other: one data set, label noise and t*.
+    """Arms that are compared with each other: same data set, label noise and t*.
 
     Args:
-        dataset: As in a configuration.
-        t_star: Rewind step, in batches, where all examples give a matching initialization.
-        label_noise: Fraction of labels drawn anew, 0 to 1.
-        size: Subset size that Figures 2 and 3 show; None: not the paper's.
+        dataset: Name of the data set, as in a configuration.
+        t_star: Rewind step t*, in batches, at which all examples give a matching initialization.
+        label_noise: Fraction of labels that are resampled, 0 to 1.
+        size: Subset size of Figures 2 and 3; None if there are no subset arms.
         sizes: All subset sizes (Figures 5 to 7).
-        last_level: Last level drawn.
+        last_level: Last level drawn in figures; None for all.
     """
 
     dataset: str
@@ -35,11 +35,17 @@ class Family:
 
     @property
     def half(self) -> int:
-        """t*/2."""
+        """Half of t*, in batches."""
         return self.t_star // 2
 
     def arm(self, name: str, steps: int | None = None, size: int | None = None) -> Arm:
-        """An arm of this family: init; all at t*/2 or other steps; a subset at t*/2."""
+        """Returns an arm of this family.
+
+        Args:
+            name: init, all, random, easy or hard.
+            steps: Rewind step in batches; default t*/2.
+            size: Subset size; default `Family.size`.
+        """
         if name == "init":
             return Arm("init")
         if name == "all":
@@ -57,15 +63,15 @@ NOISE_10 = Family("cifar10", 400, 0.1, 2048, _NOISE, 16)
 NOISE_50 = Family("cifar10", 400, 0.5, 3200, _NOISE, 16)
 CLEAN = (CIFAR10, CIFAR100, CINIC10)
 SAME_RUNS = Arm("random", 25600, 200)
-"""Published, on CIFAR-10, as a copy of all examples at t*/2: 200 batches of 128 are 25,600 images."""
+"""CIFAR-10 arm whose published curve is a copy of all examples at t*/2 (200 batches of 128 are 25,600 images)."""
 FAMILIES = (*CLEAN, CINIC10_400, NOISE_10, NOISE_50)
 
 
 def families(dataset: str, arms: Iterable[Arm]) -> list[Family]:
-    """The paper's families that some arms belong to; for another data set or t* one made from the arms themselves.
+    """Returns the families of the paper that the arms belong to.
 
-    Then t* is the largest number of steps of an `all` arm (of any arm, if there is none), and the subset size shown is
-    the largest at t*/2.
+    For any other data set or t*, a family is derived from the arms: t* is the largest rewind step of the `all` arms (or
+    of any arm if there is no `all`), and `size` is the largest subset size at t*/2.
     """
     arms, found = list(arms), []
     for noise in sorted({arm.label_noise for arm in arms}):

@@ -1,11 +1,11 @@
-"""How often the verdicts are right and wrong, by simulation at the published spreads.
+"""Simulates power and error rates of the verdicts at the published spreads.
 
-python -m analysis.power      power at 4, 8 and 16 replicates, as a Markdown table
+python -m analysis.power      prints power at 4, 8 and 16 replicates as a Markdown table
 
-Replicates are normal, with the published standard deviation at each level. Two correlations are not published and are
-assumed: between two levels of a replicate, and between two arms of a pair. The published spreads scatter about a smooth
-trend less than independent levels would make them (mean 0.67 against trigamma(3/2) = 0.93, 67 curves of CIFAR), as they
-do with a squared correlation of about 0.3 or more.
+Replicates are drawn from a normal distribution with the published standard deviation at each level. Two correlations
+are not published and are assumed: between the levels of a replicate and between the arms of a pair. The scatter of the
+published log variances around a smooth trend (mean 0.67 over 67 CIFAR curves) is below that of independent levels,
+trigamma(3/2) = 0.93, and agrees with a squared correlation of about 0.3 or more.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from lth_diet.errors import Parser, UserError
 
 LEVELS_CORRELATION = 0.5
 PAIRS_CORRELATION = 0.5
-_MOST_SIMULATIONS = 100_000  # 130 MB an arm
+MAX_SIMULATIONS = 100_000  # 130 MB per arm
 
 
 def simulate(
@@ -32,14 +32,16 @@ def simulate(
     levels_correlation: float = LEVELS_CORRELATION,
     pairs_correlation: float | None = None,
 ) -> Difference:
-    """Differences of two arms in experiments that are known.
+    """Simulates differences between two arms with known means and spreads.
 
     Args:
-        n: Replicates of challenger and reference.
-        sds: Of each at every level, shape (L,), in percentage points.
-        deficit: How much worse the challenger truly is, shape (L,) or one number.
-        levels_correlation: Between any two levels of a replicate, 0 to 1.
-        pairs_correlation: Between the two arms of a pair, 0 to 1; None: not paired.
+        generator: Random generator.
+        simulations: Number of simulated experiments.
+        n: Number of replicates of challenger and reference.
+        sds: Standard deviations of challenger and reference in percentage points, shape (L,) each.
+        deficit: True deficit of the challenger in percentage points, shape (L,) or a scalar.
+        levels_correlation: Correlation between any two levels of a replicate, 0 to 1.
+        pairs_correlation: Correlation between the two arms of a pair, 0 to 1; None for unpaired replicates.
     """
 
     def normal(count: int) -> np.ndarray:
@@ -58,7 +60,7 @@ def simulate(
 
 
 def bounds(found: Difference, confidence: float = 0.95) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Lower and upper bounds of each statement, shape (simulations, L) or (simulations, 1)."""
+    """Lower and upper bounds of each test, shape (simulations, L) or, for the mean, (simulations, 1)."""
     return {
         "per_level": difference.bounds(found.mean, found.variance, found.df, confidence),
         "pooled": difference.bounds(found.mean, *difference.pooled(found), confidence),
@@ -66,33 +68,33 @@ def bounds(found: Difference, confidence: float = 0.95) -> dict[str, tuple[np.nd
     }
 
 
-def shares(found: Difference, verdict: str, margin: float) -> dict[str, float]:
-    """How often each statement gives a verdict; one that dominates weakly dominates too."""
-    which = ("dominates", "weakly dominates") if verdict == "weakly dominates" else (verdict,)
+def verdict_rates(found: Difference, verdict: str, margin: float) -> dict[str, float]:
+    """Fraction of simulations in which each test gives a verdict; "dominates" counts as "weakly dominates" too."""
+    accepted = ("dominates", "weakly dominates") if verdict == "weakly dominates" else (verdict,)
     return {
-        name: float(np.isin(difference.verdict(lower, upper, margin), which).mean())
+        name: float(np.isin(difference.verdict(lower, upper, margin), accepted).mean())
         for name, (lower, upper) in bounds(found).items()
     }
 
 
 def published_sds(family: paper.Family, levels: tuple[int, int] = dominance.LEVELS) -> tuple[np.ndarray, np.ndarray]:
-    """Of the easy arm of Figure 2 and of all examples at t*."""
+    """Published standard deviations of the easy arm of Figure 2 and of all examples at t*, shape (L,) each."""
     frame = collect.published()
-    curves = arms.of(frame[frame.dataset == family.dataset])
+    curves = arms.curves_by_arm(frame[frame.dataset == family.dataset])
     pair = family.arm("easy"), family.arm("all", family.t_star)
     return tuple(curves[arm].summary.loc[levels[0] : levels[1], "sd"].to_numpy() for arm in pair)
 
 
-@collect.one_sentence
+@collect.catch_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m analysis.power", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--simulations", type=int, default=4000)
+    parser.add_argument("--simulations", type=int, default=4000, help="simulations per cell, default %(default)s")
     simulations = parser.parse_args(argv).simulations
-    if not 1 <= simulations <= _MOST_SIMULATIONS:
-        raise UserError(f"--simulations: {simulations} is not allowed; allowed: 1 to {_MOST_SIMULATIONS:,}")
-    print("Equal arms: how often `weakly dominates` is found, in % (per level / pooled / mean).\n")
+    if not 1 <= simulations <= MAX_SIMULATIONS:
+        raise UserError(f"--simulations = {simulations}: must be between 1 and {MAX_SIMULATIONS:,}")
+    print("Power in % to show that equal arms weakly dominate each other (per level / pooled / mean).\n")
     print("| data | margin | pairs | n = 4 | n = 8 | n = 16 |\n|---|---|---|---|---|---|")
     for family in paper.CLEAN:
         sds = published_sds(family)
@@ -100,14 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             for pairs in (None, PAIRS_CORRELATION):
                 generator = np.random.default_rng(0)
                 cells = [
-                    shares(
+                    verdict_rates(
                         simulate(generator, simulations, (n, n), sds, 0, pairs_correlation=pairs),
                         "weakly dominates",
                         margin,
                     )
                     for n in (4, 8, 16)
                 ]
-                text = [" / ".join(f"{100 * share:.0f}" for share in cell.values()) for cell in cells]
+                text = [" / ".join(f"{100 * rate:.0f}" for rate in cell.values()) for cell in cells]
                 print(f"| {family} | {margin} | {'no' if pairs is None else 'yes'} | {' | '.join(text)} |")
     return 0
 

@@ -1,9 +1,9 @@
-"""One self-contained page on what an MLflow store holds: verdicts, figures, tables, configuration, what is incomplete.
+"""Writes a self-contained HTML report: verdicts, figures, tables, configurations and incomplete replicates.
 
 python -m analysis.report --tracking-uri sqlite:///mlflow.db --experiment digits -o report.html
 python -m analysis.report --published -o published.html
 
-It works while a sweep runs. The page asks for nothing from anywhere: pictures are in it, and its own policy forbids it.
+A running sweep can be reported too. Images are embedded, and the page's content security policy blocks all requests.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from lth_diet.files import write_atomically
 from lth_diet.runs import run_directory
 from lth_diet.tracking.store import tracking_uri as default_tracking_uri
 
-_MOST_ARMS = 10  # of a matrix that a phone can show
-_FEW_ARMS = 6  # each of which has a verdict of its own
-_MOST_BYTES = 2_000_000  # of an example picture
+_MAX_MATRIX_ARMS = 10  # a larger matrix does not fit on a phone
+_MAX_VERDICT_ARMS = 6  # with more arms in a family, only the claims of the paper get a verdict each
+_MAX_PICTURE_BYTES = 2_000_000
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 _EXAMPLES = {
     "subset.png": "scores and classes of the subset",
@@ -52,10 +52,11 @@ _EXAMPLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A page that was written.
+    """A report that was written.
 
     Args:
-        verdicts: What it says first, a sentence each.
+        path: The HTML file.
+        verdicts: The verdicts at the top of the page, one sentence each.
     """
 
     path: Path
@@ -64,7 +65,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A data URI and what it shows."""
+    """An image as a data URI, with its caption."""
 
     source: str
     caption: str
@@ -78,31 +79,33 @@ def write(
     dataset: str | None = None,
     model: str | None = None,
 ) -> Report:
-    """Write the report of an experiment; of all experiments of the store if none is named.
+    """Writes the report of an experiment.
 
     Args:
-        settings: Margin, range of levels and confidence, as of `dominance.compare`.
-        dataset: Leave out all others.
-        model: Likewise; has to be named if a data set comes with two.
+        tracking_uri: URI of the MLflow store.
+        experiment: Name of the experiment; None for all experiments of the store.
+        output: The HTML file to write.
+        settings: Margin, range of levels and confidence, as in `dominance.compare`.
+        dataset: Only this data set; None for all.
+        model: Only this model; required if a data set has several.
 
     Raises:
         UserError: If there is nothing to report, or the file cannot be written.
     """
     frame = collect.select(collect.collect(tracking_uri, experiment), dataset, model)
-    client, experiments = collect.store(tracking_uri, experiment)
-    there = set(frame.run_id)
-    parents = [
-        run for run in collect.search(client, experiments, "tags.phase = 'all'") if run.data.tags.get("run_id") in there
-    ]
-    named = f" --experiment {shlex.quote(experiment)}" if experiment else ""
+    client, experiments = collect.open_store(tracking_uri, experiment)
+    run_ids = set(frame.run_id)
+    parents = collect.search_runs(client, experiments, "tags.phase = 'all'")
+    parents = [run for run in parents if run.data.tags.get("run_id") in run_ids]
+    option = f" --experiment {shlex.quote(experiment)}" if experiment else ""
     about = {
         "title": f"Lottery tickets on a data diet: {experiment or 'all experiments'}",
         "examples": _examples(client, experiments),
         "versions": _versions(parents),
         "runs": _runs(parents),
         "commands": [
-            f"python -m analysis.report{named} -o report.html",
-            f"python -m analysis.collect{named} -o results.csv",
+            f"python -m analysis.report{option} -o report.html",
+            f"python -m analysis.collect{option} -o results.csv",
             "python -m analysis.dominance results.csv --challenger ARM --reference ARM",
             "python -m analysis.figures results.csv --published -o figures",
         ],
@@ -110,17 +113,17 @@ def write(
     return _write(frame, output, about, *settings)
 
 
-def conclude(run: run_directory.RunDirectory) -> None:
-    """Write the report of a run's experiment beside its directory, and print the verdicts and the path.
+def write_run_report(run: run_directory.RunDirectory) -> None:
+    """Writes the report of a run's experiment next to its directory, and prints the verdicts and the path.
 
-    What keeps it from being written is told in a line: training is done, and the report can be had later.
+    An error is printed but not raised: training has finished, and the report can be written later.
     """
     config = run.config
     name = re.sub(r"[^\w.-]", "_", config.experiment_name)
-    which = {"dataset": config.dataset.name, "model": config.model_name}
+    selection = {"dataset": config.dataset.name, "model": config.model_name}
     try:
-        report = write(default_tracking_uri(), config.experiment_name, run.path.parent / f"{name}.html", **which)
-    except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
+        report = write(default_tracking_uri(), config.experiment_name, run.path.parent / f"{name}.html", **selection)
+    except Exception as error:  # from MLflow, SQLAlchemy, requests or the file system
         print(f"no report: {error if isinstance(error, UserError) else type(error).__name__}")
         return
     print("\n".join(report.verdicts))
@@ -128,11 +131,11 @@ def conclude(run: run_directory.RunDirectory) -> None:
 
 
 def write_published(output: Path, *settings: Any) -> Report:
-    """Write the report of the paper's own curves; arguments and errors as of `write`."""
+    """Writes the report of the published curves; see `write` for arguments and errors."""
     about = {
         "title": "Lottery tickets on a data diet: the published curves",
         "examples": [],
-        "versions": [("source", "arXiv 2206.01278, digitised: analysis/reference/README.md")],
+        "versions": [("source", "arXiv 2206.01278, digitized: analysis/reference/README.md")],
         "runs": [],
         "commands": ["python -m analysis.report --published -o published.html"],
     }
@@ -150,11 +153,11 @@ def _write(
     results = figures.results_by_dataset(frame)
     settings = margin, levels, confidence
     families = [(family, curves) for name, curves in results.items() for family in paper.families(name, curves)]
-    findings = [finding for family, curves in families for finding in claims.test(family, curves, *settings)]
-    matches = matching.matches(results, *settings)
-    findings += _others(findings, matches)
-    about_matching = [f"Matching initializations: {matching.in_words(match)}." for match in matches]
-    about_dense = [_dense_in_words(family, curves, *settings) for family, curves in families]
+    findings = [finding for family, curves in families for finding in claims.evaluate(family, curves, *settings)]
+    matches = matching.match_all(results, *settings)
+    findings += _other_arms(findings, matches)
+    about_matching = [f"{matching.describe(match)}." for match in matches]
+    about_dense = [_describe_dense(family, curves, *settings) for family, curves in families]
     published = {} if "mean" in frame else figures.results_by_dataset(collect.published())
     page = _template().render(
         **about,
@@ -167,12 +170,12 @@ def _write(
         margin=margin,
         confidence=confidence,
         assumptions=dominance.ASSUMPTIONS,
-        incomplete=collect.incomplete(frame),
+        incomplete=collect.describe_incomplete(frame),
         figures=_figures(results, published, matches),
         matrices=[
             {"title": paper.NAMES.get(name, name), "cells": dominance.matrix(curves, *settings)}
             for name, curves in results.items()
-            if 1 < len(curves) <= _MOST_ARMS
+            if 1 < len(curves) <= _MAX_MATRIX_ARMS
         ],
         tables=[
             {"title": f"{paper.NAMES.get(name, name)}: {arm}", "rows": list(curve.summary.itertuples())}
@@ -182,15 +185,15 @@ def _write(
         deviations=_deviations(frame, results, published, *settings),
         pairs=_pairs,
         interval=dominance.interval,
-        signs=dominance.SIGNS,
+        symbols=dominance.SYMBOLS,
     )
     collect.write(output, lambda path: write_atomically(path.resolve(), page))
-    return Report(output, [*(finding.sentence() for finding in findings), *about_matching, *about_dense])
+    return Report(output, [*(finding.describe() for finding in findings), *about_matching, *about_dense])
 
 
 def _template() -> jinja2.Template:
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    # every name comes from MLflow, where anyone can have written it: escaped, all of them
+    # names come from MLflow, where anyone may have written them, so all of them are escaped
     return jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
         "report.html"
     )
@@ -204,40 +207,45 @@ def _pairs(statements: dict[str, dominance.Statement]) -> list[tuple]:
 def _summary(frame: pd.DataFrame, findings: list[Finding]) -> str:
     outcomes = [finding.outcome for finding in findings]
     order = ("holds", "contradicted", "undecided", "not tested")
-    counts = ", ".join(f"{outcomes.count(word)} {word}" for word in order if word in outcomes) or "none"
+    counts = ", ".join(f"{outcomes.count(name)} {name}" for name in order if name in outcomes) or "none"
     if "mean" in frame:
         size = f"{frame.groupby(list(collect.SUMMARY)[:6], dropna=False).ngroups} arms"
     else:
         runs = frame.groupby(["run_id", "seed", "replicate"], dropna=False).ngroups
         size = f"{runs} replicates, {len(frame)} levels"
     pairs = sorted(set(zip(frame.dataset, frame.model, strict=True)))
-    what = ", ".join(f"{paper.NAMES.get(dataset, dataset)} ({model})" for dataset, model in pairs)
-    return f"{what}: {size}. Statements put to the test: {counts}."
+    names = ", ".join(f"{paper.NAMES.get(dataset, dataset)} ({model})" for dataset, model in pairs)
+    return f"{names}: {size}. Claims: {counts}."
 
 
-def _others(findings: list[Finding], matches: list[matching.Match]) -> list[Finding]:
-    """Whether other arms match all examples at t*, where they are few."""
-    there = [{f.comparison.challenger, f.comparison.reference} for f in findings if f.comparison]
+def _other_arms(findings: list[Finding], matches: list[matching.Match]) -> list[Finding]:
+    """Tests whether other arms match all examples at t*, for families with few arms."""
+    tested = [{f.comparison.challenger, f.comparison.reference} for f in findings if f.comparison]
     return [
         Finding(Claim(f"{entry.arm} matches all at t*", entry.arm.name, "full", False), match.family, entry.comparison)
         for match in matches
-        if len(match.entries) <= _FEW_ARMS
+        if len(match.entries) <= _MAX_VERDICT_ARMS
         for entry in match.entries
-        if entry.arm.name != "init" and {entry.arm, entry.comparison.reference} not in there
+        if entry.arm.name != "init" and {entry.arm, entry.comparison.reference} not in tested
     ]
 
 
-def _dense_in_words(family: paper.Family, curves: dict[Arm, Curve], margin: float, *settings: Any) -> str:
-    start = f"{family}: all examples at t* = {family.t_star} "
-    found = claims.dense(family, curves, margin, *settings)
+def _describe_dense(family: paper.Family, curves: dict[Arm, Curve], margin: float, *settings: Any) -> str:
+    found = claims.dense_accuracy_kept(family, curves, margin, *settings)
     if found is None:
-        return start + "and a pruned level of them are not there: nothing is said of the dense accuracy."
-    shown = ["at no level" if weights is None else f"down to {weights:.1f} % of weights" for weights in found]
-    return f"{start}stay within {margin:g} points of the dense accuracy {shown[0]}; by the means alone {shown[1]}."
+        needed = f"all, t_r = {family.t_star}, at level 0 and a pruned level"
+        return f"{family}: dense accuracy not tested: missing {needed}."
+    by_test, by_means = (
+        "at no level" if weights is None else f"down to {weights:.1f} % of weights" for weights in found
+    )
+    return (
+        f"{family}: all at t* = {family.t_star} stays within {margin:g} points of the dense accuracy {by_test} by the "
+        f"test, and {by_means} by the means alone."
+    )
 
 
 def _figures(results: Results, published: Results, matches: list[matching.Match]) -> list[Picture]:
-    """Each panel of Figures 2 to 7 as a picture of its own, for a phone to show; the published curves behind."""
+    """Each panel of Figures 2 to 7 as a separate picture that fits on a phone, with the published curves."""
     chosen: dict[Panel, int] = {}
     for number in figures.NUMBERS:
         for panel in (panel for row in figures.panels(number, results) for panel in row):
@@ -251,17 +259,17 @@ def _figures(results: Results, published: Results, matches: list[matching.Match]
         drawn.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7.5, handlelength=3)
         thin = "; thin: published" if name in published else ""
         pictures.append(
-            Picture(_svg(drawn), f"As Figure {number}: {panel.title}; band: ± 1 sd over n replicates{thin}")
+            Picture(_svg(drawn), f"As in Figure {number}: {panel.title}; band: ± 1 sd over n replicates{thin}")
         )
     for match in matches:
         if any(entry.arm.name != "init" for entry in match.entries):
-            caption = f"{match.family}: smallest difference to all at t* over the levels, in points; framed: matching"
+            caption = f"{match.family}: difference to all at t* at the worst level, in points; frame: matching"
             pictures.append(Picture(_svg(matching.figure([match])), caption))
     return pictures
 
 
 def _svg(drawn: Figure) -> str:
-    """As a data URI; the same figure gives the same bytes."""
+    """Renders a figure as a data URI; equal figures give equal bytes."""
     content = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "lth_diet"}):
         drawn.savefig(content, format="svg", metadata={"Date": None})
@@ -271,7 +279,7 @@ def _svg(drawn: Figure) -> str:
 def _deviations(
     frame: pd.DataFrame, results: Results, published: Results, *settings: Any
 ) -> list[tuple[str, str, str]]:
-    """Arm, mean deviation from its published curve, and worst level; of arms that were published."""
+    """Differences from the published curves: arm, mean difference, and difference at the worst level."""
     rows, models = [], collect.published().groupby("dataset").model.first()
     for name, curves in results.items():
         same_model = models.get(name) == frame[frame.dataset == name].model.iloc[0]
@@ -282,7 +290,7 @@ def _deviations(
             other = dataclasses.replace(arm, run_id="published")
             try:
                 comparison = dominance.compare({arm: curve, other: theirs[arm]}, arm, other, *settings)
-            except UserError:  # no level in common yet
+            except UserError:  # no common level yet
                 continue
             (mean,) = comparison.statements["mean"].levels.itertuples()
             worst = comparison.statements["pooled"].worst
@@ -298,28 +306,28 @@ def _deviations(
 
 
 def _examples(client: MlflowClient, experiments: list[str]) -> list[Picture]:
-    """What was logged of subsets and scores: of one replicate an arm, and of each scores run."""
-    scored = collect.search(client, experiments, "tags.phase = 'scores'")
+    """Logged pictures of subsets, from one replicate per arm, and of scores."""
+    scored = collect.search_runs(client, experiments, "tags.phase = 'scores'")
     first: dict[str, Run] = {}
-    for run in collect.search(client, experiments, "tags.phase = 'pretrain'"):
+    for run in collect.search_runs(client, experiments, "tags.phase = 'pretrain'"):
         first.setdefault(run.data.tags.get("run_id", run.info.run_id), run)
     pictures = []
     for run in [*scored, *first.values()]:
-        there = {entry.path for entry in client.list_artifacts(run.info.run_id)}
-        if "examples" in there:
-            there |= {entry.path for entry in client.list_artifacts(run.info.run_id, "examples")}
-        for name, words in _EXAMPLES.items():
-            if name in there:
-                with tempfile.TemporaryDirectory() as folder:  # where MLflow downloads to by itself, it leaves the file
+        paths = {entry.path for entry in client.list_artifacts(run.info.run_id)}
+        if "examples" in paths:
+            paths |= {entry.path for entry in client.list_artifacts(run.info.run_id, "examples")}
+        for name, caption in _EXAMPLES.items():
+            if name in paths:
+                with tempfile.TemporaryDirectory() as folder:  # MLflow does not delete its own download folder
                     content = Path(client.download_artifacts(run.info.run_id, name, folder)).read_bytes()
-                if content.startswith(b"\x89PNG") and len(content) <= _MOST_BYTES:
+                if content.startswith(b"\x89PNG") and len(content) <= _MAX_PICTURE_BYTES:
                     source = "data:image/png;base64," + base64.b64encode(content).decode()
-                    pictures.append(Picture(source, f"{run.info.run_name}: {words}"))
+                    pictures.append(Picture(source, f"{run.info.run_name}: {caption}"))
     return pictures
 
 
 def _versions(parents: list[Run]) -> list[tuple[str, str]]:
-    """Name and versions of what trained, all of them where runs differ."""
+    """Versions recorded by the runs, by package; several where runs differ."""
     found: dict[str, set[str]] = {}
     for run in parents:
         for tag, value in run.data.tags.items():
@@ -329,7 +337,7 @@ def _versions(parents: list[Run]) -> list[tuple[str, str]]:
 
 
 def _runs(parents: list[Run]) -> list[dict[str, str]]:
-    """The configuration of each arm as YAML, and the command that trains it."""
+    """Configuration of each arm as YAML, with the command that trains it."""
     replicates: dict[str, list[Run]] = {}
     for run in parents:
         replicates.setdefault(run.data.tags.get("run_id", run.info.run_id), []).append(run)
@@ -340,12 +348,12 @@ def _runs(parents: list[Run]) -> list[dict[str, str]]:
         indices = sorted(int(run.data.tags.get("replicate", 0)) for run in runs)
         tree: dict[str, Any] = {}
         for key, text in runs[0].data.params.items():
-            if key in DEFAULTS and text != "None":  # a fingerprint is not a key of a configuration
+            if key in DEFAULTS and text != "None":  # skips parameters that are not keys of a configuration
                 *sections, last = key.split(".")
-                place = tree
+                node = tree
                 for section in sections:
-                    place = place.setdefault(section, {})
-                place[last] = yaml.safe_load(text)
+                    node = node.setdefault(section, {})
+                node[last] = yaml.safe_load(text)
         command = (
             f"composer -n {len(runs)} recipes/imp.py -f {name}.yaml "
             f"replicates={shlex.quote(str(indices).replace(' ', ''))} prune.levels={tags.get('planned_levels')}"
@@ -355,26 +363,26 @@ def _runs(parents: list[Run]) -> list[dict[str, str]]:
     return shown
 
 
-@collect.one_sentence
+@collect.catch_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m analysis.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tracking-uri", default=default_tracking_uri())
+    parser.add_argument("--tracking-uri", default=default_tracking_uri(), help="MLflow store")
     parser.add_argument("--experiment", help="default: all experiments of the store")
-    parser.add_argument("--dataset", help="leave out all others")
-    parser.add_argument("--model", help="likewise; has to be named if a data set comes with two")
-    parser.add_argument("--published", action="store_true", help="of the paper's own curves instead")
-    dominance.add_range(parser)
+    parser.add_argument("--dataset", help="only this data set")
+    parser.add_argument("--model", help="only this model; required if a data set has several")
+    parser.add_argument("--published", action="store_true", help="report the published curves of the paper instead")
+    dominance.add_test_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default %(default)s")
     arguments = parser.parse_args(argv)
-    dominance.check_range(arguments)
+    dominance.check_test_arguments(arguments)
     settings = arguments.margin, arguments.levels, arguments.confidence
     if arguments.published:
         report = write_published(arguments.output, *settings)
     else:
-        which = {"dataset": arguments.dataset, "model": arguments.model}
-        report = write(arguments.tracking_uri, arguments.experiment, arguments.output, *settings, **which)
+        selection = {"dataset": arguments.dataset, "model": arguments.model}
+        report = write(arguments.tracking_uri, arguments.experiment, arguments.output, *settings, **selection)
     print("\n".join(report.verdicts))
     print(f"report: {report.path.resolve()}")
     return 0

@@ -1,12 +1,12 @@
-"""Where a step goes: data, forward, backward, optimizer, Algorithms, callbacks, Composer's events, logging, the rest.
+"""Breaks a training step into data, forward, backward, optimizer, Algorithms, callbacks, events, logging and the rest.
 
-python benchmarks/breakdown.py                          # a small network: what is not arithmetic shows
+python benchmarks/breakdown.py                          # a small network, which exposes the overhead
 python benchmarks/breakdown.py --depth 20 --width 16 --size 32 --threads 2 --steps 20
 python benchmarks/breakdown.py --device gpu --depth 20 --width 16 --size 32 --steps 2000
 
-Every part is timed without the parts inside it; what no part claims is Composer's own loop. On a GPU these are times
-of the host: what waits for the device shows where it waits. Also the time of an evaluation, for 10,000 images, and
-its share of a level of 62,400 steps.
+The time of a part excludes the parts nested inside it. "The rest" is Composer's own loop. On a GPU these are host
+times: waiting for the device is attributed to the part that waits. Also measures an evaluation of 10,000 images and its
+share of a level of 62,400 steps.
 """
 
 import argparse
@@ -43,7 +43,7 @@ PARTS = {
 
 
 class Stopwatch:
-    """Seconds by part; of nested parts the innermost runs."""
+    """Accumulates seconds by part; time in nested parts counts for the innermost."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -65,9 +65,9 @@ class Stopwatch:
         setattr(owner, name, timed)
 
     def _switch(self) -> None:
-        moment = time.perf_counter()
-        self.seconds[self._running[-1]] += moment - self._since
-        self._since = moment
+        now = time.perf_counter()
+        self.seconds[self._running[-1]] += now - self._since
+        self._since = now
 
     def read(self) -> Counter[str]:
         self._switch()
@@ -75,7 +75,7 @@ class Stopwatch:
 
 
 class Laps(Clock):
-    """Reads the stopwatch at the first and the last step."""
+    """Reads the stopwatch at the first and last step."""
 
     def __init__(self, first: int, last: int, device: str, watch: Stopwatch):
         super().__init__(first, last, device)
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("-o", "--output", type=Path, help="JSON with every measurement")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for all measurements")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
@@ -134,7 +134,12 @@ def main() -> None:
     overhead = sum(value for part, value in parts.items() if part not in ARITHMETIC)
     share = 100 * evaluation.seconds / (62_400 * laps.seconds)
     rows = [(part, value) for part, value in sorted(parts.items(), key=lambda item: -item[1])]
-    print(table([*rows, ("all", 1000 * laps.seconds), ("all but arithmetic", overhead)], ("ms a step", "mean")))
+    print(
+        table(
+            [*rows, ("all", 1000 * laps.seconds), ("all but forward, backward, optimizer", overhead)],
+            ("ms per step", "mean"),
+        )
+    )
     print(f"evaluation of 10,000 images: {evaluation.seconds:.2f} s, {share:.2f} % of 62,400 steps")
     figures = {"step": 1000 * laps.seconds, "overhead": overhead, "evaluation_seconds": evaluation.seconds}
     write(arguments, {"milliseconds": parts, **figures})

@@ -1,11 +1,11 @@
-"""What Ray adds to a sweep: its wall time against that of its runs over the slots, and what a killed node costs.
+"""Measures the scheduling overhead of a sweep on Ray, and the cost of a killed node.
 
-python benchmarks/scheduling.py                     # three times six arms of two replicates: a quarter of an hour
+python benchmarks/scheduling.py                     # six arms with two replicates, three times: 15 minutes
 python benchmarks/scheduling.py -f my_sweep.yaml prune.levels=0
 
-The sweep is trained one run after another without Ray; on a Ray cluster of two nodes with one CPU each, both on this
-machine; and on another such cluster, of which one node is killed with kill -9 once a third of the replicates are done.
-All three have to end with the same bits.
+The sweep is trained three times: sequentially without Ray; on a local Ray cluster of two nodes with one CPU each; and
+on another such cluster, where one node is killed with kill -9 once a third of the replicates have finished. The results
+must be bit-identical. The overhead is the wall time minus the total run time divided by the number of slots.
 """
 
 import argparse
@@ -31,12 +31,12 @@ SLOTS = 2
 
 
 class Folder:
-    """Where a sweep is trained.
+    """Folder in which a sweep is trained.
 
     Args:
         path: An empty folder.
-        file: The sweep.
-        overrides: key=value.
+        file: The sweep file.
+        overrides: Overrides as key=value.
     """
 
     def __init__(self, path: Path, file: Path, overrides: Sequence[str]):
@@ -45,14 +45,14 @@ class Folder:
         self.sweep = Sweep(file.resolve(), self.overrides)
 
     def serial(self) -> dict[str, Any]:
-        """Seconds of the runs, one after another."""
+        """Trains the runs sequentially; returns the total seconds."""
         began = time.monotonic()
         for point in self.sweep.points:
             _end(self._start("imp", *point.arguments))
         return {"seconds": time.monotonic() - began}
 
     def on_ray(self, kill: bool) -> dict[str, Any]:
-        """Seconds of the sweep on a cluster of its own, and of every attempt of a run that came to its end."""
+        """Trains the sweep on a new cluster; returns its seconds, those of each finished attempt, and lost attempts."""
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         try:
             node = cluster.add_node(num_cpus=1)
@@ -64,8 +64,8 @@ class Folder:
                 while sum(work.done for work in self.sweep.work()) < third and process.poll() is None:
                     time.sleep(1)
                 raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-                for each in [raylet, *raylet.children()]:
-                    each.kill()
+                for process_of_node in [raylet, *raylet.children()]:
+                    process_of_node.kill()
             output = _end(process)
             seconds = time.monotonic() - began
         finally:
@@ -81,7 +81,7 @@ class Folder:
         return subprocess.Popen(command, cwd=self.path, env=environment, stdout=subprocess.PIPE, text=True)
 
     def bits(self) -> dict[str, dict[str, bytes]]:
-        """Every mask and every weight."""
+        """Returns the bytes of all masks and weights, by file and tensor."""
         return {
             str(path.relative_to(self.path)): {name: array.tobytes() for name, array in load_file(path).items()}
             for path in self.path.glob("runs/**/*.safetensors")
@@ -91,7 +91,7 @@ class Folder:
 def _end(process: subprocess.Popen) -> str:
     output, _ = process.communicate()
     if process.returncode:
-        sys.exit(f"{process.args} ended with status {process.returncode}: {output}")
+        sys.exit(f"{process.args} exited with status {process.returncode}: {output}")
     return output
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-f", "--file", type=Path, default=Path(__file__).with_name("sweep.yaml"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("-o", "--output", type=Path, help="JSON with every measurement")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for all measurements")
     arguments = parser.parse_intermixed_args()
 
     def measured(train: Callable[[Folder], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, bytes]]]:
@@ -111,16 +111,17 @@ def main() -> None:
     cluster, of_cluster = measured(lambda folder: folder.on_ray(kill=False))
     killed, of_killed = measured(lambda folder: folder.on_ray(kill=True))
     if not expected == of_cluster == of_killed:
-        sys.exit("the bits differ")
+        sys.exit("the masks or weights of the three sweeps differ")
     runs = sum(cluster["attempts"]) / SLOTS
     rows = [
-        ("one run after another, without Ray", serial["seconds"], ""),
-        ("two nodes", cluster["seconds"], f"{len(cluster['attempts'])} attempts, {runs:.1f} s of them a slot"),
+        ("sequential, without Ray", serial["seconds"], ""),
+        ("two nodes", cluster["seconds"], f"{len(cluster['attempts'])} attempts, {runs:.1f} s of training per slot"),
         ("two nodes, one killed", killed["seconds"], f"{killed['lost']} attempts lost"),
     ]
     print(table(rows, ("", "seconds", "")))
-    print(f"scheduling: {cluster['seconds'] - runs:.1f} s, {100 * (cluster['seconds'] / runs - 1):.1f} % of the runs")
-    print(f"{len(expected)} files of masks and weights, the same bits three times")
+    overhead = cluster["seconds"] - runs
+    print(f"scheduling overhead: {overhead:.1f} s, {100 * overhead / runs:.1f} % of the training time")
+    print(f"{len(expected)} mask and weight files, bit-identical in all three sweeps")
     arguments.file = arguments.file.name
     write(arguments, {"serial": serial, "cluster": cluster, "killed": killed, "files": len(expected)})
 

@@ -1,14 +1,14 @@
-"""Seconds a training step: ours, plain Composer, and a bare PyTorch loop, in turn in one run.
+"""Compares the time per training step of this project, plain Composer and a bare PyTorch loop.
 
 python benchmarks/step_time.py --compile              # ResNet-20, batch 128, 2 threads, fp32 on the CPU
 python benchmarks/step_time.py --device gpu --steps 500
 
-ours      training.train with an all-true mask, Rewind and the device-resident loader, channels last
+ours      lth_diet.training.trainer.train with an all-true mask, Rewind and the device-resident loader, channels last
 composer  Trainer, torchvision transforms on PIL images, DataLoader (the better of 0 and 2 workers), no training metrics
-bare      forward, backward and SGD on one batch that is ready, channels last: the floor
+bare      forward, backward and SGD on one ready batch, channels last: a lower bound
 
-Images are random: time does not depend on what they show. The figures are medians over the repeats of the mean over
-the steps of one, after a warm-up; ratios compare what ran in the same minute.
+Images are random, which does not affect the time. After a warm-up, each repeat gives the mean over its steps; the table
+shows medians over the repeats. The contenders alternate, so that ratios compare measurements of the same minute.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from lth_diet.networks.resnet import ResNet
 
 
 class Images(Dataset):
-    """What torchvision's CIFAR10 is: an array, a PIL image an item, a transform."""
+    """Same work per item as torchvision's CIFAR10: converts an array to a PIL image and transforms it."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         self.images, self.labels = images, labels.tolist()
@@ -61,12 +61,12 @@ class Benchmark:
         return Clock(self.warmup, self.last, self.device)
 
     def ours(self, compiled: bool = False) -> float:
-        clock = self.current_step()
+        clock = self.clock()
         self.work.train(self.last, [clock], compiled)
         return clock.seconds
 
     def composer(self, workers: int) -> float:
-        clock = self.current_step()
+        clock = self.clock()
         network = ResNet(self.depth, 10)
         initialize(network, 1)
         model = composer.models.ComposerClassifier(network, num_classes=10, train_metrics=MetricCollection([]))
@@ -113,9 +113,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="ours with torch.compile too")
+    parser.add_argument("--compile", action="store_true", help="also measure ours with torch.compile")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("-o", "--output", type=Path, help="JSON with every measurement")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for all measurements")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
@@ -128,7 +128,7 @@ def main() -> None:
     }
     if arguments.compile:
         contenders["ours, compiled"] = lambda: bench.ours(compiled=True)
-        bench.ours(compiled=True)  # it is compiled here, once
+        bench.ours(compiled=True)  # compiles once, before timing
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(arguments.repeats):
         for name, run in contenders.items():
@@ -137,10 +137,10 @@ def main() -> None:
     plain = min(median["composer, 0 workers"], median["composer, 2 workers"])
     ours = median["ours"]
     rows = [(name, median[name], min(values), max(values)) for name, values in times.items()]
-    print(table(rows, ("ms a step", "median", "least", "most")))
-    print(f"ours is {ours / median['bare']:.3f} x the bare loop, plain Composer {plain / ours:.3f} x ours")
+    print(table(rows, ("ms per step", "median", "min", "max")))
+    print(f"ours: {ours / median['bare']:.3f} x the bare loop; plain Composer: {plain / ours:.3f} x ours")
     if arguments.compile:
-        print(f"plain Composer is {plain / median['ours, compiled']:.3f} x ours, compiled")
+        print(f"plain Composer: {plain / median['ours, compiled']:.3f} x ours, compiled")
     write(arguments, {"milliseconds": times, "median": median})
 
 

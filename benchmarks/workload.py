@@ -1,4 +1,4 @@
-"""What the benchmarks train, and what they write: random images (time does not depend on what they show), real code."""
+"""Training workload of the benchmarks, on random images, and their output."""
 
 import argparse
 import json
@@ -29,15 +29,16 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class Workload:
-    """A level of IMP on random images.
+    """One IMP level on random images.
 
     Args:
-        depth, width: Of the ResNet.
-        batch_size: Images a step.
+        depth: Depth of the ResNet.
+        width: Channels of its first stage.
+        batch_size: Images per step.
         device: "cpu" or "gpu".
         size: Height and width of the images.
-        examples: Training images.
-        tested: Test images.
+        examples: Number of training images.
+        tested: Number of test images.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Workload:
         return Loader(self.data, self.batch_size, 1, 2, self.where)
 
     def train(self, steps: int, algorithms: Sequence[Algorithm] = (), compiled: bool = False) -> None:
-        """A level's steps, with an all-true mask: `training.train` as IMP calls it."""
+        """Trains a level with an all-true mask, calling `lth_diet.training.trainer.train` as IMP does."""
         config = Config.model_validate(
             {
                 "arm": "init",
@@ -82,7 +83,7 @@ class Workload:
 
 
 class Clock(Algorithm):
-    """Times the steps from `first` to `last`."""
+    """Measures the time from step `first` to step `last`."""
 
     def __init__(self, first: int, last: int, device: str):
         self.first, self.last, self.device = first, last, device
@@ -96,19 +97,19 @@ class Clock(Algorithm):
 
     @property
     def seconds(self) -> float:
-        """Mean of a step."""
+        """Mean seconds per step."""
         return (self.times[self.last] - self.times[self.first]) / (self.last - self.first)
 
 
 def now(device: str) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Returns the time in seconds after all work on the device has finished."""
     if device == "gpu":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
-    """Rows under a head, the first column to the left, numbers to the right."""
+    """Formats a table with the first column aligned left and the others right."""
     cells = [list(head), *([f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     return "\n".join(
@@ -118,11 +119,11 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
 
 
 def write(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Figures with hardware, versions and the command, to `arguments.output` if there is one."""
+    """Writes figures, hardware, versions and arguments as JSON to `arguments.output`, if given."""
     if not arguments.output:
         return
     gpu = getattr(arguments, "device", "cpu") == "gpu"
-    about = {
+    environment = {
         "command": {key: value for key, value in vars(arguments).items() if key != "output"},
         "hardware": torch.cuda.get_device_name() if gpu else processor(),
         "cores": os.cpu_count(),
@@ -130,7 +131,7 @@ def write(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
         "torch": torch.__version__,
         "composer": composer.__version__,
     }
-    arguments.output.write_text(json.dumps(about | figures, indent=2) + "\n")
+    arguments.output.write_text(json.dumps(environment | figures, indent=2) + "\n")
 
 
 def processor() -> str:

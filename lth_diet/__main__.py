@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the commands above.
 
     Returns:
-        0; 1 if `verify` found damage or `sync` could not reach MLflow; 2 after one sentence if the input is bad.
+        The exit status: 0; 1 if `verify` found damage or `sync` could not reach MLflow; 2 if the input is invalid.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -55,13 +55,13 @@ def _parser() -> Parser:
     command.set_defaults(command=_export)
 
     command = commands.add_parser("pull", help="copy runs from an object store")
-    command.add_argument("url", help="of a folder of runs, or of one run directory")
-    command.add_argument("folder", type=Path, help="created if it does not exist")
+    command.add_argument("url", help="URL of a folder of runs, or of one run directory")
+    command.add_argument("folder", type=Path, help="destination, created if it does not exist")
     command.set_defaults(command=_pull)
     return parser
 
 
-# Each command imports what it needs, so that `verify` does not wait for MLflow.
+# Each command imports only what it needs: MLflow takes seconds.
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     for file, remedy in damaged:
         print(f"{file}: damaged or missing; {remedy}")
     counts = f"{len(directories)} runs and {len(scored)} sets of scores"
-    print(f"{counts}: {len(damaged)} files are damaged" if damaged else f"{counts}: every finished file is whole")
+    print(f"{counts}: {len(damaged)} files are damaged" if damaged else f"{counts}: all finished files are intact")
     return 1 if damaged else 0
 
 

@@ -1,4 +1,4 @@
-"""Bad input, and how it is told: exit status 2 after one sentence."""
+"""Errors of a user's input: reported in one sentence, with exit status 2."""
 
 import argparse
 import contextlib
@@ -9,13 +9,14 @@ from typing import NoReturn
 
 from safetensors import SafetensorError
 
-_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_CORRUPT = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class UserError(Exception):
-    """Bad input, told in one sentence that names file, key, value and what is allowed; a recipe exits with 2.
+    """Invalid input. The message is one sentence that says what is wrong, where, and what to do.
 
-    What it quotes may be hostile: line ends, terminal escape sequences and the like are told as in Python's strings.
+    Input that the message quotes may be hostile: control characters, such as line ends and terminal escape sequences,
+    are escaped as in Python strings.
     """
 
     def __str__(self) -> str:
@@ -24,14 +25,14 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises a UserError for a bad command line, instead of printing how the command is used."""
+    """An ArgumentParser that raises UserError for an invalid command line instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}; see --help")
 
 
 def print_error(error: UserError | OSError) -> int:
-    """Print the sentence; returns the exit status of a command that was given bad input."""
+    """Print an error to stderr and return the exit status for invalid input, 2."""
     if isinstance(error, OSError):
         error = UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     print(f"error: {error}", file=sys.stderr)
@@ -40,7 +41,7 @@ def print_error(error: UserError | OSError) -> int:
 
 @contextlib.contextmanager
 def add_path_to_errors(path: Path) -> Iterator[None]:
-    """While a file is written: an OSError of a write names no file; inside it names this one."""
+    """Set the file name of an OSError raised inside: an OSError of a write has none."""
     try:
         yield
     except OSError as error:
@@ -50,18 +51,22 @@ def add_path_to_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def raise_if_corrupt(path: Path, what: str) -> Iterator[None]:
-    """Whatever goes wrong while a file is read and taken apart means that it is not what it should be.
+    """Turn errors raised while a file is read and parsed into a UserError.
+
+    Args:
+        path: Path of the file, for the message.
+        what: What the file should be, for the message; completes "expected ...".
 
     Raises:
-        UserError: That says so.
+        UserError: If the file cannot be read or its content is invalid.
     """
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); allowed: {what}") from None
-    except (*_DAMAGED, SafetensorError):
-        raise UserError(f"{path}: damaged; allowed: {what}") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected {what}") from None
+    except (*_CORRUPT, SafetensorError):
+        raise UserError(f"{path} is damaged; expected {what}") from None
 
 
 class TrainingError(Exception):
-    """Training cannot go on; the sentence says where it stopped and why."""
+    """Training cannot continue. The message says where it stopped and why."""

@@ -1,4 +1,4 @@
-"""Files that survive a kill: atomic writes, JSON with checksums, and locks that processes and hosts share."""
+"""Crash-safe files: atomic writes, JSON with checksums, and locks between processes and hosts."""
 
 import contextlib
 import hashlib
@@ -17,48 +17,49 @@ from filelock import LeaseCompromise, SoftFileLease, Timeout
 from lth_diet.errors import UserError, add_path_to_errors
 
 LEASE_SECONDS = 60.0
+"""Seconds without a renewal after which a lock expires."""
 
 
 class LockedError(UserError):
-    """Another process works in this folder."""
+    """Another process has locked the folder."""
 
 
 @contextlib.contextmanager
-def lock(folder: Path, patience: float) -> Iterator[None]:
-    """Keep other processes out of a folder, on this host and on others that share it.
+def lock(folder: Path, timeout: float) -> Iterator[None]:
+    """Lock a folder against other processes, on this host and on hosts that share its file system.
 
-    The hold is a lease that a thread renews. When its holder dies, another process takes it over: at once on the same
-    host; on another, or if the holder has stopped, once it has seen no renewal for `LEASE_SECONDS` by its own clock. A
-    holder that has lost its lease ends where it is, which loses no more than a kill would.
+    The lock is a lease that a background thread renews. If its holder dies, a process on the same host takes it over
+    at once. A process on another host takes it over after seeing no renewal for `LEASE_SECONDS` by its own clock; so
+    does any process if the holder is stopped. A holder that finds its lease lost exits at once, as if killed.
 
     Args:
-        folder: Made if it is not there.
-        patience: Seconds to wait for a holder that gives signs of life, as it may be about to end; -1 waits as long as
-            it takes, and 0 does not wait for signs of life either.
+        folder: Folder to lock; created if it does not exist.
+        timeout: Seconds to wait for a holder that renews its lease; -1 waits without limit. With 0 the lock is tried
+            once, without waiting to see whether the holder is alive.
 
     Raises:
-        AnotherProcessError: If another process holds it for longer.
+        LockedError: If another process still holds the lock after `timeout`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / ".lease"
     lease = SoftFileLease(
         path, lease_duration=LEASE_SECONDS, heartbeat_interval=LEASE_SECONDS / 12, on_compromise=_on_compromise
     )
-    began, renewed = time.monotonic(), _renewed(path)
+    start, renewed_at = time.monotonic(), _renewed_at(path)
 
-    def is_hopeless() -> bool:
-        return 0 <= patience < time.monotonic() - began and _renewed(path) != renewed
+    def holder_is_alive_after_timeout() -> bool:
+        return 0 <= timeout < time.monotonic() - start and _renewed_at(path) != renewed_at
 
     try:
-        hold = lease.acquire(timeout=0 if patience == 0 else -1, cancel_check=is_hopeless)
+        held = lease.acquire(timeout=0 if timeout == 0 else -1, cancel_check=holder_is_alive_after_timeout)
     except Timeout:
         holder = f" (process {lease.owner.pid} on {lease.owner.hostname})" if lease.owner else ""
-        raise LockedError(f"{folder} is being trained by another process{holder}; wait for it, or end it") from None
-    with hold:
+        raise LockedError(f"{folder} is being trained by another process{holder}; wait for it, or stop it") from None
+    with held:
         yield
 
 
-def _renewed(lease: Path) -> int | None:
+def _renewed_at(lease: Path) -> int | None:
     with contextlib.suppress(OSError):
         return lease.stat().st_mtime_ns
     return None
@@ -69,23 +70,23 @@ def _on_compromise(compromise: LeaseCompromise) -> None:
 
 
 def exit_without_lock(folder: str, reason: str) -> NoReturn:
-    """End this process where it is, which has lost its hold on a folder."""
-    told = f"error: {folder} may have been taken over by another process ({reason}); this one ends"
-    print(told, file=sys.stderr, flush=True)
+    """Exit at once, because this process has lost the lock of a folder."""
+    message = f"error: {folder} may have been taken over by another process ({reason}); this one exits"
+    print(message, file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what a process left that was killed while it wrote below a folder, which this process has to hold."""
+    """Remove the temporary files of killed writers below a folder; the caller must hold its lock."""
     for part in folder.rglob(".*.part-*"):
         part.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that it has its old content or the new one, whenever the process is killed.
+    """Write a file so that a killed process leaves either its old content or the new.
 
     Raises:
-        OSError: That names the file, if it cannot be written; it is as it was then.
+        OSError: If the file cannot be written, with its name; its old content is then unchanged.
     """
     part = path.with_name(f".{path.name}.part-{secrets.token_hex(8)}")
     try:
@@ -97,24 +98,24 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             part.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            part.unlink()  # a full disk has need of the space
+            part.unlink()  # frees space on a full disk
         raise
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that carries its own checksum, atomically."""
+    """Write a JSON file with its own checksum, atomically."""
     write_atomically(path, json.dumps({**content, "checksum": _checksum(content)}, indent=2))
 
 
 def read_json(path: Path, types: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read what `write_json` wrote.
+    """Read a JSON file that `write_json` wrote.
 
     Args:
-        path: Of the file.
-        types: Of the values that are needed, by key; with None in it, the key may be missing.
+        path: Path of the file.
+        types: Types of the required keys. A key whose type includes None may be missing.
 
     Raises:
-        UserError: If it cannot be read, is not what was written, or a value is of another type.
+        UserError: If the file cannot be read, does not match its checksum, or a value is missing or of another type.
     """
     try:
         content = json.loads(path.read_text())
@@ -123,12 +124,12 @@ def read_json(path: Path, types: Mapping[str, Any] | None = None) -> dict[str, A
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path}: damaged, or not written by lth_diet") from None
+        raise UserError(f"{path} is damaged or was not written by lth_diet") from None
     for key, kind in (types or {}).items():
         value = content.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
-            there = f"{key}: {reprlib.repr(value)}" if key in content else f"no {key}"
-            raise UserError(f"{path}: {there}, where {getattr(kind, '__name__', kind)} has to be")
+            found = reprlib.repr(value) if key in content else "missing"
+            raise UserError(f"{path}: {key} is {found}, expected {getattr(kind, '__name__', kind)}")
     return content
 
 
@@ -137,10 +138,11 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def cache_folder() -> Path:
-    """Where this node keeps what can be made or had again."""
+    """Folder of this host for data that can be computed or downloaded again."""
     home = os.environ.get("LTH_DIET_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lth_diet"
     return Path(home).expanduser()

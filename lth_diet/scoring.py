@@ -1,7 +1,8 @@
-"""Scores a data set: trains K networks and measures the EL2N score of every training example (paper, appendix A)."""
+"""EL2N scoring: trains K networks and measures the score of every training example (paper, appendix A)."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,19 +27,20 @@ from lth_diet.training import trainer
 from lth_diet.training.builders import Builder
 from lth_diet.training.progress import Progress
 
-_LOCK_TIMEOUT = 10.0  # seconds that one round of waiting gives each network's holder
+_LOCK_TIMEOUT = 10.0  # seconds to wait for each network that another process is training
 
 
 class Scoring:
-    """One scores artifact. Any number of processes may make it together: each trains a network that no other holds.
+    """Computes the EL2N scores of a data set.
 
-    The network of a process that dies goes to another, which goes on from its last checkpoint.
+    Any number of processes may run it at the same time. Each locks the network that it trains. If a process dies,
+    another one resumes its network from the last checkpoint.
 
     Args:
-        config: Its scoring settings.
-        progress: Told of what happens.
-        track: Called whenever there is something new for MLflow in the folder.
-        order: Numbers of the networks, those to begin with first.
+        config: Configuration with the scoring settings.
+        progress: Receives progress, results and warnings.
+        track: Called after networks and checkpoints to send new results to MLflow.
+        order: Numbers of the networks, 0 to K - 1, in the order in which to train them.
     """
 
     def __init__(self, config: Config, progress: Progress, track: Callable[[], None], order: Sequence[int]):
@@ -49,33 +51,36 @@ class Scoring:
         self.order = order
 
     def run(self) -> None:
-        """Return when the artifact is there, whoever made it."""
+        """Train networks until the scores are complete, here or in another process."""
         timeout = 0.0
         while not (self.folder.done or all(network.done for network in self.folder.networks())):
             if any(self.train(number, timeout) for number in self.order):
                 timeout = 0.0
             elif not timeout:
                 timeout = _LOCK_TIMEOUT
-                self.progress.log(f"{self.folder.store}: waiting for networks that other processes train")
+                self.progress.log(f"{self.folder.store}: waiting for networks that other processes are training")
             self.folder.store.refresh_index()
         with self.folder.store.lock(timeout=-1):
             if not self.folder.done:
                 remove_partial_files(self.folder.path)
                 for number in self.order:
-                    self.tidy(number)
+                    self.clean_up(number)
                 self.combine()
-            elif not self.shown:
+            elif not self.has_pictures:
                 labels = Builder(self.config, "all").noisy_data.train.labels
-                self.show(self.folder.load(labels), labels)
+                self.save_pictures(self.folder.load(labels), labels)
             self.folder.store.upload()
-        self.track()  # also what an earlier launch could not send
+        self.track()  # sends what an earlier launch could not send
 
     def train(self, number: int, timeout: float = 0.0) -> bool:
-        """Train and evaluate a network; False if it is done already or in the hands of another process.
+        """Train one network and score all training examples with it.
 
         Args:
-            number: Of the network.
-            timeout: As of `Place.held`.
+            number: Number of the network, 0 to K - 1.
+            timeout: Seconds to wait for the lock, as for `RunStore.lock`.
+
+        Returns:
+            False if the network is finished already or another process is training it.
         """
         store = self.folder.network_store(number)
         phase = PhaseDirectory(store.path, store.upload)
@@ -86,20 +91,7 @@ class Scoring:
                 if phase.done:
                     return False
                 remove_partial_files(phase.path)
-                builder = Builder(self.config, phase.name)
-                model, data = builder.build_network(), builder.noisy_data
-                settings = self.config.train
-                schedule = trainer.Schedule(0, self.config.scores.steps, settings.lr, settings.milestones)
-                self.progress.start_phase(phase.name, "scoring")
-                loader, evaluation = builder.build_loader(data), builder.build_evaluation_loader(data.test)
-                result = trainer.train(
-                    model, loader, evaluation, schedule, [], phase, self.config, self.progress, self.track
-                )
-                errors = el2n(
-                    probabilities(model.module, builder.build_evaluation_loader(data.train)), data.train.labels
-                )
-                phase.write("el2n.safetensors", save_tensors({"el2n": errors.astype(np.float32)}))
-                phase.finish({"network": number, **result})
+                result = self._train(phase, number)
         except LockedError:
             return False
         self.progress.report_accuracy(phase.name, "scoring", result["test_accuracy_percent"])
@@ -107,27 +99,40 @@ class Scoring:
         self.track()
         return True
 
-    def tidy(self, number: int) -> None:
-        """Have a finished network here, without the checkpoint of a process that was killed as it finished."""
+    def _train(self, phase: PhaseDirectory, number: int) -> dict[str, Any]:
+        builder, settings = Builder(self.config, phase.name), self.config.train
+        model, data = builder.build_network(), builder.noisy_data
+        loader, evaluation_loader = builder.build_loader(data), builder.build_evaluation_loader(data.test)
+        schedule = trainer.Schedule(0, self.config.scores.steps, settings.lr, settings.milestones)
+        self.progress.start_phase(phase.name, "scoring")
+        result = trainer.train(
+            model, loader, evaluation_loader, schedule, [], phase, self.config, self.progress, self.track
+        )
+        scores = el2n(probabilities(model.module, builder.build_evaluation_loader(data.train)), data.train.labels)
+        phase.write("el2n.safetensors", save_tensors({"el2n": scores.astype(np.float32)}))
+        phase.finish({"network": number, **result})
+        return result
+
+    def clean_up(self, number: int) -> None:
+        """Download a finished network and remove a checkpoint left by a process that was killed as it finished."""
         store = self.folder.network_store(number)
         with store.lock(timeout=-1):
             PhaseDirectory(store.path).remove_stale_checkpoints()
             store.upload()
 
     def combine(self) -> None:
-        """Make one artifact of the networks' scores."""
+        """Write the scores of all networks as one artifact."""
         builder = Builder(self.config, "all")
         networks = self.folder.networks()
         values = np.stack([load_file(network.verified("el2n.safetensors"))["el2n"] for network in networks])
         labels = builder.noisy_data.train.labels
-        self.show(Scores(values, {}), labels)
-        facts = catalog.info(self.config.dataset.name, self.config.dataset.root)
+        self.save_pictures(Scores(values, {}), labels)
         artifact.save_scores(
             self.folder.path,
             values,
             labels,
             self.config.dataset.name,
-            facts.fingerprint,
+            catalog.info(self.config.dataset.name, self.config.dataset.root).fingerprint,
             label_noise=self.config.pretrain.label_noise,
             seed=self.config.seed,
             network_seeds=[seeds.derive_seed(self.config.seed, network.name, "init") for network in networks],
@@ -140,25 +145,26 @@ class Scoring:
         )
 
     @property
-    def shown(self) -> bool:
-        """Whether the artifact has been drawn."""
+    def has_pictures(self) -> bool:
+        """Whether the pictures and statistics of the scores are complete."""
         try:
             return bool(read_json(self.folder.path / "examples/summary.json"))
         except UserError:
             return False
 
-    def show(self, found: Scores, labels: np.ndarray) -> None:
-        """Draw the artifact; a picture that fails is a warning."""
-        examples = ScoredExamples(Builder(self.config, "all").data, labels, found)
-        with self.progress.warn_on_error("no pictures of the scores"):
+    def save_pictures(self, scores: Scores, labels: np.ndarray) -> None:
+        """Write the pictures and statistics of the scores; an error in drawing is only a warning."""
+        examples = ScoredExamples(Builder(self.config, "all").data, labels, scores)
+        with self.progress.warn_on_error("cannot draw the pictures of the scores"):
             save_scores_pictures(self.folder.path / "examples", examples)
 
 
 @torch.no_grad()
 def probabilities(network: nn.Module, images: EvaluationLoader) -> np.ndarray:
-    """Softmax outputs in evaluation mode and single precision (no bf16, no TF32), float64 (N, classes).
+    """Softmax outputs in evaluation mode, float64 of shape (N, classes).
 
-    Softmax in double precision keeps the easiest examples apart, whose probabilities are 1 in single precision.
+    The network runs in single precision, without bf16 or TF32. The softmax is in double precision: in single
+    precision, the probabilities of the easiest examples would all round to 1.
     """
     network.eval()
     with _without_tf32():
@@ -167,13 +173,13 @@ def probabilities(network: nn.Module, images: EvaluationLoader) -> np.ndarray:
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Composer allows TF32 on GPUs, and leaves it so."""
-    places = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [store.allow_tf32 for store in places]
+    """Disable TF32, which Composer enables on GPUs."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    previous = [backend.allow_tf32 for backend in backends]
     try:
-        for store in places:
-            store.allow_tf32 = False
+        for backend in backends:
+            backend.allow_tf32 = False
         yield
     finally:
-        for store, allowed in zip(places, before, strict=True):
-            store.allow_tf32 = allowed
+        for backend, allowed in zip(backends, previous, strict=True):
+            backend.allow_tf32 = allowed

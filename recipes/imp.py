@@ -1,10 +1,10 @@
-"""Iterative magnitude pruning with rewinding, for every replicate of one arm.
+"""Iterative magnitude pruning with weight rewinding, for all replicates of one arm.
 
-composer -n 4 recipes/imp.py -f yamls/cifar100_random.yaml      a replicate a GPU, or CPU process
-python recipes/imp.py -f yamls/digits_all.yaml replicates=[0]   one after another, in this process
-python recipes/imp.py -f yamls/digits_all.yaml --plan           what would run, and what exists already
+composer -n 4 recipes/imp.py -f yamls/cifar100_random.yaml      one replicate per GPU or CPU process
+python recipes/imp.py -f yamls/digits_all.yaml replicates=[0]   replicates one after another, in one process
+python recipes/imp.py -f yamls/digits_all.yaml --plan           print what exists and what would run, and exit
 
-The same command again goes on where the last one stopped. At the end a report of the experiment is in runs/.
+Rerun the same command to resume. At the end a report of the experiment is written to runs/.
 """
 
 import sys
@@ -19,9 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(run: RunDirectory) -> None:
-    from analysis.report import conclude  # imports MLflow, which is not to be before the input is checked
+    from analysis.report import write_run_report  # slow (MLflow): imported after the input is validated
 
-    conclude(run)
+    write_run_report(run)
 
 
 if __name__ == "__main__":

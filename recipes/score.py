@@ -1,10 +1,10 @@
-"""EL2N scores of a configuration's training examples, with its label noise: one artifact in runs/scores/.
+"""EL2N scores of a configuration's training examples, with its label noise; written to runs/scores/.
 
-composer -n 4 recipes/score.py -f yamls/cifar10_easy.yaml               networks are dealt to the ranks
-python recipes/score.py -f yamls/cifar10_easy.yaml scores.networks=3    one after another, in this process
-python recipes/score.py -f yamls/cifar10_easy.yaml --plan               what would run, and what exists already
+composer -n 4 recipes/score.py -f yamls/cifar10_easy.yaml               networks are distributed over the ranks
+python recipes/score.py -f yamls/cifar10_easy.yaml scores.networks=3    networks one after another, in one process
+python recipes/score.py -f yamls/cifar10_easy.yaml --plan               print what exists and what would run, and exit
 
-The same command again goes on where the last one stopped. recipes/imp.py does this by itself when an arm needs it.
+Rerun the same command to resume. recipes/imp.py computes missing scores itself.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Every run of a sweep file, on this machine or on a Ray cluster; what is finished is not computed again.
+"""All runs of a sweep file, on this machine or a Ray cluster; finished runs are skipped.
 
-python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml --plan gpus=4    what is left, and how long it takes
-python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml                  on all GPUs of this machine
-python recipes/sweep.py -f yamls/sweeps/digits.yaml prune.levels=2 cpus=2     key=value for all runs, or of the sweep
-python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml --address auto   on a running cluster
+python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml --plan gpus=4    print what is left and how long it takes
+python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml                  run on all GPUs of this machine
+python recipes/sweep.py -f yamls/sweeps/digits.yaml prune.levels=2 cpus=2     override keys of all runs or of the sweep
+python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml --address auto   run on a running cluster
 
-Ctrl-C stops it; the same command goes on.
+Press Ctrl-C to stop. Rerun the same command to resume.
 """
 
 import sys
@@ -20,14 +20,14 @@ from lth_diet.sweep.plan import plan, shared_runs
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line.recipe_parser(__doc__)
-    parser.add_argument("--address", help="of a running Ray cluster, or auto; without it one is started here")
+    parser.add_argument("--address", help="address of a running Ray cluster, or auto; default: start a local one")
     try:
         arguments = parser.parse_intermixed_args(argv)
         sweep = Sweep(Path(arguments.file), arguments.overrides)
         if arguments.plan:
             print(plan(sweep, shared_runs(sweep, arguments.overrides)))
             return 0
-        from lth_diet.sweep import scheduler  # imports Ray, which is not to be before the input is checked
+        from lth_diet.sweep import scheduler  # slow (Ray): imported after the input is validated
 
         return scheduler.run_sweep(sweep, arguments.address, Path(__file__).parent)
     except (UserError, OSError) as error:

@@ -20,13 +20,13 @@ settings.load_profile("project")
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """The data cache, shared by the tests of a session; subprocesses inherit it."""
+    """One data cache for all tests of a session and their subprocesses."""
     os.environ["LTH_DIET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
-    """An MLflow store without experiments: to copy one takes no time, to make one takes seconds."""
+    """An empty MLflow store to copy, because creating one takes seconds."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
@@ -34,7 +34,7 @@ def empty_store(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch, empty_store):
-    """Each test works in an empty folder, with an MLflow store of its own beside it."""
+    """Run each test in an empty working folder with its own MLflow store next to it."""
     store = shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")  # absolute: MLflow keeps stores open by URI
     folder = tmp_path / "place"
@@ -45,7 +45,7 @@ def place(tmp_path, monkeypatch, empty_store):
 
 @pytest.fixture
 def tiny(place):
-    """Writes a small configuration (three levels of eight steps on the digits, two networks that score); its path."""
+    """Write a small configuration (digits, three levels of eight steps, two scoring networks); returns its path."""
 
     def write(arm="random", name="tiny.yaml"):
         path = place / name
@@ -57,7 +57,7 @@ def tiny(place):
 
 @pytest.fixture
 def grid(place):
-    """Writes a sweep file over TINY; its path."""
+    """Write a sweep file based on TINY; returns its path."""
 
     def write(text=SWEEP, name="grid.yaml"):
         (place / "base.yaml").write_text(TINY.format(arm="all"))
@@ -69,7 +69,7 @@ def grid(place):
 
 @pytest.fixture
 def jobs(grid):
-    """Of SWEEP: one that makes scores, and six runs."""
+    """Jobs of SWEEP: one that computes scores and six runs."""
     work = Sweep(grid()).work()
     assert [each.recipe for each in work] == ["score"] + ["imp"] * 6
     return [Job(each, each.name) for each in work]

@@ -1,5 +1,6 @@
-"""What several test modules use."""
+"""Helpers that several test modules share."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,14 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 COMPOSER = Path(sys.executable).with_name("composer")
+
+LAUNCHER_LINE = re.compile(
+    r"ERROR:composer\.cli\.launcher:Rank 0 crashed with exit code 2\."
+    r"|Waiting up to \d+ seconds for all training processes to terminate\. Press Ctrl-C to exit immediately\."
+    r"|Global rank 0 \(PID \d+\) exited with code 2"
+    r"|ERROR:composer\.cli\.launcher:Global rank 0 \(PID \d+\) exited with code 2"
+)
+"""What `composer` prints when rank 0 exits with 2 and nothing else is wrong."""
 
 TINY = """
 arm: {arm}
@@ -42,11 +51,11 @@ MEASURED = {
     "test_accuracy_percent": 90.0,
     "timestamp": 1,
 }
-"""What a finished phase of any kind has to tell."""
+"""Measurements of a finished phase of any kind."""
 
 
 def write_image_folder(root, sizes=None, shape=(8, 8), suffix=".png", seed=0):
-    """Images of noise in the true layout: `root/<part>/<class>/NNNN<suffix>`."""
+    """Write an image folder of noise: `root/<part>/<class>/NNNN<suffix>`."""
     random = np.random.default_rng(seed)
     for part, count in (sizes or {"train": 6, "test": 2}).items():
         for label in ("ant", "bee"):
@@ -59,29 +68,40 @@ def write_image_folder(root, sizes=None, shape=(8, 8), suffix=".png", seed=0):
 
 
 class Spy(Callback):
-    """Notes what it is told to look at, at an event."""
+    """Records the value of a function of the state at each of the given events."""
 
-    def __init__(self, **looks):
-        self.looks = looks
-        self.seen = {event: [] for event in looks}
+    def __init__(self, **functions):
+        self.functions = functions
+        self.seen = {event: [] for event in functions}
 
     def run_event(self, event, state, logger):
-        if event.value in self.looks:
-            self.seen[event.value].append(self.looks[event.value](state))
+        if event.value in self.functions:
+            self.seen[event.value].append(self.functions[event.value](state))
 
 
-def start(*arguments, ranks=None, recipe="imp"):
-    """Starts a recipe in the test's folder: with python, or with composer on some ranks."""
-    launcher = [str(COMPOSER), "-n", str(ranks)] if ranks else [sys.executable]
-    return subprocess.Popen(
-        [*launcher, str(ROOT / f"recipes/{recipe}.py"), "-f", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(*arguments, ranks=None, recipe="imp", fork=True):
+    """Starts a recipe in the test's folder: with python, or with composer on some ranks.
+
+    Args:
+        fork: In a fork of a process that has imported everything; False for a new interpreter.
+    """
+    from forks.client import Process
+
+    command = [ROOT / f"recipes/{recipe}.py", "-f", *map(str, arguments)]
+    if fork:
+        return Process(["composer", "-n", ranks, *command] if ranks else command)
+    launcher = [COMPOSER, "-n", str(ranks)] if ranks else [sys.executable]
+    return subprocess.Popen([*launcher, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(*arguments, ranks=None, recipe="imp"):
-    process = start(*arguments, ranks=ranks, recipe=recipe)
+def run(*arguments, **options):
+    process = start(*arguments, **options)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def check_launcher_output(output, sentence):
+    """Check that `composer` printed one error, which matches `sentence`, and then only its own status lines."""
+    error, *status = output.splitlines()
+    assert re.search(f"^error: .*{sentence}", error), output
+    assert all(LAUNCHER_LINE.fullmatch(line) for line in status), output

@@ -25,17 +25,17 @@ from lth_diet.training.progress import Progress
 
 @pytest.fixture
 def run(tiny):
-    """Runs the first replicate of a small configuration; returns its directory."""
+    """Runs replicate 0 of a small configuration and returns its directory."""
 
     def start(*overrides, arm="random"):
-        made = RunDirectory(loading.load_config(tiny(arm), overrides))
-        made.create()
-        if made.config.needs_scores and made.config.scores.file is None:
-            scoring = Scoring(made.config, Progress([], 0), lambda: None, range(2))
+        directory = RunDirectory(loading.load_config(tiny(arm), overrides))
+        directory.create()
+        if directory.config.needs_scores and directory.config.scores.file is None:
+            scoring = Scoring(directory.config, Progress([], 0), lambda: None, range(2))
             scoring.folder.create()
             scoring.run()
-        replicate = made.replicate(0)
-        imp.IMP(made.config, replicate, Progress(["replicate_0"], 0), lambda: None).run()
+        replicate = directory.replicate(0)
+        imp.IMP(directory.config, replicate, Progress(["replicate_0"], 0), lambda: None).run()
         return replicate
 
     return start
@@ -49,16 +49,16 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_each_level_starts_at_mask_times_rewind_point_bit_for_bit(run, monkeypatch):
+def test_each_level_starts_at_exactly_mask_times_rewind_point(run, monkeypatch):
     starts = []
 
-    class Watched(ApplyMask):
+    class RecordsStart(ApplyMask):
         def match(self, event, state):
             if event == Event.BEFORE_FORWARD and state.timestamp.batch == 4:
                 starts.append({name: tensor.clone() for name, tensor in state.model.module.state_dict().items()})
             return super().match(event, state)
 
-    monkeypatch.setattr(imp, "ApplyMask", Watched)
+    monkeypatch.setattr(imp, "ApplyMask", RecordsStart)
     replicate = run()
     rewind_point = weights(replicate.pretrain)
     assert float(rewind_point["bn1.running_mean"].abs().sum()) > 0
@@ -68,7 +68,7 @@ def test_each_level_starts_at_mask_times_rewind_point_bit_for_bit(run, monkeypat
     assert len(starts) == 3
 
 
-def test_each_mask_prunes_the_weights_trained_at_the_level_before(run):
+def test_each_mask_prunes_the_trained_weights_of_the_previous_level(run):
     replicate = run()
     masks = [Mask.load(replicate.level(level).path / "mask.safetensors") for level in range(3)]
     assert masks[0].density == 1
@@ -76,17 +76,17 @@ def test_each_mask_prunes_the_weights_trained_at_the_level_before(run):
         assert masks[level + 1] == prune_by_magnitude(weights(replicate.level(level)), masks[level], 0.2)
     for level in range(3):
         trained = weights(replicate.level(level))
-        assert all(bool((trained[name][~left] == 0).all()) for name, left in masks[level].items())
+        assert all(bool((trained[name][~kept] == 0).all()) for name, kept in masks[level].items())
         assert replicate.level(level).result()["weights_remaining_percent"] == 100 * masks[level].density
 
 
-def test_levels_train_from_the_rewind_step_to_the_end(run):
+def test_levels_train_from_the_rewind_step_to_the_last_step(run):
     replicate = run()
     assert replicate.pretrain.result()["steps"] == 4
     assert [replicate.level(level).result()["steps"] for level in range(3)] == [8, 8, 8]
 
 
-def test_init_rewinds_to_the_initialisation(run):
+def test_init_arm_rewinds_to_the_initialization(run):
     replicate = run(arm="init")
     network = (
         imp.IMP(loading.load_config("tiny.yaml"), replicate, Progress(["replicate_0"], 0), lambda: None)
@@ -97,17 +97,17 @@ def test_init_rewinds_to_the_initialisation(run):
     assert replicate.level(0).result()["steps"] == 12
 
 
-def examples_seen(monkeypatch, run, **options):
-    """The examples and labels of the batches of each phase, through the loader that it really used."""
-    seen, original = [], trainer.train
+def recorded_batches(monkeypatch, run, *overrides, arm="random"):
+    """Indices and labels of every batch of each phase, recorded from its loader."""
+    phases, original = [], trainer.train
 
-    def watched(model, loader, *rest):
+    def train(model, loader, *rest):
         batches = []
-        seen.append(batches)
-        real = loader.batch
+        phases.append(batches)
+        original_batch = loader.batch
 
         def batch(step):
-            images, labels = real(step)
+            images, labels = original_batch(step)
             batches.append((loader.examples(step), labels.numpy()))
             return images, labels
 
@@ -115,89 +115,88 @@ def examples_seen(monkeypatch, run, **options):
         try:
             return original(model, loader, *rest)
         finally:
-            loader.batch = real
+            loader.batch = original_batch
 
-    monkeypatch.setattr(trainer, "train", watched)
-    run(*options.pop("overrides", ()), **options)
-    return [([examples for examples, _ in batches], [labels for _, labels in batches]) for batches in seen]
+    monkeypatch.setattr(trainer, "train", train)
+    run(*overrides, arm=arm)
+    return [([examples for examples, _ in batches], [labels for _, labels in batches]) for batches in phases]
 
 
-def test_pretraining_sees_the_random_subset_in_passes_and_levels_see_all(run, monkeypatch):
-    seen = examples_seen(monkeypatch, run)
+def test_pretraining_uses_epochs_of_the_random_subset_and_levels_use_all_examples(run, monkeypatch):
+    batches = recorded_batches(monkeypatch, run)
     labels = catalog.load("digits", "unused").train.labels
     subset = subsets.random_subset(labels, 128, seeds.derive_seed(42, 0, "subset"))
-    pretraining = seen[0][0]
+    pretraining = batches[0][0]
     assert len(pretraining) == 4
-    for number in range(2):  # 128 examples are two batches of 64
-        assert sorted([*pretraining[2 * number], *pretraining[2 * number + 1]]) == subset.tolist()
-    for level, _ in seen[1:]:
+    for epoch in range(2):  # 128 examples are two batches of 64
+        assert sorted([*pretraining[2 * epoch], *pretraining[2 * epoch + 1]]) == subset.tolist()
+    for level, _ in batches[1:]:
         assert len(level) == 8
         assert not {int(i) for batch in level for i in batch} <= set(subset.tolist())
 
 
-def test_arms_of_a_replicate_share_the_order_of_examples(run, monkeypatch):
-    everything = examples_seen(monkeypatch, run, arm="all")
-    fresh = examples_seen(monkeypatch, run, arm="init")
-    order = [batch.tolist() for batch in fresh[0][0]]
-    assert [batch.tolist() for batch in everything[0][0] + everything[1][0]] == order
+def test_arms_of_a_replicate_share_the_data_order(run, monkeypatch):
+    all_arm = recorded_batches(monkeypatch, run, arm="all")
+    init_arm = recorded_batches(monkeypatch, run, arm="init")
+    order = [batch.tolist() for batch in init_arm[0][0]]
+    assert [batch.tolist() for batch in all_arm[0][0] + all_arm[1][0]] == order
 
 
 @pytest.mark.parametrize("arm", ["all", "random", "easy", "hard"])
-def test_pretraining_sees_noisy_labels_and_every_level_the_true_ones(run, monkeypatch, arm):
-    seen = examples_seen(monkeypatch, run, arm=arm, overrides=["pretrain.label_noise=0.5"])
+def test_pretraining_uses_noisy_labels_and_levels_use_true_labels(run, monkeypatch, arm):
+    batches = recorded_batches(monkeypatch, run, "pretrain.label_noise=0.5", arm=arm)
     true = catalog.load("digits", "unused").train.labels
     noisy = label_noise.randomize_labels(true, 0.5, 10, seeds.derive_seed(42, "all", "noise"))
-    phases = seen[2:] if arm in ("easy", "hard") else seen  # two networks score first
+    phases = batches[2:] if arm in ("easy", "hard") else batches  # two scoring networks come first
     assert len(phases) == 4
     for number, (examples, labels) in enumerate(phases):
-        for positions, given in zip(examples, labels, strict=True):
-            assert np.array_equal(given, (true if number else noisy)[positions])
+        for indices, given in zip(examples, labels, strict=True):
+            assert np.array_equal(given, (true if number else noisy)[indices])
     pretraining = np.concatenate(phases[0][0])
     assert (noisy[pretraining] != true[pretraining]).any()
 
 
 @pytest.mark.parametrize("arm", ["easy", "hard"])
-def test_pretraining_sees_the_examples_at_one_end_of_the_scores(run, monkeypatch, arm):
+def test_pretraining_uses_the_examples_with_the_lowest_or_highest_scores(run, monkeypatch, arm):
     options = ["pretrain.subset.class_balanced=true", "pretrain.subset.offset=20"]
-    seen = examples_seen(monkeypatch, run, arm=arm, overrides=options)
+    batches = recorded_batches(monkeypatch, run, *options, arm=arm)
     labels = catalog.load("digits", "unused").train.labels
-    scored = artifact.load_scores(next(Path("runs/scores").glob("*/scores.safetensors")), labels)
-    choose = {"easy": subsets.easy, "hard": subsets.hard}[arm]
-    expected = choose(scored.mean, labels, 128, class_balanced=True, offset=20)
-    assert sorted(np.concatenate(seen[2][0][:2])) == expected.tolist()
-    record = load_file(next(Path("runs").glob(f"digits_{arm}-*/replicate_0/pretrain/subset.safetensors")))
-    assert record["indices"].tolist() == expected.tolist()
+    scores = artifact.load_scores(next(Path("runs/scores").glob("*/scores.safetensors")), labels)
+    select = {"easy": subsets.easy, "hard": subsets.hard}[arm]
+    expected = select(scores.mean, labels, 128, class_balanced=True, offset=20)
+    assert sorted(np.concatenate(batches[2][0][:2])) == expected.tolist()
+    saved = load_file(next(Path("runs").glob(f"digits_{arm}-*/replicate_0/pretrain/subset.safetensors")))
+    assert saved["indices"].tolist() == expected.tolist()
 
 
-def test_a_random_subset_under_noise_is_balanced_over_the_labels_that_pretraining_sees(run):
+def test_random_subset_is_balanced_over_the_noisy_labels(run):
     replicate = run("pretrain.label_noise=0.5", "pretrain.subset.size=130")
-    record = json.loads((replicate.pretrain.path / "subset.json").read_text())
-    assert set(record["classes"].values()) == {13}
-    assert record["wrong_labels_percent"]["subset"] > 20
+    summary = json.loads((replicate.pretrain.path / "subset.json").read_text())
+    assert set(summary["classes"].values()) == {13}
+    assert summary["wrong_labels_percent"]["subset"] > 20
     assert "subset.safetensors" in replicate.pretrain.result()["sha256"]
 
 
-def test_replicates_that_would_choose_by_other_scores_are_refused(run, tiny):
+def test_replicates_with_subsets_from_different_scores_are_rejected(run, tiny):
     replicate = run("prune.levels=0", arm="easy")
-    made = RunDirectory(loading.load_config(tiny("easy"), ["prune.levels=0"]))
+    directory = RunDirectory(loading.load_config(tiny("easy"), ["prune.levels=0"]))
     path = replicate.pretrain.path / "result.json"
     write_json(path, read_json(path) | {"scores_sha256": "of other scores"})
-    with pytest.raises(UserError, match=r"replicate_0/pretrain chose by other scores"):
-        imp.IMP(made.config, made.replicate(1), Progress(["replicate_1"], 0), lambda: None).run()
+    with pytest.raises(UserError, match=r"replicate_0/pretrain: its subset was selected by scores other than"):
+        imp.IMP(directory.config, directory.replicate(1), Progress(["replicate_1"], 0), lambda: None).run()
 
 
-def test_a_score_file_by_hand_takes_the_place_of_scoring(run, place, monkeypatch):
+def test_a_given_scores_file_replaces_scoring(run, place, monkeypatch):
     labels = catalog.load("digits", "unused").train.labels
     values = np.arange(1442, dtype=np.float32)[None]
     artifact.save_scores(place / "mine", values, labels, "digits", "digits")
-    given = ["scores.file=mine/scores.safetensors"]
-    seen = examples_seen(monkeypatch, run, arm="easy", overrides=given)
-    assert len(seen) == 4 and not Path("runs/scores").exists()
-    assert sorted(np.concatenate(seen[0][0][:2])) == list(range(128))
+    batches = recorded_batches(monkeypatch, run, "scores.file=mine/scores.safetensors", arm="easy")
+    assert len(batches) == 4 and not Path("runs/scores").exists()
+    assert sorted(np.concatenate(batches[0][0][:2])) == list(range(128))
 
 
-class Settings(Algorithm):
-    """Notes what each phase trains with: the arguments of its Trainer, and every forward."""
+class PhaseRecorder(Algorithm):
+    """Records the arguments of a phase's Trainer, its learning rates and its first weights and batch."""
 
     def __init__(self, options):
         self.options = options
@@ -216,20 +215,20 @@ class Settings(Algorithm):
 
 @pytest.fixture
 def phases(monkeypatch):
-    """The settings of every phase that is trained."""
-    seen, real = [], composer_internals.LeanTrainer
+    """A PhaseRecorder for each phase that is trained."""
+    recorders, original = [], composer_internals.LeanTrainer
 
     def build(algorithms, **options):
-        seen.append(Settings(options))
-        return real(algorithms=[*algorithms, seen[-1]], **options)
+        recorders.append(PhaseRecorder(options))
+        return original(algorithms=[*algorithms, recorders[-1]], **options)
 
     monkeypatch.setattr(composer_internals, "LeanTrainer", build)
-    return seen
+    return recorders
 
 
-def test_each_phase_trains_with_what_the_configuration_says(run, phases):
-    given = ["train.lr=0.3", "pretrain.lr=0.2", "train.gamma=0.5", "train.momentum=0.8", "train.weight_decay=0.01"]
-    run(*given, "prune.levels=0", "deterministic=true", "precision=fp32")
+def test_each_phase_uses_the_configured_hyperparameters(run, phases):
+    overrides = ["train.lr=0.3", "pretrain.lr=0.2", "train.gamma=0.5", "train.momentum=0.8", "train.weight_decay=0.01"]
+    run(*overrides, "prune.levels=0", "deterministic=true", "precision=fp32")
     pretraining, level = phases
     assert pretraining.rates == [(step, 0.2) for step in range(4)]
     expected = [0.3 * 0.5 ** ((step >= 6) + (step >= 9)) for step in range(4, 12)]
@@ -242,22 +241,22 @@ def test_each_phase_trains_with_what_the_configuration_says(run, phases):
 def test_arms_of_a_replicate_share_initial_weights_and_augmented_images(run, phases):
     run(arm="all")
     run(arm="init")
-    (first_weights, first_batch), (weights_of_init, batch_of_init) = phases[0].first, phases[4].first
-    assert equal(first_weights, weights_of_init)
-    for mine, other in zip(first_batch, batch_of_init, strict=True):
-        assert torch.equal(mine, other)
+    (weights_of_all, batch_of_all), (weights_of_init, batch_of_init) = phases[0].first, phases[4].first
+    assert equal(weights_of_all, weights_of_init)
+    for tensor, other in zip(batch_of_all, batch_of_init, strict=True):
+        assert torch.equal(tensor, other)
 
 
 def test_replicates_differ_in_initial_weights_and_images(run, phases, tiny):
     run(arm="init")
-    made = RunDirectory(loading.load_config(tiny("init")))
-    imp.IMP(made.config, made.replicate(1), Progress(["replicate_1"], 0), lambda: None).run()
+    directory = RunDirectory(loading.load_config(tiny("init")))
+    imp.IMP(directory.config, directory.replicate(1), Progress(["replicate_1"], 0), lambda: None).run()
     (weights_0, batch_0), (weights_1, batch_1) = phases[0].first, phases[3].first
     assert not torch.equal(weights_0["conv1.weight"], weights_1["conv1.weight"])
     assert not torch.equal(batch_0[0], batch_1[0])
 
 
-class Nothing(Algorithm):
+class NoOp(Algorithm):
     def __init__(self, *args, **kwargs):
         pass
 
@@ -268,49 +267,46 @@ class Nothing(Algorithm):
         pass
 
 
-class KeepsButDoesNotRewind(Rewind):
+class SavesButDoesNotRewind(Rewind):
     def match(self, event, state):
         return event != Event.FIT_START and super().match(event, state)
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "removed"),
-    [(SubsetSampling, Nothing), (Rewind, KeepsButDoesNotRewind)],
+    ("algorithm", "replacement"),
+    [(SubsetSampling, NoOp), (Rewind, SavesButDoesNotRewind)],
 )
-def test_a_run_without_one_of_the_algorithms_is_another_run(run, monkeypatch, algorithm, removed):
+def test_each_algorithm_changes_the_result(run, monkeypatch, algorithm, replacement):
     with_it = weights(run("runs=with", "prune.levels=1").level(1))
-    monkeypatch.setattr(imp, algorithm.__name__, removed)
+    monkeypatch.setattr(imp, algorithm.__name__, replacement)
     without = weights(run("runs=without", "prune.levels=1").level(1))
     assert not equal(with_it, without)
 
 
-def test_a_run_without_masks_is_refused(run, monkeypatch):
-    monkeypatch.setattr(imp, "ApplyMask", Nothing)
-    with pytest.raises(UserError, match=r"level_1: weights that its mask prunes are not zero"):
+def test_nonzero_pruned_weights_are_an_error(run, monkeypatch):
+    monkeypatch.setattr(imp, "ApplyMask", NoOp)
+    with pytest.raises(UserError, match=r"level_1: weights pruned by its mask are not zero"):
         run("prune.levels=1")
 
 
-def test_a_finished_run_is_not_computed_again(run, monkeypatch):
+def test_a_finished_run_is_not_trained_again(run, monkeypatch):
     replicate = run()
     before = {path: path.stat().st_mtime_ns for path in replicate.path.rglob("*")}
 
-    def trained_again(*args):
-        raise AssertionError("a finished phase was trained again")
-
-    monkeypatch.setattr(trainer, "train", trained_again)
+    monkeypatch.setattr(trainer, "train", lambda *args: pytest.fail("a finished phase was trained again"))
     run()
     assert {path: path.stat().st_mtime_ns for path in replicate.path.rglob("*")} == before
 
 
-def test_more_levels_extend_a_run_to_what_it_would_have_been(run):
+def test_extending_a_run_by_levels_equals_running_all_levels_at_once(run):
     run("prune.levels=1")
     extended = run("prune.levels=2")
-    whole = run("prune.levels=2", "runs=whole")
-    assert extended.path.parent.name == whole.path.parent.name
-    assert equal(weights(extended.level(2)), weights(whole.level(2)))
+    at_once = run("prune.levels=2", "runs=at_once")
+    assert extended.path.parent.name == at_once.path.parent.name
+    assert equal(weights(extended.level(2)), weights(at_once.level(2)))
 
 
-def test_a_damaged_file_is_refused_by_name(run):
+def test_a_damaged_file_is_named_in_the_error(run):
     replicate = run("prune.levels=1")
     path = replicate.level(1).path / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x00\x00")
@@ -318,29 +314,29 @@ def test_a_damaged_file_is_refused_by_name(run):
         run("prune.levels=2")
 
 
-def test_a_level_that_does_not_follow_from_the_one_before_is_refused_by_name(run):
+def test_a_level_that_does_not_follow_from_the_previous_one_is_rejected(run):
     replicate, other = run("prune.levels=1"), run("prune.levels=1", "seed=1")
     shutil.rmtree(replicate.level(0).path)
     shutil.copytree(other.level(0).path, replicate.level(0).path)
-    with pytest.raises(UserError, match=r"level_1: its mask is not what pruning level 0 leaves"):
+    with pytest.raises(UserError, match=r"level_1: its mask is not the result of pruning level 0"):
         run("prune.levels=1")
 
 
-def test_a_level_whose_mask_and_weights_disagree_is_refused_by_name(run):
+def test_a_level_whose_weights_do_not_fit_its_mask_is_rejected(run):
     replicate = run("prune.levels=1")
     level = replicate.level(1)
     level.write("weights.safetensors", (replicate.level(0).path / "weights.safetensors").read_bytes())
     level.finish({key: value for key, value in level.result().items() if key not in ("sha256", "versions")})
-    with pytest.raises(UserError, match=r"level_1: weights that its mask prunes are not zero"):
+    with pytest.raises(UserError, match=r"level_1: weights pruned by its mask are not zero"):
         run("prune.levels=1")
 
 
-def test_a_network_that_ends_with_weights_that_are_no_numbers_is_no_result(run):
+def test_nan_in_the_last_step_is_an_error(run):
     with pytest.raises(TrainingError, match=r"level_0: the test loss is nan after step 12"):
         run("prune.levels=0", "train.milestones=[11]", "train.gamma=1e30")
 
 
-def test_results_say_what_was_measured(run):
+def test_result_has_the_documented_keys(run):
     result = json.loads((run().level(2).path / "result.json").read_text())
     assert set(result) == {
         "test_accuracy_percent",

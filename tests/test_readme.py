@@ -1,7 +1,9 @@
-"""What the README says is so: every command in it is run here, the long ones with small overrides."""
+"""What README.md and docs/ say is true: every command in them runs here, the long ones with small overrides."""
 
+import glob
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -11,13 +13,16 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from forks.client import Process
 from helpers import ROOT, write_image_folder
 
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 PROGRAMS = ("make", "composer", "python", "for", "docker", ".", "git")
 COMMANDS = [
     line.strip().partition("     #")[0].strip()
-    for line in README.splitlines()
+    for page in PAGES.values()
+    for line in page.splitlines()
     if line.startswith("    ") and line.split()[0] in PROGRAMS and not line.endswith(":")
 ]
 SMALL = (
@@ -82,9 +87,18 @@ def clone(place, monkeypatch):
 
 
 def run(command):
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout
+    """Output of a command as a shell would run it, without a new interpreter."""
+    words = [name for word in shlex.split(command) for name in sorted(glob.glob(word)) or [word]]  # noqa: PTH207
+    process = Process(words[words[0] == "python" :])
+    out, err = process.communicate()
+    assert process.returncode == 0, f"{command}\n{out}{err}"
+    return out
+
+
+def loop(command):
+    """The commands of a `for` loop of the shell over arms."""
+    arms, body = re.fullmatch(r"for arm in (.*); do (.*); done", command).groups()
+    return [body.replace("$arm", arm) for arm in arms.split()]
 
 
 def test_every_command_is_known_here():
@@ -97,19 +111,16 @@ def test_the_commands_run(clone):
     for command, small in RUNS.items():
         if small is not None:
             run(f"{command} {small}")
-    for loop in (command for command in RUNS if command.startswith("for arm")):
-        run(loop.replace("composer -n 4", "python").replace("; done", " --plan || exit 1; done"))
+    for command in (each for loops in RUNS if loops.startswith("for arm") for each in loop(loops)):
+        run(f"{command.replace('composer -n 4', 'python')} --plan")
     for scores in (clone / "runs/scores").iterdir():
         root = "data/mine" if "image_folder" in (scores / "manifest.json").read_text() else "data"
         run(f"python -m analysis.examples {scores} --root {root} --arm hard --size 64 -o examples")
     run("python -m lth_diet show runs/digits_all-*/replicate_0 1")
     run("python -m lth_diet export runs/digits_all-*/replicate_0 1 -o ticket")
-    (block,) = re.findall(r"```python\n(import json.*?)```", README, flags=re.S)
-    assert re.search(r"ResNet-8 width 2 on digits: 80\.0 % of weights", run(f"python -c {quoted(block)}"))
-
-
-def quoted(text):
-    return "'" + text.replace("'", "'\\''") + "'"
+    (block,) = re.findall(r"```python\n(import json.*?)```", PAGES[ROOT / "docs/run_directory.md"], flags=re.S)
+    Path("ticket.py").write_text(block)
+    assert re.search(r"ResNet-8 width 2 on digits: 80\.0 % of weights", run("python ticket.py"))
 
 
 def test_the_algorithms_run_in_a_trainer_as_the_readme_shows(capsys):
@@ -150,7 +161,8 @@ def test_make_ui_sends_to_the_server_where_the_store_is_one(clone, monkeypatch):
     for name in ("Makefile", "requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, clone)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert "open MLFLOW_TRACKING_URI in a browser" in run("make -o .venv/installed ui")
+    done = subprocess.run(["make", "-o", ".venv/installed", "ui"], capture_output=True, text=True)
+    assert done.returncode == 0 and "open MLFLOW_TRACKING_URI in a browser" in done.stdout
 
 
 def test_the_map_names_every_module():
@@ -169,5 +181,20 @@ def test_the_readme_names_every_requirement():
 
 
 def test_the_pictures_exist():
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
-    assert pictures and all((ROOT / picture).exists() for picture in pictures)
+    pictures = [
+        page.parent / name for page, text in PAGES.items() for name in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    ]
+    assert len(pictures) >= 5 and all(picture.exists() for picture in pictures)
+
+
+def test_links_between_pages_lead_somewhere():
+    for page, text in PAGES.items():
+        for target in re.findall(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)", text):
+            if "://" not in target:
+                name, _, anchor = target.partition("#")
+                path = (page.parent / name).resolve() if name else page
+                assert path.exists(), f"{page.name}: {target}"
+                if anchor:
+                    headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.M)
+                    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+                    assert anchor in anchors, f"{page.name}: {target}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import ROOT, run, start
+from helpers import ROOT, check_launcher_output, run, start
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
@@ -20,7 +20,7 @@ from lth_diet.tracking import store
 
 
 def bits(root):
-    """Every mask and weight, and every measured number, below a runs directory."""
+    """All masks, weights and other tensors below a runs directory, as bytes."""
     found = {}
     for path in sorted(Path(root).rglob("*.safetensors")):
         tensors = load_file(path)
@@ -29,7 +29,7 @@ def bits(root):
     return found
 
 
-def test_two_ranks_give_the_bits_of_one_and_the_same_command_computes_nothing_again(tiny):
+def test_two_ranks_match_one_process_bit_for_bit_and_a_rerun_computes_nothing(tiny):
     path = tiny()
     code, out, err = run(path, "replicates=2", ranks=2)
     assert code == 0, err
@@ -37,7 +37,7 @@ def test_two_ranks_give_the_bits_of_one_and_the_same_command_computes_nothing_ag
     assert "weights remaining" in out and out.count("\n    2             64.0 %") == 1
     assert out.count("  2\n") == 3, "the table counts both replicates at each of three levels"
     assert "runs/digits_random-" in out
-    code, _, err = run(path, "replicates=2", "runs=alone")
+    code, _, err = run(path, "replicates=2", "runs=alone", fork=False)
     assert code == 0, err
     assert "Warning" not in err and "INFO" not in err
     assert bits("runs") == bits("alone")
@@ -57,7 +57,7 @@ def test_two_ranks_give_the_bits_of_one_and_the_same_command_computes_nothing_ag
         assert [metric.step for metric in history] == [0, 1, 2]
 
 
-def test_a_run_killed_in_the_middle_of_a_level_ends_with_the_same_bits(tiny):
+def test_a_run_killed_within_a_level_and_resumed_is_bit_identical(tiny):
     path = tiny()
     longer = ["train.steps=300", "intervals.checkpoint=10", "prune.levels=1"]
     code, _, err = run(path, *longer, "runs=whole")
@@ -86,7 +86,7 @@ def test_a_run_killed_in_the_middle_of_a_level_ends_with_the_same_bits(tiny):
 
 
 @pytest.mark.integration
-def test_the_same_command_goes_on_after_the_launcher_was_killed(tiny):
+def test_a_rerun_resumes_after_the_launcher_is_killed(tiny):
     path = tiny()
     longer = ["train.steps=400", "intervals.checkpoint=10", "prune.levels=1", "replicates=2"]
     process = start(path, *longer, ranks=2)
@@ -101,7 +101,7 @@ def test_the_same_command_goes_on_after_the_launcher_was_killed(tiny):
 
 
 @pytest.mark.integration
-def test_a_run_in_a_folder_with_an_odd_name_is_resumed_too(tiny):
+def test_a_run_in_a_folder_with_special_characters_is_resumed(tiny):
     path = tiny()
     odd = ['runs="a {b} #c?d ü"', "train.steps=300", "intervals.checkpoint=10", "prune.levels=0"]
     process = start(path, *odd)
@@ -114,7 +114,7 @@ def test_a_run_in_a_folder_with_an_odd_name_is_resumed_too(tiny):
     assert code == 0, err
 
 
-def test_what_mlflow_missed_is_sent_by_the_same_command(tiny, monkeypatch, place):
+def test_a_rerun_sends_what_mlflow_missed(tiny, monkeypatch, place):
     path = tiny("init")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/no/such/place.db")
     code, _, err = run(path, "prune.levels=0")
@@ -129,7 +129,7 @@ def test_what_mlflow_missed_is_sent_by_the_same_command(tiny, monkeypatch, place
 
 
 @pytest.mark.integration
-def test_ranks_that_train_together_resume_to_the_same_bits(tiny):
+def test_data_parallel_training_resumes_bit_identically(tiny):
     path = tiny()
     together = ["parallelism=data", "train.steps=150", "intervals.checkpoint=10", "prune.levels=1"]
     code, out, err = run(path, *together, "runs=whole", ranks=2)
@@ -154,7 +154,7 @@ MEASURED = re.compile(r"^(network \d)  scoring .* test accuracy", re.M)
 
 
 @pytest.mark.integration
-def test_scores_that_two_launches_of_two_ranks_need_are_computed_once(tiny):
+def test_scores_needed_by_two_launches_of_two_ranks_are_computed_once(tiny):
     launches = [
         start(tiny(arm, f"{arm}.yaml"), "replicates=2", "scores.networks=4", "prune.levels=0", ranks=2)
         for arm in ("easy", "hard")
@@ -187,7 +187,7 @@ def test_scores_that_two_launches_of_two_ranks_need_are_computed_once(tiny):
 
 
 @pytest.mark.integration
-def test_scoring_killed_inside_a_network_ends_with_the_same_bits(tiny):
+def test_scoring_killed_within_a_network_and_resumed_is_bit_identical(tiny):
     path = tiny("easy")
     longer = ["scores.steps=300", "scores.networks=3", "intervals.checkpoint=10", "pretrain.label_noise=0.1"]
     code, out, err = run(path, *longer, "runs=whole", ranks=2, recipe="score")
@@ -204,7 +204,7 @@ def test_scoring_killed_inside_a_network_ends_with_the_same_bits(tiny):
     kept = network.curve(until=network.checkpoint()[1])
     code, out, err = run(path, *longer, ranks=2, recipe="score")
     assert code == 0, err
-    assert network.curve()[: len(kept)] == kept and kept, "it went on from its checkpoint"
+    assert network.curve()[: len(kept)] == kept and kept, "training resumes from the checkpoint"
     assert bits("runs") == bits("whole")
 
     before = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.*")}
@@ -215,7 +215,7 @@ def test_scoring_killed_inside_a_network_ends_with_the_same_bits(tiny):
 
 
 @pytest.mark.integration
-def test_ranks_that_train_together_score_each_alone(tiny):
+def test_data_parallel_ranks_score_networks_independently(tiny):
     path = tiny("hard")
     code, out, err = run(path, "parallelism=data", "prune.levels=0", ranks=2)
     assert code == 0, err
@@ -225,7 +225,7 @@ def test_ranks_that_train_together_score_each_alone(tiny):
     assert bits("runs/scores") == bits("alone/scores")
 
 
-def test_a_network_that_diverges_stops_the_launch_with_its_name(tiny):
+def test_a_diverging_scoring_network_stops_the_launch_and_is_named(tiny):
     code, _, err = run(tiny("easy"), "train.lr=1e30", "scores.steps=20")
     assert code == 1
     assert re.search(r"error: scores: runs/scores/\w+/network_0: the loss is nan at step \d+ with learning rate", err)
@@ -233,7 +233,7 @@ def test_a_network_that_diverges_stops_the_launch_with_its_name(tiny):
     assert "network_0: the loss is nan" in failed.read_text()
 
 
-def test_a_replicate_that_fails_leaves_word_and_does_not_stop_the_others(tiny):
+def test_a_failed_replicate_is_recorded_and_does_not_stop_the_others(tiny):
     path = tiny("init")
     code, out, _ = run(path, "--plan")
     obstacle = Path(out.split(":")[0]) / "replicate_0/level_1/mask.safetensors"
@@ -252,17 +252,16 @@ def test_a_replicate_that_fails_leaves_word_and_does_not_stop_the_others(tiny):
     assert not failed.exists()
 
 
-def test_bad_input_under_composer_is_the_same_sentence_and_a_failure(tiny, place):
+def test_bad_input_under_composer_is_reported_once_and_fails(tiny, place):
     path = tiny()
     before = sorted(place.rglob("*"))
     code, out, err = run(path, "train.lr=fast", "replicates=2", ranks=2)
     assert code != 0
-    assert "error: command line: train.lr: 'fast' is not allowed; allowed: a number" in out + err
-    assert "Traceback" not in out + err
+    check_launcher_output(err + out, "train.lr = 'fast' on the command line: must be a number")
     assert sorted(place.rglob("*")) == before
 
 
-def test_without_a_tracking_uri_the_store_is_in_the_working_folder(tiny, place, monkeypatch):
+def test_without_a_tracking_uri_the_mlflow_store_is_in_the_working_folder(tiny, place, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     code, out, err = run(tiny("init"), "prune.levels=0")
     assert code == 0, err
@@ -271,7 +270,7 @@ def test_without_a_tracking_uri_the_store_is_in_the_working_folder(tiny, place, 
 
 
 @pytest.mark.parametrize("version", ["3.9", "3.13"])
-def test_make_refuses_another_python_with_a_sentence(place, version):
+def test_make_rejects_an_unsupported_python_version(place, version):
     other = place / "python"
     major, minor = version.split(".")
     other.write_text(f"#!{sys.executable}\nimport sys\nsys.version_info = ({major}, {minor}, 0)\nexec(sys.argv[2])\n")

@@ -1,4 +1,4 @@
-"""Composer Algorithms that work in anyone's Trainer."""
+"""Composer Algorithms that work in any Trainer and need Composer only."""
 
 from lth_diet.algorithms.apply_mask import ApplyMask
 from lth_diet.algorithms.rewind import Rewind

@@ -1,10 +1,12 @@
+"""ApplyMask: keeps pruned weights at zero during training."""
+
 from collections.abc import Mapping
 
 import torch
 from composer import Algorithm, Event, Logger, State
 from torch import Tensor
 
-from lth_diet.algorithms.network import bare_network
+from lth_diet.algorithms.bare_network import bare_network
 
 _EVENTS = frozenset(
     {
@@ -19,23 +21,23 @@ _EVENTS = frozenset(
 
 
 class ApplyMask(Algorithm):
-    """Keeps pruned weights at exactly zero while a network trains (the m ⊙ w of the paper's Algorithm 1).
+    """Keeps pruned weights at exactly zero during training (m ⊙ w in Algorithm 1 of the paper).
 
-    Masked weights are zero in every forward pass, at every evaluation and in every checkpoint. Their gradients are
-    masked right after each backward pass, so that gradient clipping sees masked gradients and the optimizer's
-    momentum of a pruned weight stays zero. It works beside Composer's own algorithms in any order: under EMA the
-    averaged weights are zero too.
+    Pruned weights are zero in every forward pass, evaluation and checkpoint. Gradients are masked right after each
+    backward pass, so gradient clipping sees masked gradients, and the momentum of pruned weights stays zero. Works
+    together with Composer's own algorithms in any order. With EMA, the averages of pruned weights are zero too.
 
     Runs on ``Event.FIT_START``, ``BATCH_START``, ``AFTER_BACKWARD``, ``BATCH_END``, ``EVAL_START`` and
     ``PREDICT_START``.
 
     Args:
-        mask: Parameter name to a tensor of the parameter's shape, nonzero (True) where the weight is left. Names are
-            those of the bare network: a leading ``module.``, as ComposerClassifier and DistributedDataParallel add
-            it, is left out. Parameters that are not named are not masked.
+        mask: Maps parameter names to tensors of the parameter's shape that are nonzero (True) where the weight
+            remains. Names are those of the bare network, without the ``module.`` prefix that ComposerClassifier and
+            DistributedDataParallel add. Parameters without a mask are not changed.
 
     Raises:
-        ValueError: At the first event, if the mask names a parameter that the model lacks or of another shape.
+        ValueError: At the first event, if the mask names a parameter that the model does not have, or a mask has a
+            different shape than its parameter.
 
     Example:
         >>> import torch
@@ -85,18 +87,20 @@ class ApplyMask(Algorithm):
         parameters = dict(bare_network(state.model).named_parameters())
         for name, mask in self.mask.items():
             if name not in parameters:
-                raise ValueError(f"the mask has {name}, which the model lacks; it has {', '.join(parameters)}")
+                raise ValueError(
+                    f"the mask has {name}, which is not in the model; the model has {', '.join(parameters)}"
+                )
             if mask.shape != parameters[name].shape:
-                shapes = f"{tuple(mask.shape)}, the parameter {tuple(parameters[name].shape)}"
-                raise ValueError(f"the mask of {name} has the shape {shapes}")
+                found, expected = tuple(mask.shape), tuple(parameters[name].shape)
+                raise ValueError(f"the mask of {name} has shape {found}; expected {expected}")
         self._model = state.model
         self._weights = [parameters[name] for name in self.mask]
         self._factors = [
-            (mask != 0).to(weight.device, weight.dtype).contiguous(memory_format=_format(weight))
+            (mask != 0).to(weight.device, weight.dtype).contiguous(memory_format=_memory_format(weight))
             for mask, weight in zip(self.mask.values(), self._weights, strict=True)
         ]
 
 
-def _format(weight: Tensor) -> torch.memory_format:
+def _memory_format(weight: Tensor) -> torch.memory_format:
     channels_last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format

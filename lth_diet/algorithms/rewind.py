@@ -1,3 +1,5 @@
+"""Rewind: weight rewinding to step t_r."""
+
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -6,28 +8,29 @@ from composer import Algorithm, Event, Logger, State, Time, TimeUnit
 from composer.utils import dist
 from torch import Tensor
 
-from lth_diet.algorithms.network import bare_network
+from lth_diet.algorithms.bare_network import bare_network
 
 
 class Rewind(Algorithm):
-    """Weight rewinding: keeps a network's state at step t_r and starts later trainings from it, at step t_r.
+    """Saves the state of a network at step t_r and starts later training runs from it, at step t_r.
 
-    While it holds no state, it takes a copy (parameters and buffers, so BatchNorm's statistics too) when ``to``
-    batches have been trained. Once it holds one, a training that begins is put back: the state is loaded, and
-    Composer's clock and the learning rate schedule start at ``to``, so that the training goes from ``to`` to
-    ``max_duration`` and milestones are absolute steps (paper, Algorithm 1; Frankle et al. 2020a). The optimizer is
-    left alone: give each Trainer a new one for momentum to start empty. A training that is resumed in its middle is
-    not touched.
+    The first run saves a copy of the state (parameters and buffers, including BatchNorm statistics) after ``to``
+    batches. Every later run loads this state when it starts, and sets Composer's timestamp and the learning rate
+    schedulers to step ``to``. It therefore trains from ``to`` to ``max_duration``, and milestones are absolute steps
+    (Algorithm 1 of the paper; Frankle et al. 2020a).
 
-    Composer's own schedulers lag a batch behind its clock, here as everywhere; PyTorch's do not.
+    The optimizer is not rewound: give each Trainer a new one to start with empty momentum. A run that resumes from a
+    checkpoint is not rewound. Composer's own schedulers lag one batch behind the timestamp, as they always do;
+    PyTorch's do not.
 
     Runs on ``Event.FIT_START`` and ``BATCH_END``.
 
     Args:
-        to: t_r in batches, as an int or ``"400ba"``.
-        state: A state kept earlier, by the bare network's names (see `ApplyMask`); None to take it at ``to``.
-        step_schedulers_every_batch: Say False if PyTorch schedulers are stepped every epoch, which is the Trainer's
-            default for them.
+        to: Step t_r in batches, as an int or a time string such as ``"400ba"``. Must be at least 0.
+        state: State to start from, with the names of the bare network (see `ApplyMask`). None saves the state of the
+            first run at ``to``.
+        step_schedulers_every_batch: Whether schedulers are stepped every batch. Must be the value that the Trainer
+            uses, whose default for PyTorch schedulers is False.
 
     Raises:
         ValueError: If ``to`` is not a number of batches.
@@ -40,7 +43,7 @@ class Rewind(Algorithm):
         >>> network = torch.nn.Linear(4, 2)
         >>> data = torch.utils.data.TensorDataset(torch.randn(32, 4), torch.randint(2, (32,)))
         >>> rewind = Rewind("3ba")
-        >>> for training in range(2):  # the second begins where the first was after three batches
+        >>> for run in range(2):  # the second run starts from the state of the first after three batches
         ...     trainer = Trainer(
         ...         model=ComposerClassifier(network, num_classes=2),
         ...         train_dataloader=torch.utils.data.DataLoader(data, batch_size=8),
@@ -59,7 +62,7 @@ class Rewind(Algorithm):
     ):
         time = Time.from_input(to, TimeUnit.BATCH)
         if time.unit != TimeUnit.BATCH or time.value < 0:
-            raise ValueError(f"Rewind to {to!r}; allowed: a number of batches, such as 400 or '400ba'")
+            raise ValueError(f"cannot rewind to {to!r}; expected a number of batches, such as 400 or '400ba'")
         self.to = int(time.value)
         self.state = state
         self.step_schedulers_every_batch = step_schedulers_every_batch
@@ -71,13 +74,14 @@ class Rewind(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if self.state is None:
-            kept = bare_network(state.model).state_dict()
-            self.state = {name: tensor.detach().cpu().clone() for name, tensor in kept.items()}
+            current = bare_network(state.model).state_dict()
+            self.state = {name: tensor.detach().cpu().clone() for name, tensor in current.items()}
         else:
             bare_network(state.model).load_state_dict(self.state)
-            self._set_clock(state)
+            self._set_timestamp(state)
 
-    def _set_clock(self, state: State) -> None:
+    def _set_timestamp(self, state: State) -> None:
+        """Set Composer's timestamp and the schedulers to step `to`."""
         epoch, batch_in_epoch = divmod(self.to, int(state.dataloader_len)) if state.dataloader_len else (0, self.to)
         batch_size = (getattr(state.dataloader, "batch_size", None) or 0) * dist.get_world_size()
         state.timestamp = state.timestamp.copy(
@@ -88,7 +92,7 @@ class Rewind(Algorithm):
             sample=self.to * batch_size,
             sample_in_epoch=batch_in_epoch * batch_size,
         )
-        with warnings.catch_warnings():  # PyTorch expects optimizer.step() before scheduler.step()
+        with warnings.catch_warnings():  # PyTorch warns of scheduler.step() before optimizer.step()
             warnings.simplefilter("ignore")
             for scheduler in state.schedulers:
                 for _ in range(self.to if self.step_schedulers_every_batch else epoch):

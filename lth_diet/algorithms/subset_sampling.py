@@ -1,3 +1,5 @@
+"""SubsetSampling: trains on a subset of the examples until a given time."""
+
 from collections.abc import Iterable, Sequence, Sized
 
 import torch
@@ -6,24 +8,24 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 
 
 class SubsetSampling(Algorithm):
-    """Trains on some of the examples until a given time, then on all (the data diet of the paper, section 3).
+    """Trains on a subset of the examples until a given time, then on all examples (the paper's section 3).
 
-    Passes over a subset that is smaller than the steps ask for are repeated, each in a new order.
+    While the subset is in use, an epoch is one pass over the subset. A small subset is repeated for as many epochs as
+    it takes to reach ``until``; a shuffling loader reshuffles it every epoch.
 
-    With an ordinary DataLoader the subset is released at the first epoch boundary at or after ``until``, an epoch
-    being one pass over the subset while it lasts: Composer makes one iterator an epoch. A loader with a settable
-    attribute ``indices`` (None: all examples) that acts on the next batch, such as `lth_diet.loader.Loader`, is
-    released exactly at ``until``.
+    With a PyTorch DataLoader, training switches to all examples at the first epoch boundary at or after ``until``,
+    because Composer creates one iterator per epoch. With a loader whose attribute ``indices`` (None for all examples)
+    takes effect at the next batch, such as `lth_diet.data.loader.Loader`, it switches exactly at ``until``.
 
     Runs on ``Event.FIT_START``, ``EPOCH_START`` and ``BEFORE_DATALOADER``.
 
     Args:
-        indices: Positions in the training data set.
-        until: An int (batches) or Composer time string in batches or epochs, such as ``"400ba"``.
+        indices: Indices of the subset in the training dataset.
+        until: Time of the switch, as an int (batches) or a time string in batches or epochs, such as ``"400ba"``.
 
     Raises:
-        ValueError: If ``until`` has another unit; at the start of training, if the loader's sampler is one that
-            cannot be rebuilt for a subset.
+        ValueError: If ``until`` has another unit. When training starts, if the loader or its sampler cannot be
+            restricted to a subset.
 
     Example:
         >>> import torch
@@ -35,7 +37,7 @@ class SubsetSampling(Algorithm):
         >>> trainer = Trainer(
         ...     model=ComposerClassifier(network, num_classes=2),
         ...     train_dataloader=torch.utils.data.DataLoader(data, batch_size=8, shuffle=True),
-        ...     max_duration="8ba",  # two passes over 16 examples, then one over all 32
+        ...     max_duration="8ba",  # two epochs of 16 examples, then one of all 32
         ...     optimizers=torch.optim.SGD(network.parameters(), lr=0.1),
         ...     algorithms=[SubsetSampling(range(16), until="4ba")],
         ...     progress_bar=False,
@@ -49,56 +51,59 @@ class SubsetSampling(Algorithm):
         self.indices = [int(index) for index in indices]
         self.until = Time.from_input(until, TimeUnit.BATCH)
         if self.until.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH):
-            raise ValueError(f"SubsetSampling until {until!r}; allowed: batches or epochs, such as '400ba' or '2ep'")
-        self._all: Iterable | None = None
-        self._all_length = -1
+            raise ValueError(f"until {until!r}; expected batches or epochs, such as '400ba' or '2ep'")
+        self._full_loader: Iterable | None = None
+        self._full_length = -1
 
     def match(self, event: Event, state: State) -> bool:
         if event == Event.FIT_START:
             return True
-        if self._all is None or event not in (Event.EPOCH_START, Event.BEFORE_DATALOADER):
+        if self._full_loader is None or event not in (Event.EPOCH_START, Event.BEFORE_DATALOADER):
             return False
-        return (event == Event.EPOCH_START or _is_exact(self._all)) and self._is_over(state)
+        return (event == Event.EPOCH_START or _has_indices(self._full_loader)) and self._has_ended(state)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
-            if not self._is_over(state, in_epoch=not _is_exact(state.dataloader)):
-                self._all = state.dataloader
-                whole = len(self._all) if isinstance(self._all, Sized) else None
+            if not self._has_ended(state, at_epoch_start=not _has_indices(state.dataloader)):
+                self._full_loader = state.dataloader
+                full_length = len(self._full_loader) if isinstance(self._full_loader, Sized) else None
                 length = None if state.dataloader_len is None else int(state.dataloader_len)
-                self._all_length = -1 if length in (None, whole) else length  # the Trainer's train_subset_num_batches
-                self._use(state, self._restricted(self._all), -1)
+                # differs from the loader's length if the Trainer has train_subset_num_batches
+                self._full_length = -1 if length in (None, full_length) else length
+                self._set_dataloader(state, self._restrict(self._full_loader), -1)
         else:
-            if _is_exact(self._all):
-                self._all.indices = None
-            self._use(state, self._all, self._all_length)
-            self._all = None
+            if _has_indices(self._full_loader):
+                self._full_loader.indices = None
+            self._set_dataloader(state, self._full_loader, self._full_length)
+            self._full_loader = None
 
-    def _is_over(self, state: State, in_epoch: bool = False) -> bool:
-        """Whether `until` had come, now or (`in_epoch`) when the present epoch began."""
+    def _has_ended(self, state: State, at_epoch_start: bool = False) -> bool:
+        """Return whether `until` has been reached now or, with `at_epoch_start`, when the current epoch started."""
         now = state.timestamp.get(self.until.unit)
-        if in_epoch and self.until.unit == TimeUnit.BATCH:
+        if at_epoch_start and self.until.unit == TimeUnit.BATCH:
             now = now - state.timestamp.batch_in_epoch
         return now >= self.until
 
-    def _restricted(self, loader: Iterable) -> Iterable:
-        if _is_exact(loader):
+    def _restrict(self, loader: Iterable) -> Iterable:
+        if _has_indices(loader):
             loader.indices = self.indices
             return loader
-        return _over_subset(loader, self.indices)
+        return _subset_dataloader(loader, self.indices)
 
     @staticmethod
-    def _use(state: State, loader: Iterable, length: int) -> None:
+    def _set_dataloader(state: State, loader: Iterable, length: int) -> None:
         state.set_dataloader(loader, state.dataloader_label or "train", length)
 
 
-def _is_exact(loader: Iterable) -> bool:
+def _has_indices(loader: Iterable) -> bool:
+    """Return whether the loader's examples can be changed at any batch."""
     return hasattr(loader, "indices")
 
 
-def _over_subset(loader: Iterable, indices: list[int]) -> DataLoader:
+def _subset_dataloader(loader: Iterable, indices: list[int]) -> DataLoader:
+    """Return a DataLoader over a subset with the settings of `loader`."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, torch.utils.data.IterableDataset):
-        raise ValueError(f"SubsetSampling cannot restrict a {type(loader).__name__} without an attribute `indices`")
+        raise ValueError(f"SubsetSampling does not support a {type(loader).__name__} without an attribute `indices`")
     subset, sampler = Subset(loader.dataset, indices), loader.sampler
     options = {}
     if isinstance(sampler, DistributedSampler):
@@ -108,9 +113,9 @@ def _over_subset(loader: Iterable, indices: list[int]) -> DataLoader:
     elif isinstance(sampler, RandomSampler) and not sampler.replacement:
         options["sampler"] = RandomSampler(subset, generator=sampler.generator)
     elif not isinstance(sampler, SequentialSampler):
-        raise ValueError(f"SubsetSampling cannot restrict a DataLoader with a {type(sampler).__name__}")
+        raise ValueError(f"SubsetSampling does not support a DataLoader with a {type(sampler).__name__}")
     if loader.batch_size is None or type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
-        raise ValueError("SubsetSampling cannot restrict a DataLoader with a batch sampler of its own")
+        raise ValueError("SubsetSampling does not support a DataLoader with a custom batch sampler")
     return DataLoader(
         subset,
         loader.batch_size,

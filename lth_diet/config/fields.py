@@ -1,4 +1,7 @@
-"""Types of configuration values, and the messages for invalid ones."""
+"""Types of configuration values.
+
+A ValueError raised here completes the sentence `<key> = <value> in <file>: ...`, as in "must be a number".
+"""
 
 import re
 from typing import Annotated, Any
@@ -6,14 +9,14 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_REPLICATES = 1000
-MAX_NUMBER = 2**31  # of a number of steps, images, channels ...
+MAX_NUMBER = 2**31  # exclusive, of steps, images, channels ...
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def _steps(value: Any) -> int:
     match = re.fullmatch(r"(\d{1,20})(ba)?", str(value)) if not isinstance(value, bool) else None
     if match is None:
-        raise ValueError("allowed: a number of batches, such as 400 or 400ba")
+        raise ValueError("must be a number of batches, such as 400 or 400ba")
     return int(match[1])
 
 
@@ -21,26 +24,27 @@ def _real(value: Any) -> float:
     try:
         if isinstance(value, bool):
             raise ValueError
-        return float(value)  # a string too: YAML 1.1 reads 1e-4 as one
+        return float(value)  # also strings: YAML 1.1 reads 1e-4 as a string
     except (TypeError, ValueError):
-        raise ValueError("allowed: a number") from None
+        raise ValueError("must be a number") from None
 
 
 def replicate_indices(value: Any) -> tuple[int, ...]:
+    """Indices of replicates: a count n means 0 to n - 1."""
     if type(value) is int and 0 < value <= MAX_REPLICATES:
         return tuple(range(value))
     indices = value if isinstance(value, list | tuple) else []
-    allowed = all(type(index) is int and 0 <= index < MAX_NUMBER for index in indices)
-    if allowed and 0 < len(indices) == len(set(indices)) <= MAX_REPLICATES:
+    in_range = all(type(index) is int and 0 <= index < MAX_NUMBER for index in indices)
+    if in_range and 0 < len(indices) == len(set(indices)) <= MAX_REPLICATES:
         return tuple(indices)
     raise ValueError(
-        f"allowed: a count of 1 to {MAX_REPLICATES}, such as 4, or a list of different indices such as [0, 2]"
+        f"must be a count between 1 and {MAX_REPLICATES}, such as 4, or a list of distinct indices, such as [0, 2]"
     )
 
 
 def _text(value: str) -> str:
     if CONTROL_CHARACTERS.search(value):
-        raise ValueError("allowed: text without control characters")
+        raise ValueError("must be text without control characters")
     return value
 
 
@@ -55,10 +59,13 @@ Text = Annotated[str, Field(strict=True, min_length=1), AfterValidator(_text)]
 
 
 class Section(BaseModel):
+    """A section of a configuration: immutable, and without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def resnet_depth(value: Any) -> int:
+    """Layers of a CIFAR-style ResNet: 6n + 2."""
     if type(value) is not int or not 8 <= value <= 1202 or value % 6 != 2:
-        raise ValueError("allowed: 6n + 2, such as 20, 32 or 56, up to 1202")
+        raise ValueError("must be 6n + 2, such as 20, 32 or 56, and at most 1202")
     return value

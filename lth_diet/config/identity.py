@@ -1,4 +1,4 @@
-"""Run ids: which fields of a configuration identify a run or a set of scores, and their hash."""
+"""Run ids: hashes of the configuration fields that change a result."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from lth_diet.scores import artifact
 
 
 def run_id(config: Config) -> str:
-    """Ten hexadecimal digits: the hash of the identity fields that differ from their frozen defaults."""
+    """Run id: ten hexadecimal digits, a hash of the identity fields that differ from their frozen defaults."""
     return _hash(run_identity(config))
 
 
@@ -22,12 +22,12 @@ def run_name(config: Config) -> str:
 
 
 def scores_id(config: Config) -> str:
-    """Ten hexadecimal digits that identify the scores of a configuration; see `scores_identity`."""
+    """Id of the scores: ten hexadecimal digits, a hash of the fields in `scores_identity`."""
     return _hash(scores_identity(config))
 
 
 def run_identity(config: Config) -> dict[str, Any]:
-    """The fields that change a result, as dotted keys, without those that the arm ignores."""
+    """Fields that change the result of a run, by dotted key, without those that its arm ignores."""
     fields = _fields(config)
     ignored = ["prune.levels"]
     if config.arm == "init":
@@ -45,7 +45,7 @@ def run_identity(config: Config) -> dict[str, Any]:
 
 
 def scores_identity(config: Config) -> dict[str, Any]:
-    """The fields that change the scores, as dotted keys; arms that agree in them share one set of scores."""
+    """Fields that change the scores, by dotted key; arms with equal values share one set of scores."""
     fields = _fields(config)
     used = ("dataset.", "model.", "train.", "pretrain.label_noise", "scores.networks", "scores.steps")
     used += ("seed", "threads", "precision", "deterministic", "compile")
@@ -69,7 +69,7 @@ def _hash(fields: dict[str, Any]) -> str:
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    """Nested sections as dotted keys: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
     flat = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -92,4 +92,4 @@ def _is_section(annotation: Any) -> bool:
 
 
 DEFAULTS = _defaults(Config)
-"""Dotted key to frozen default of every field (None: it has none)."""
+"""Frozen default of every field, by dotted key; None for required fields."""

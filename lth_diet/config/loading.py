@@ -1,7 +1,8 @@
-"""Reads a configuration: base files, overrides, validation."""
+"""Loads a configuration: merges base files and overrides, and validates the result."""
 
 import difflib
 import functools
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from lth_diet.errors import UserError
 from lth_diet.scores import artifact
 
 Layer = tuple[str, dict[str, Any]]
-"""A tree of settings, and where it is from."""
+"""Where settings are from, and the settings."""
 AnySection = TypeVar("AnySection", bound=Section)
 
 
@@ -25,122 +26,129 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), layers: Iterabl
     """Read, merge and validate a configuration.
 
     Args:
-        path: A YAML file; its `base:` is a path relative to it, and is read first.
-        overrides: `key.sub=value`, the value in YAML.
-        layers: What is merged over the file before the overrides are, in order.
+        path: YAML file. Its `base:`, a path relative to it, is read first.
+        overrides: Settings `key.sub=value`, with the value in YAML.
+        layers: Settings merged in order over the file and under the overrides.
 
     Raises:
-        UserError: With a sentence naming file, key, value and what is allowed.
+        UserError: If a file cannot be read, or a key or value is invalid.
     """
     tree, origin = _read(Path(path), ())
     for where, layer in [*layers, *(("command line", nested(*parse_override(text))) for text in overrides)]:
         tree, origin = _merge(tree, origin, layer, where)
     config = validate(Config, tree, origin, str(path))
-    _check(config, functools.partial(_problem, origin, str(path)))
+    _check(config, functools.partial(_invalid, origin, str(path)))
     return config
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Key and value of a `key.sub=value`.
+    """Split an override `key.sub=value` into its key and its parsed value.
 
     Raises:
-        UserError: If it is none, or the value is no YAML.
+        UserError: If the text is not an override, or its value is not YAML.
     """
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")) or key.count(".") >= MAX_DEPTH:
-        raise UserError(f"command line: {quote(text)} is not an override; allowed: key.sub=value")
-    parsed = parse(value, f"command line: {key}")
+        raise UserError(f"command line: {quote(text)} is not an override; expected key.sub=value")
+    parsed = parse(value, f"{key} on the command line")
     if ends_in_comment(value):
         raise UserError(
-            f"command line: {key}: {quote(value)} ends in a comment, for YAML; allowed: quotes within quotes, "
-            f"as in {key}='\"...\"'"
+            f"{key} = {quote(value)} on the command line: must not end in a YAML comment; quote it for YAML, as in "
+            f"{key}='\"...\"'"
         )
     return key, parsed
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    """`{"a": {"b": 1}}` of `"a.b", 1`."""
+    """Nested sections from a dotted key: `"a.b", 1` becomes `{"a": {"b": 1}}`."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
 def validate(section: type[AnySection], tree: dict[str, Any], origin: dict[str, str], path: str) -> AnySection:
-    """A section of a tree.
+    """Build a section from settings.
 
     Args:
-        section: Its class.
-        tree: What was read.
-        origin: Dotted key to where it is from.
-        path: Of the file, for keys that have no origin.
+        section: Class of the section.
+        tree: The settings.
+        origin: Where each setting is from, by dotted key.
+        path: Path of the file, for keys without an origin.
 
     Raises:
-        UserError: With a sentence naming file, key, value and what is allowed.
+        UserError: If a key is unknown or missing, or a value is invalid.
     """
     try:
         return section.model_validate(tree)
     except ValidationError as errors:
         unknown = [error for error in errors.errors() if error["type"] == "extra_forbidden"]
-        raise _sentence([*unknown, *errors.errors()][0], origin, path) from None
+        raise _to_user_error([*unknown, *errors.errors()][0], origin, path) from None
 
 
-def _problem(origin: dict[str, str], path: str, key: str, value: Any, allowed: str) -> UserError:
-    where = next((origin[k] for k in _upwards(key) if k in origin), path)
-    return UserError(f"{where}: {key}: {quote(value)} is not allowed; {allowed}")
+def _invalid(origin: dict[str, str], path: str, key: str, value: Any, problem: str) -> UserError:
+    return UserError(f"{key} = {quote(value)} {_location(origin, path, key)}: {problem}")
 
 
-def _upwards(key: str) -> Iterable[str]:
+def _location(origin: dict[str, str], path: str, key: str) -> str:
+    """Where a key, or else its innermost section with a known origin, was set."""
     parts = key.split(".")
-    return (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    sections = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    where = next((origin[section] for section in sections if section in origin), path)
+    return "on the command line" if where == "command line" else f"in {where}"
 
 
-def _sentence(error: dict, origin: dict[str, str], path: str) -> UserError:
+def _to_user_error(error: dict, origin: dict[str, str], path: str) -> UserError:
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(Config.model_fields)}"
+        hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(Config.model_fields)}"
         if key in DEFAULTS:  # written with its dot in a file
             hint = f"write {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
-        where = next((origin[k] for k in _upwards(key) if k in origin), path)
-        return UserError(f"{where}: {key} is not a known key; {hint}")
+        return UserError(f"{key} {_location(origin, path, key)} is not a known key; {hint}")
     if error["type"] == "missing":
-        return UserError(f"{path}: {key} is missing; give it here, in the base file or as {key}=... after the file")
-    if error["type"] in ("model_type", "model_attributes_type"):
-        return _problem(origin, path, key, error["input"], f"allowed: a section of keys below {key}:")
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "allowed:")
-    return _problem(origin, path, key, error["input"], message)
+        also = ""
+        if key.split(".")[0] in Config.model_fields:  # else it is a key of a sweep file
+            also = f", to its base file, or as {key}=... on the command line"
+        return UserError(f"{key} is missing in {path}; add it to this file{also}")
+    expected = {"model_type": "a section of keys", "tuple_type": "a list", "bool_type": "true or false"}
+    if error["type"] in expected:
+        problem = f"must be {expected[error['type']]}"
+    else:
+        problem = re.sub("^(Input|String) should", "must", error["msg"].removeprefix("Value error, "))
+    return _invalid(origin, path, key, error["input"], problem)
 
 
-def _check(config: Config, problem: Callable[..., UserError]) -> None:
-    """What a field alone does not tell."""
+def _check(config: Config, invalid: Callable[[str, Any, str], UserError]) -> None:
+    """Check values against each other and against the dataset."""
     train, pretrain = config.train, config.pretrain
     if list(train.milestones) != sorted(set(train.milestones)):
-        raise problem("train.milestones", list(train.milestones), "allowed: increasing steps")
+        raise invalid("train.milestones", list(train.milestones), "must be increasing steps")
     if config.arm != "init" and not 0 < config.rewind_step < train.steps:
-        allowed = f"allowed: 1 to {train.steps - 1} (below train.steps), for arm: {config.arm}"
-        raise problem("pretrain.steps", config.rewind_step, allowed)
+        expected = f"must be between 1 and {train.steps - 1} (less than train.steps) for arm: {config.arm}"
+        raise invalid("pretrain.steps", config.rewind_step, expected)
     if config.arm in ("random", "easy", "hard") and pretrain.subset is None:
-        raise problem("pretrain.subset", None, f"allowed: {{size: M}}, for arm: {config.arm}")
+        raise invalid("pretrain.subset", None, f"must be {{size: M}} for arm: {config.arm}")
     try:
         data = catalog.info(config.dataset.name, config.dataset.root)
     except UserError as error:
-        raise problem("dataset.root", config.dataset.root, str(error)) from None
+        raise invalid("dataset.root", config.dataset.root, str(error)) from None
     if train.batch_size > data.train_size:
-        raise problem("train.batch_size", train.batch_size, f"allowed: up to the {data.train_size} training images")
+        expected = f"must be at most {data.train_size}, the number of training images"
+        raise invalid("train.batch_size", train.batch_size, expected)
     if config.subset_size is not None:
         offset = pretrain.subset.offset if config.needs_scores else 0
         if offset > data.train_size - train.batch_size:
-            allowed = f"allowed: 0 to {data.train_size - train.batch_size} (a batch has to be left)"
-            raise problem("pretrain.subset.offset", offset, allowed)
-        last = data.train_size - offset
-        if not train.batch_size <= config.subset_size <= last:
-            allowed = f"allowed: {train.batch_size} (a batch) to {last} (the training images that can be taken)"
-            raise problem("pretrain.subset.size", config.subset_size, allowed)
+            expected = f"must be between 0 and {data.train_size - train.batch_size}, to leave one batch"
+            raise invalid("pretrain.subset.offset", offset, expected)
+        available = data.train_size - offset
+        if not train.batch_size <= config.subset_size <= available:
+            expected = f"must be between {train.batch_size} (one batch) and {available} (the available training images)"
+            raise invalid("pretrain.subset.size", config.subset_size, expected)
     if config.needs_scores and config.scores.file is not None:
         try:
             artifact.check_dataset(Path(config.scores.file), config.dataset.name, data.fingerprint)
         except UserError as error:
-            raise problem("scores.file", config.scores.file, str(error)) from None
+            raise invalid("scores.file", config.scores.file, str(error)) from None
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict, dict[str, str]]:
@@ -149,14 +157,14 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict, dict[str, str]]
     if base is None:
         return _merge({}, {}, tree, str(path))
     if not isinstance(base, str) or CONTROL_CHARACTERS.search(base):
-        raise UserError(f"{path}: base: {quote(base)} is not allowed; allowed: a path relative to this file")
+        raise UserError(f"base = {quote(base)} in {path}: must be a path relative to this file")
     if path.resolve() in [child.resolve() for child in children]:
-        raise UserError(f"{path}: base: {base!r} is not allowed; the files are each other's base")
+        raise UserError(f"base = {base!r} in {path}: must not lead back to this file")
     return _merge(*_read(path.parent / base, (*children, path)), tree, str(path))
 
 
 def _merge(base: dict, origin: dict[str, str], tree: dict, where: str, prefix: str = "") -> tuple[dict, dict]:
-    """`tree` over `base`, section by section; `origin` tells for each dotted key which file gave it."""
+    """Merge `tree` over `base`, section by section, and record in `origin` where each dotted key is from."""
     merged = dict(base)
     for key, value in tree.items():
         dotted = f"{prefix}{key}"

@@ -1,4 +1,7 @@
-"""The schema of a configuration: its sections and keys, with their types, ranges and defaults."""
+"""The schema of a configuration: its sections and keys, with their types, ranges and defaults.
+
+The text below a key states its meaning, unit and range; a step is one batch.
+"""
 
 from typing import Annotated, Literal
 
@@ -22,75 +25,106 @@ Arm = Literal["init", "all", "random", "easy", "hard"]
 
 
 class Dataset(Section):
+    """The dataset to train and test on."""
+
     name: Literal["cifar10", "cifar100", "cinic10", "image_folder", "digits"]
+    """Dataset: cifar10, cifar100, cinic10, digits (8 x 8 pixels, needs no download), or image_folder."""
     root: Text = "data"
-    """Folder of the data; downloads go there. Not identity: an image folder enters by its fingerprint."""
+    """Folder of the dataset, and where it is downloaded. Not part of the run id, but an image
+    folder's file names and sizes are."""
 
 
 class Model(Section):
+    """The network: a ResNet for small images."""
+
     depth: Annotated[int, BeforeValidator(resnet_depth)]
+    """Number of layers: 6n + 2, from 8 to 1202, such as 20, 32 or 56."""
     width: Annotated[Count, Field(le=1024)] = 16
-    """Channels of the first stage; the next have two and four times as many."""
+    """Channels of the first stage, 1 to 1024; the second and third stages have two and four times as many."""
 
 
 class Subset(Section):
+    """The examples of pre-training, for the arms random, easy and hard."""
+
     size: Count
+    """M, the number of training examples: from train.batch_size to all that remain after the offset."""
     class_balanced: Annotated[bool, Field(strict=True)] = False
-    """Of easy and hard; a random subset is always balanced (paper, section 3)."""
+    """Whether easy and hard subsets have equally many examples per class; random ones always do (paper, section 3)."""
     offset: Index = 0
-    """Skip that many of the easiest or hardest."""
+    """Number of easiest (arm easy) or hardest (arm hard) examples to skip, 0 or more."""
 
 
 class Pretrain(Section):
+    """Pre-training of the dense network up to the rewind step; arm init has none."""
+
     steps: Steps = 0
-    """t_r, the rewind step, in batches; it counts towards train.steps."""
+    """t_r, the rewind step: batches of pre-training, from 1 to train.steps - 1; they count towards train.steps."""
     lr: Positive = 0.4
+    """Learning rate of pre-training, greater than 0; constant."""
     subset: Subset | None = None
+    """Subset of the training examples; required by the arms random, easy and hard, ignored by the others."""
     label_noise: Annotated[Real, Field(ge=0, le=1)] = 0.0
-    """Fraction of the training labels drawn anew, during pre-training only."""
+    """Fraction of the training labels, 0 to 1, resampled uniformly over all classes for pre-training and scoring."""
 
 
 class Train(Section):
+    """Training of each level with SGD. Batch size, momentum and weight decay also apply to pre-training."""
+
     steps: Interval
-    """T, in batches: a level trains from t_r to T."""
+    """T, the last step, in batches, greater than 0: each level trains from t_r to T."""
     batch_size: Count
+    """Images per batch, from 1 to the number of training images; with parallelism: data, a multiple of the ranks."""
     lr: Positive = 0.1
+    """Initial learning rate of a level, greater than 0."""
     momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD, at least 0 and less than 1."""
     weight_decay: NotNegative = 1e-4
+    """Weight decay of SGD (L2 penalty), 0 or more."""
     milestones: tuple[Steps, ...] = ()
-    """Absolute steps at which the learning rate is multiplied by gamma."""
+    """Steps, counted from 0 and increasing, at which the learning rate is multiplied by gamma."""
     gamma: Positive = 0.1
+    """Factor of the learning rate at each milestone, greater than 0."""
 
 
 class Prune(Section):
+    """Iterative pruning by global weight magnitude."""
+
     fraction: Annotated[Real, Field(gt=0, lt=1)] = 0.2
-    """Share of the surviving weights that one pruning removes."""
+    """Fraction of the remaining weights that each pruning removes, between 0 and 1, exclusive."""
     levels: Index = 20
-    """N prunings, N + 1 trainings."""
+    """N, the number of prunings, 0 or more; there are N + 1 trainings. Not part of the run id."""
 
 
 class Scores(Section):
-    """EL2N, of the easy and hard arms; networks train as `train` says, without pre-training."""
+    """EL2N scores, for the arms easy and hard: networks train as in `train`, without pre-training."""
 
     networks: Count = 10
-    """K, from different initialisations."""
+    """K, the number of networks to average over, each with its own initialization; 1 or more."""
     steps: Interval = 7800
-    """t, after which they are evaluated."""
+    """t, the number of batches each network trains before it is evaluated, greater than 0."""
     file: Text | None = None
-    """A scores.safetensors to use instead; it enters the identity by its sha256."""
+    """Path of a scores.safetensors to use instead of computing scores. The run id depends on its content."""
 
 
 class Intervals(Section):
+    """How often to log, save and evaluate. Not part of the run id."""
+
     log: Interval = 100
+    """Batches between rows of the training curve, greater than 0."""
     checkpoint: Interval = 1000
+    """Batches between checkpoints, greater than 0: at most this much training is repeated after a crash."""
     evaluate: Steps = 0
-    """Batches between evaluations inside a phase; 0: only at its end."""
+    """Batches between evaluations on the test set during a phase; 0 evaluates only at its end."""
 
 
 class Config(Section):
-    """One arm. The defaults are frozen: a run id hashes what differs from them, so changing one changes old ids."""
+    """Configuration of one arm of the experiment.
+
+    Defaults are frozen: run ids hash the values that differ from them, so a new default would change existing ids.
+    """
 
     arm: Arm
+    """Examples of pre-training: all, or a random, easy or hard subset; init rewinds to initialization instead."""
     dataset: Dataset
     model: Model
     train: Train
@@ -98,45 +132,51 @@ class Config(Section):
     prune: Prune = Prune()
     scores: Scores = Scores()
     replicates: Annotated[tuple[int, ...], BeforeValidator(replicate_indices)] = (0, 1, 2, 3)
+    """Independent repetitions: a count, 1 to 1000, or a list of distinct indices, 0 or more. Not part of the run id."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 42
+    """Seed from which all random numbers are derived, 0 to 2^32 - 1."""
     threads: Annotated[Count, Field(le=1024)] = 1
-    """CPU threads a process. Identity: sums depend on how they are split."""
+    """CPU threads per process, 1 to 1024. Part of the run id, because it changes rounding."""
     parallelism: Literal["replicates", "data"] = "replicates"
-    """replicates: a rank trains replicates of its own. data: all ranks train each replicate together (DDP)."""
+    """replicates: each rank trains its own replicates. data: all ranks train each replicate together (DDP)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: fp32 on CPU, bf16 on GPU."""
+    """Floating-point precision: fp32, bf16 (GPU only), or auto, which is fp32 on CPU and bf16 on GPU."""
     deterministic: Annotated[bool, Field(strict=True)] = False
-    """Deterministic kernels on GPU; on CPU the same bits are promised without."""
+    """Whether to use deterministic kernels on GPU; results on CPU are deterministic in any case."""
     compile: Annotated[bool, Field(strict=True)] = False
-    """Train a network that torch.compile has translated, on GPU with CUDA graphs; once a process, not once a level."""
+    """Whether to use torch.compile, with CUDA graphs on GPU; compiles once per process."""
     intervals: Intervals = Intervals()
     runs: Text = "runs"
+    """Folder of the run directories, or a URL such as s3://bucket/prefix. Not part of the run id."""
     experiment: Text | None = None
-    """MLflow experiment; the name of the dataset if none is given."""
+    """Name of the MLflow experiment; the name of the dataset by default. Not part of the run id."""
+
+    def __repr__(self) -> str:
+        return f"Config({self.dataset.name}, {self.arm_description})"
 
     @property
     def rewind_step(self) -> int:
-        """t_r: the step that a level starts from."""
+        """t_r, the step from which each level trains; 0 for arm init."""
         return 0 if self.arm == "init" else self.pretrain.steps
 
     @property
     def subset_size(self) -> int | None:
-        """Examples seen in pre-training; None: all of them, or no pre-training."""
+        """Number of examples in the pre-training subset; None without a subset."""
         return self.pretrain.subset.size if self.arm in ("random", "easy", "hard") else None
 
     @property
     def label_noise(self) -> float:
-        """Fraction of labels drawn anew in pre-training."""
+        """Fraction of the labels resampled during pre-training; 0 for arm init."""
         return 0.0 if self.arm == "init" else self.pretrain.label_noise
 
     @property
     def experiment_name(self) -> str:
-        """The MLflow experiment."""
+        """Name of the MLflow experiment."""
         return self.experiment or self.dataset.name
 
     @property
     def arm_description(self) -> str:
-        """Such as `random 2048, t_r = 200, 10 % noise`."""
+        """Description of the arm, such as `random 2048, t_r = 200, 10 % noise`."""
         size = f" {self.subset_size}" if self.subset_size is not None else ""
         steps = f", t_r = {self.rewind_step}" if self.arm != "init" else ""
         noise = f", {100 * self.label_noise:g} % noise" if self.label_noise else ""
@@ -144,9 +184,10 @@ class Config(Section):
 
     @property
     def model_name(self) -> str:
+        """Name of the network, such as `ResNet-20`; the width is added if it is not 16."""
         return f"ResNet-{self.model.depth}" + (f" width {self.model.width}" if self.model.width != 16 else "")
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the arm chooses examples by score."""
+        """Whether the arm selects examples by score."""
         return self.arm in ("easy", "hard")

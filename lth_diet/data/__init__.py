@@ -1,4 +1,4 @@
-"""Images and labels: data sets, batches, label noise, subsets and the seeds of all random streams.
+"""Images and labels: datasets, batches, label noise, subsets, and the seeds of all random streams.
 
 May import errors and files.
 """

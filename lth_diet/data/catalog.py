@@ -1,7 +1,7 @@
-"""The data sets by name. Each is decoded once, to a cache of uint8 images that processes map into memory.
+"""Datasets by name, each decoded once to a cache of uint8 images that all processes memory-map.
 
-To add a data set: write a module with `decode(root)`, which returns the training set, the test set and the class names;
-enter it in `_decode` and `_SIZES`; and add its name to `Dataset` in `config/schema.py`.
+To add a dataset, write a module with `decode(root)` that returns the training set, the test set and the class names,
+add it to `_decode` and `_SIZES`, and add its name to `Dataset` in `config/schema.py`.
 """
 
 import functools
@@ -19,13 +19,13 @@ from lth_diet.data.dataset import Dataset, DatasetInfo, Split
 from lth_diet.errors import UserError, raise_if_corrupt
 from lth_diet.files import cache_folder
 
-# Per-channel mean and standard deviation over the training set, in units of 0 to 1 (the paper's data sets).
+# Per-channel mean and standard deviation over the training set, with pixels scaled to 0 to 1; others are computed.
 _STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "cinic10": ((0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587)),
 }
-# Sizes of training and test set, and number of classes, of what is not a folder of the user's.
+# Training set size, test set size and number of classes.
 _SIZES = {
     "cifar10": (50_000, 10_000, 10),
     "cifar100": (50_000, 10_000, 100),
@@ -36,15 +36,19 @@ _SIZES = {
 
 @functools.cache
 def info(name: str, root: str) -> DatasetInfo:
-    """Sizes and fingerprint of a data set, without decoding it.
+    """Return the sizes and fingerprint of a dataset without decoding it.
+
+    Args:
+        name: Name of the dataset, as in `config.schema.Dataset`.
+        root: Folder of its files. Only an image folder is read.
 
     Raises:
-        UserError: If an image folder is missing or is not laid out as one.
+        UserError: If an image folder is missing, unreadable or not in the expected layout.
     """
     try:
         return _info(name, root)
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; allowed: files that can be read") from None
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
 
 
 def _info(name: str, root: str) -> DatasetInfo:
@@ -52,27 +56,30 @@ def _info(name: str, root: str) -> DatasetInfo:
         train, test = (image_folder.list_images(Path(root), parts) for parts in (("train", "valid"), ("test",)))
         classes = {label for label, _ in train}
         if classes != {label for label, _ in test}:
-            odd = sorted(classes.symmetric_difference(label for label, _ in test))
-            raise UserError(f"class {odd[0]!r} is not in both train/ and test/; allowed: the same classes in each")
+            unmatched = sorted(classes.symmetric_difference(label for label, _ in test))
+            raise UserError(
+                f"{root}: class {unmatched[0]!r} is not in both train/ and test/; expected the same classes"
+            )
         if len(classes) < 2:
-            raise UserError(f"{root} has one class, {next(iter(classes))!r}; allowed: two or more")
-        described = [f"{path.relative_to(root)} {image_folder.file_size(path)}" for _, path in train + test]
-        fingerprint = hashlib.sha256("\n".join(described).encode(errors="surrogateescape")).hexdigest()[:16]
+            raise UserError(f"{root} has only one class, {next(iter(classes))!r}; expected at least two")
+        files = [f"{path.relative_to(root)} {image_folder.file_size(path)}" for _, path in train + test]
+        fingerprint = hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()[:16]
         return DatasetInfo(len(train), len(test), len(classes), fingerprint)
-    if name not in _SIZES:  # of scores made elsewhere
-        raise UserError(f"data set {name!r} is not known; allowed: {', '.join([*_SIZES, 'image_folder'])}")
     return DatasetInfo(*_SIZES[name], fingerprint=name)
 
 
 def load(name: str, root: str) -> Dataset:
-    """Open a data set's cache; build it first if there is none (once, however many processes ask).
+    """Load a dataset from the cache, which is built on the first call; only one process builds it.
 
     Args:
-        name: A data set that `config.Dataset` allows.
-        root: Where its files are, or are downloaded to.
+        name: Name of the dataset, as in `config.schema.Dataset`.
+        root: Folder of its files. CIFAR and CINIC-10 are downloaded to it if they are missing.
+
+    Returns:
+        The dataset, with memory-mapped arrays.
 
     Raises:
-        UserError: If files are missing, cannot be had, or are not images of one size.
+        UserError: If files are missing, cannot be downloaded or decoded, or the cache cannot be written or read.
     """
     folder = _cache_folder(name, root)
     if not folder.exists():
@@ -83,12 +90,12 @@ def load(name: str, root: str) -> Dataset:
                     _build(name, root, folder)
         except OSError as error:
             raise UserError(
-                f"{folder}: the cache of {name} cannot be written ({error.strerror or error}); allowed: a place with "
-                "room, such as another one in LTH_DIET_CACHE"
+                f"{folder}: the cache of {name} cannot be written ({error.strerror or error}); free some disk space or "
+                "set LTH_DIET_CACHE to another folder"
             ) from None
-    with raise_if_corrupt(folder, f"the cache of {name} as it was written; delete it to build it again"):
+    with raise_if_corrupt(folder, f"the cache of {name}; delete it to rebuild it"):
         about = json.loads((folder / "about.json").read_text())
-        # mode "c" (copy on write) maps the file as "r" does, and lets torch take the array without a copy or a warning
+        # "c" (copy on write): torch warns of the read-only arrays that "r" returns
         keys = ("train_x", "train_y", "test_x", "test_y")
         arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="c") for key in keys}
         return Dataset(
@@ -103,18 +110,19 @@ def load(name: str, root: str) -> Dataset:
 
 def _cache_folder(name: str, root: str) -> Path:
     key = info(name, root).fingerprint
-    if name == "image_folder":  # a file rewritten at the same size keeps the fingerprint; its time changes
-        times = [
+    if name == "image_folder":  # the fingerprint misses an image that was rewritten with the same size
+        modification_times = [
             path.stat().st_mtime_ns
             for part in ("train", "valid", "test")
             for path in image_folder.image_files(Path(root) / part)
         ]
-        key += "-" + hashlib.sha256(repr(times).encode()).hexdigest()[:8]
+        key += "-" + hashlib.sha256(repr(modification_times).encode()).hexdigest()[:8]
     return cache_folder() / (name if key == name else f"{name}-{key}")
 
 
 def _build(name: str, root: str, folder: Path) -> None:
-    for stale in folder.parent.glob(f"{folder.name}.part-*"):  # of a builder that was killed: we hold the lock
+    """Decode a dataset to `folder`, atomically. The caller holds the lock."""
+    for stale in folder.parent.glob(f"{folder.name}.part-*"):  # left by a process that was killed
         shutil.rmtree(stale)
     train, test, class_names = _decode(name, root)
     mean, std = _STATISTICS.get(name) or _statistics(train.images)
@@ -133,7 +141,7 @@ def _build(name: str, root: str, folder: Path) -> None:
 
 
 def _decode(name: str, root: str) -> tuple[Split, Split, list[str]]:
-    from lth_diet.data import cifar, cinic10, digits  # not at the top: requests and Pillow take long to import
+    from lth_diet.data import cifar, cinic10, digits  # imports requests and Pillow, which are slow
 
     decoders = {
         "cifar10": functools.partial(cifar.decode, "CIFAR10"),
@@ -146,7 +154,7 @@ def _decode(name: str, root: str) -> tuple[Split, Split, list[str]]:
 
 
 def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    # from histograms: exact, and no floating-point copy of the images
+    """Return the mean and standard deviation per channel; histograms avoid a floating-point copy of the images."""
     counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
     values = np.arange(256) / 255
     mean = counts @ values / counts.sum(1)

@@ -1,8 +1,8 @@
-"""CINIC-10 (Darlow et al. 2018): the official archive, downloaded in as many goes as needed, read without unpacking."""
+"""CINIC-10 (Darlow et al. 2018): a resumable download of the official archive, which is read without unpacking it."""
 
 import hashlib
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -20,7 +20,7 @@ _CHUNK = 1 << 20
 
 
 def decode(root: str) -> tuple[Split, Split, list[str]]:
-    """Training set (train and valid merged, as in the paper), test set and class names."""
+    """Return the training set (train/ and valid/ merged, as in the paper), test set and class names."""
     path = archive(Path(root))
     *train, class_names = read(path, ("train", "valid"))
     *test, _ = read(path, ("test",))
@@ -28,12 +28,12 @@ def decode(root: str) -> tuple[Split, Split, list[str]]:
 
 
 def archive(root: Path) -> Path:
-    """The checked archive `root/CINIC-10.tar.gz`, downloaded if it is not there.
+    """Return the path of the verified archive `root/CINIC-10.tar.gz`, downloading it if it is missing.
 
-    What a broken connection left in `CINIC-10.tar.gz.part` is kept, and the download goes on from there.
+    A partial download is kept in `CINIC-10.tar.gz.part`, from which the next call resumes.
 
     Raises:
-        UserError: If the archive is not the official one, or cannot be downloaded.
+        UserError: If the archive is not the official one or cannot be downloaded.
     """
     path = root / "CINIC-10.tar.gz"
     if not path.exists():
@@ -54,7 +54,7 @@ def _check(path: Path) -> None:
             md5.update(chunk)
     if md5.hexdigest() != MD5:
         raise UserError(
-            f"{path}: partial or altered, its md5 is {md5.hexdigest()}; allowed: {MD5}, the official archive; "
+            f"{path}: incomplete or modified, its MD5 is {md5.hexdigest()}; expected {MD5}, the official archive; "
             "delete the file to download it again"
         )
 
@@ -62,80 +62,84 @@ def _check(path: Path) -> None:
 def _download(part: Path) -> None:
     problem = ""
     for _ in range(ATTEMPTS):
-        have = part.stat().st_size if part.exists() else 0
+        downloaded = part.stat().st_size if part.exists() else 0
         try:
-            if _fetch(part, have):
+            if _download_rest(part, downloaded):
                 return
         except (requests.RequestException, OSError) as error:
             problem = type(error).__name__
     raise UserError(
-        f"dataset.root: {part.parent} does not hold CINIC-10.tar.gz and {URL} cannot be downloaded ({problem}); "
-        "allowed: a folder with the official archive, or a network that reaches it; run the command again to go on"
+        f"dataset.root = {str(part.parent)!r}: CINIC-10.tar.gz is missing and its download from {URL} failed "
+        f"({problem}); put the official archive there, or check the network connection and rerun the command to resume"
     )
 
 
-def _fetch(part: Path, have: int) -> bool:
-    """Append what is missing to `part`; whether that made it whole."""
-    with requests.get(URL, headers={"Range": f"bytes={have}-"} if have else {}, stream=True, timeout=60) as answer:
-        if answer.status_code == 416:  # nothing is left to send
+def _download_rest(part: Path, downloaded: int) -> bool:
+    """Append the rest of the archive to `part` and return whether it is complete."""
+    headers = {"Range": f"bytes={downloaded}-"} if downloaded else {}
+    with requests.get(URL, headers=headers, stream=True, timeout=60) as response:
+        if response.status_code == 416:  # range not satisfiable: nothing is left to send
             return True
-        answer.raise_for_status()
-        if answer.status_code != 206:  # the server sends all of it, whatever was asked for
-            have = 0
-        whole = have + int(answer.headers.get("Content-Length", 0))
+        response.raise_for_status()
+        if response.status_code != 206:  # not partial content: the server sends the whole file
+            downloaded = 0
+        total = downloaded + int(response.headers.get("Content-Length", 0))
         with (
-            open(part, "ab" if have else "wb") as file,
-            tqdm(total=whole or None, initial=have, unit="B", unit_scale=True, desc="CINIC-10") as bar,
+            open(part, "ab" if downloaded else "wb") as file,
+            tqdm(total=total or None, initial=downloaded, unit="B", unit_scale=True, desc="CINIC-10") as bar,
         ):
-            for chunk in answer.iter_content(1 << 13):  # what a break loses
+            for chunk in response.iter_content(1 << 13):  # small: a broken connection loses up to one chunk
                 file.write(chunk)
                 bar.update(len(chunk))
-    return not whole or part.stat().st_size >= whole
+    return not total or part.stat().st_size >= total
 
 
 def read(path: Path, parts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Images of some parts of the archive, in the order of part, class and name.
+    """Read the images of some parts of the archive, in the order of part, class and file name.
 
     Args:
-        path: What `archive` returned.
-        parts: Of "train", "valid", "test".
+        path: Path of the archive.
+        parts: Any of "train", "valid" and "test".
 
     Returns:
-        Images, uint8 (N, 32, 32, 3); labels, int64 (N,), numbering the classes by name; the classes.
+        Images, uint8 (N, 32, 32, 3); labels, int64 (N,), indices into the class names; sorted class names.
+
+    Raises:
+        UserError: If the file is not a readable archive of 32 x 32 PNG images.
     """
     try:
         with tarfile.open(path, "r:gz") as tar:
             names = sorted(
-                {member.name for member in tar if _is_of(member, parts)},
-                key=lambda name: (parts.index(_place(name)[0]), *_place(name)[1:]),
+                {member.name for member in tar if _is_image_of(member, parts)},
+                key=lambda name: (parts.index(_split_path(name)[0]), *_split_path(name)[1:]),
             )
         if not names:
             raise ValueError(f"no images of {' or '.join(parts)}")
-        place = {name: index for index, name in enumerate(names)}
+        positions = {name: index for index, name in enumerate(names)}
         images = np.empty((len(names), 32, 32, 3), np.uint8)
-        for name, pixels in tqdm(_pixels(path, place), total=len(names), desc=f"decoding {' + '.join(parts)}"):
-            images[place[name]] = pixels
-    except Exception as error:  # tarfile, zlib and Pillow raise nearly anything for a damaged file
-        raise UserError(f"{path}: not the archive of CINIC-10 ({error}); allowed: the official one") from None
-    classes = sorted({_place(name)[1] for name in names})
-    labels = np.array([classes.index(_place(name)[1]) for name in names])
+        for name, pixels in tqdm(_read_images(path, positions), total=len(names), desc=f"decoding {' + '.join(parts)}"):
+            images[positions[name]] = pixels
+    except Exception as error:  # tarfile, zlib and Pillow raise many types of exceptions for a damaged file
+        raise UserError(f"{path}: not the CINIC-10 archive ({error}); expected the official one") from None
+    classes = sorted({_split_path(name)[1] for name in names})
+    labels = np.array([classes.index(_split_path(name)[1]) for name in names])
     return images, labels, classes
 
 
-def _place(name: str) -> tuple[str, str, str]:
-    """(part, class, file name) of a member."""
+def _split_path(name: str) -> tuple[str, str, str]:
+    """Return (part, class, file name) of a member of the archive."""
     return PurePosixPath(name).parts[-3:]
 
 
-def _is_of(member: tarfile.TarInfo, parts: tuple[str, ...]) -> bool:
-    place = _place(member.name)
-    return member.isfile() and len(place) == 3 and place[0] in parts and place[2].lower().endswith(".png")
+def _is_image_of(member: tarfile.TarInfo, parts: tuple[str, ...]) -> bool:
+    path = _split_path(member.name)
+    return member.isfile() and len(path) == 3 and path[0] in parts and path[2].lower().endswith(".png")
 
 
-def _pixels(path: Path, wanted: dict[str, int]) -> Iterator[tuple[str, np.ndarray]]:
+def _read_images(path: Path, names: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
     with tarfile.open(path, "r:gz") as tar:
         for member in tar:
-            if member.name in wanted and member.isfile():  # a link or device may bear the same name
+            if member.name in names and member.isfile():  # a link or device may have the name of an image
                 with Image.open(tar.extractfile(member), formats=("PNG",)) as image:
                     if image.size != (32, 32):
                         raise ValueError(f"{member.name} has {image.size[0]} x {image.size[1]} pixels")

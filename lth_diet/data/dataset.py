@@ -1,4 +1,4 @@
-"""What a data set is: images, labels, statistics and class names."""
+"""Dataset and Split: images, labels, per-channel statistics and class names."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a data set before it is decoded."""
+    """Sizes and fingerprint of a dataset, known before it is decoded."""
 
     train_size: int
     test_size: int
@@ -22,10 +22,16 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
 
+    def __repr__(self) -> str:
+        return f"Split({len(self.images):,} images of {' x '.join(map(str, self.images.shape[1:]))})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A decoded data set; mean and std are per channel, in units of 0 to 1, over the training set."""
+    """A decoded dataset.
+
+    `mean` and `std` are per channel, over the training set, with pixels scaled to 0 to 1.
+    """
 
     name: str
     train: Split
@@ -34,11 +40,14 @@ class Dataset:
     std: tuple[float, ...]
     class_names: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"Dataset({self.name!r}, train={self.train}, test={self.test}, {len(self.class_names)} classes)"
+
     def with_labels(self, labels: np.ndarray) -> "Dataset":
-        """The same images with other training labels, int64 of shape (N,)."""
+        """Return the same images with other training labels, int64 of shape (N,)."""
         return dataclasses.replace(self, train=Split(self.train.images, labels))
 
     @property
     def flip(self) -> bool:
-        """Whether a is_remote image still is of its class."""
+        """Whether a horizontally flipped image keeps its class. Digits do not."""
         return self.name != "digits"

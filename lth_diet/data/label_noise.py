@@ -1,4 +1,4 @@
-"""Labels drawn anew at random, for pre-training only (paper, section 3, "Randomized labels during pre-training")."""
+"""Label noise for pre-training (paper, section 3, "Randomized labels during pre-training")."""
 
 import fractions
 import math
@@ -9,37 +9,38 @@ from lth_diet.data.seeds import derive_seed, generator
 
 
 def randomize_labels(labels: np.ndarray, fraction: float, classes: int, seed: int) -> np.ndarray:
-    """Draw the labels of some examples anew, uniformly over all classes.
+    """Resample a fraction of the labels uniformly over all classes.
 
-    The class that was right may be drawn again, so that of 10 classes and a fraction of 10 %, 9 % are wrong. With the
-    same seed a greater fraction draws the same examples anew, to the same labels, and more.
+    A resampled label may equal the true one: with 10 classes and a fraction of 10 %, 9 % of the labels end up wrong.
+    With the same seed, a larger fraction resamples the same examples to the same labels, and more examples.
 
     Args:
         labels: Class of each example, 0 to classes - 1, shape (N,).
-        fraction: Of the examples to draw anew, 0 to 1; ceil(fraction x N) are, with fraction read as a decimal.
+        fraction: Fraction of the labels to resample, 0 to 1. Exactly ceil(fraction x N) labels are resampled, where
+            fraction is taken as the decimal number that it is written as.
         classes: Number of classes.
-        seed: Of the stream "noise".
+        seed: Seed of the "noise" stream.
 
     Returns:
-        Labels of the same shape and type.
+        New labels of the same shape and type.
 
     Raises:
         ValueError: If fraction is out of range.
     """
     if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction {fraction}; allowed: 0 to 1")
+        raise ValueError(f"fraction {fraction}; expected 0 to 1")
     random = generator(seed)
-    drawn = random.permutation(len(labels))[: math.ceil(fractions.Fraction(str(fraction)) * len(labels))]
+    resampled = random.permutation(len(labels))[: math.ceil(fractions.Fraction(str(fraction)) * len(labels))]
     noisy = labels.copy()
-    noisy[drawn] = random.integers(0, classes, len(labels))[: len(drawn)]
+    noisy[resampled] = random.integers(0, classes, len(labels))[: len(resampled)]
     return noisy
 
 
 def noisy_labels(labels: np.ndarray, fraction: float, classes: int, seed: int) -> np.ndarray:
-    """Labels as pre-training and scoring see them: the same for all arms, subset sizes, replicates and scores.
+    """Return the labels that pre-training and scoring use, the same in all arms, replicates and scoring networks.
 
     Args:
         labels, fraction, classes: See `randomize_labels`.
-        seed: The configuration's seed.
+        seed: Seed of the configuration.
     """
     return randomize_labels(labels, fraction, classes, derive_seed(seed, "all", "noise"))

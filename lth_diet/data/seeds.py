@@ -1,7 +1,7 @@
-"""One named random stream per purpose, so that changing one thing changes nothing else.
+"""Independent random streams, one per purpose, so that changing one setting leaves the other streams unchanged.
 
-Streams depend on the configured seed, their scope and their purpose only: replicate r of every arm shares its
-initialisation, data order and augmentation, which pairs the arms.
+A stream depends only on the configured seed, its scope and its purpose. Replicate r therefore has the same
+initialization, data order and augmentation in every arm, which makes comparisons between arms paired.
 """
 
 import hashlib
@@ -10,16 +10,16 @@ import numpy as np
 
 
 def derive_seed(seed: int, scope: int | str, purpose: str) -> int:
-    """The 64-bit seed of a stream.
+    """Derive the 64-bit seed of a stream.
 
     Args:
-        seed: The configured one.
-        scope: A replicate's index, "network_<k>" of the networks that score, or "all" for what all of them share.
-        purpose: "init", "order", "augmentation", "subset" or (of "all") "noise".
+        seed: Seed of the configuration.
+        scope: Index of a replicate, "network_<k>" for a scoring network, or "all" for streams that all share.
+        purpose: "init", "order", "augmentation" or "subset"; "noise" for scope "all".
     """
     return int.from_bytes(hashlib.sha256(f"{seed}/{scope}/{purpose}".encode()).digest()[:8], "little")
 
 
 def generator(seed: int, *index: int) -> np.random.Generator:
-    """A generator that depends on a stream's seed and a position in the stream (a pass or a step) alone."""
+    """Return a generator for one position (an epoch or a step) of the stream with this seed."""
     return np.random.default_rng([seed, *index])

@@ -1,4 +1,4 @@
-"""Which training examples pre-training sees: pure functions from arrays to sorted indices."""
+"""Which training examples pre-training uses: pure functions from labels and scores to sorted indices."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from lth_diet.files import write_atomically
 
 
 def random_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """`size` examples at random, equally many of each class (paper, section 3 (i)).
+    """Choose `size` examples at random, equally many of each class (paper, section 3 (i)).
 
     Args:
-        labels: Class of each example, as pre-training sees it, shape (N,).
-        size: M, 1 to N. What does not divide by the number of classes, and what a small class lacks, is drawn at
-            random from the examples left.
-        seed: Of the stream "subset".
+        labels: Class of each example in pre-training, shape (N,).
+        size: Number of examples M, 1 to N. If the classes cannot have equal shares, because M is not divisible by
+            their number or a class is too small, the rest is chosen at random from the other examples.
+        seed: Seed of the "subset" stream.
 
     Returns:
         Sorted indices, shape (size,).
@@ -26,7 +26,7 @@ def random_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     Raises:
         ValueError: If there are fewer than `size` examples.
     """
-    _check(len(labels), size, 0)
+    _check_size(len(labels), size, 0)
     shuffled = generator(seed).permutation(len(labels))
     classes = np.unique(labels)
     chosen = np.concatenate([shuffled[labels[shuffled] == c][: size // len(classes)] for c in classes])
@@ -37,72 +37,73 @@ def random_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
 def easy(
     scores: np.ndarray, labels: np.ndarray, size: int, class_balanced: bool = False, offset: int = 0
 ) -> np.ndarray:
-    """The `size` examples with the lowest scores (paper, section 3 (ii)).
+    """Choose the `size` examples with the lowest scores (paper, section 3 (ii)).
 
     Args:
-        scores: Of each example, shape (N,); equal ones are in the order of their positions.
-        labels: Class of each example, as pre-training sees it, shape (N,).
-        size: M, 1 to N - offset.
-        class_balanced: Take the easiest of every class, then the second easiest of every class, and so on: classes
-            differ by one example at most, as long as they have enough.
-        offset: Skip as many of the easiest; if balanced, those that a balanced subset of that size has.
+        scores: Score of each example, shape (N,). Ties are broken by index.
+        labels: Class of each example in pre-training, shape (N,).
+        size: Number of examples M, 1 to N - offset.
+        class_balanced: Choose the easiest example of every class, then the second easiest of every class, and so
+            on. The class counts differ by at most one, as long as every class has enough examples.
+        offset: Number of easiest examples to skip. If class-balanced, skips the class-balanced subset of this size.
 
     Returns:
-        Sorted indices, shape (size,); a smaller subset is part of a larger one.
+        Sorted indices, shape (size,). A smaller subset is contained in a larger one.
 
     Raises:
-        ValueError: If there are fewer than `size` examples after `offset`, or a score is not a number.
+        ValueError: If fewer than `size` examples remain after `offset`, or a score is NaN.
     """
-    return _first(np.argsort(scores, kind="stable"), scores, labels, size, class_balanced, offset)
+    return _take(np.argsort(scores, kind="stable"), scores, labels, size, class_balanced, offset)
 
 
 def hard(
     scores: np.ndarray, labels: np.ndarray, size: int, class_balanced: bool = False, offset: int = 0
 ) -> np.ndarray:
-    """The `size` examples with the highest scores (paper, section 3 (iii)): as `easy`, from the other end.
+    """Choose the `size` examples with the highest scores (paper, section 3 (iii)).
 
-    Unless balanced, it has no example in common with an easy subset as long as both together have at most N.
+    The arguments are those of `easy`, with the order reversed. Unless class-balanced, an easy and a hard subset are
+    disjoint if their sizes add up to at most N.
     """
-    return _first(np.argsort(scores, kind="stable")[::-1], scores, labels, size, class_balanced, offset)
+    return _take(np.argsort(scores, kind="stable")[::-1], scores, labels, size, class_balanced, offset)
 
 
-def _first(
+def _take(
     order: np.ndarray, scores: np.ndarray, labels: np.ndarray, size: int, class_balanced: bool, offset: int
 ) -> np.ndarray:
-    _check(len(labels), size, offset)
+    _check_size(len(labels), size, offset)
     if np.isnan(scores).any():
-        raise ValueError("a score is not a number (NaN): no order to choose by")
+        raise ValueError("scores contain NaN, so the examples cannot be ranked")
     if class_balanced:
-        skipped = _in_turn(order, labels)[:offset]
-        return np.sort(_in_turn(order[~np.isin(order, skipped)], labels)[:size])
+        skipped = _interleave_classes(order, labels)[:offset]
+        return np.sort(_interleave_classes(order[~np.isin(order, skipped)], labels)[:size])
     return np.sort(order[offset : offset + size])
 
 
-def _in_turn(order: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The first of every class, then the second of every class, and so on."""
-    place = np.empty(len(order), int)  # of each example of `order` within its class
+def _interleave_classes(order: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Reorder to the first example of every class, then the second of every class, and so on."""
+    rank_in_class = np.empty(len(order), int)
     for label in np.unique(labels):
         members = labels[order] == label
-        place[members] = np.arange(members.sum())
-    return order[np.argsort(place, kind="stable")]
+        rank_in_class[members] = np.arange(members.sum())
+    return order[np.argsort(rank_in_class, kind="stable")]
 
 
-def _check(examples: int, size: int, offset: int) -> None:
+def _check_size(examples: int, size: int, offset: int) -> None:
     if not 0 < size <= examples - offset:
-        raise ValueError(f"a subset of {size} of {examples} examples; allowed: 1 to {examples - offset}")
+        raise ValueError(f"subset size {size} for {examples} examples; expected 1 to {examples - offset}")
 
 
 def save_indices(folder: Path, indices: np.ndarray) -> None:
-    """Write subset.safetensors.
+    """Write the indices to subset.safetensors.
 
     Raises:
-        UserError: If it is there with other indices: what began with them cannot go on with these.
+        UserError: If the file exists with other indices; pre-training cannot resume on other examples.
     """
     path = folder / "subset.safetensors"
     if path.exists():
-        with raise_if_corrupt(path, f"the examples that pre-training began with; delete {folder} to begin again"):
-            there = load_tensors(path.read_bytes())["indices"]
-        if not np.array_equal(there, indices):
-            raise UserError(f"{path}: pre-training began with other examples; delete {folder} to begin again")
+        with raise_if_corrupt(path, f"the indices that pre-training started with; delete {folder} to start again"):
+            saved = load_tensors(path.read_bytes())["indices"]
+        if not np.array_equal(saved, indices):
+            raise UserError(f"{path}: pre-training started with other examples; delete {folder} to start again")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save_tensors({"indices": indices.astype(np.int64)}))

@@ -1,4 +1,4 @@
-"""From the command line of a recipe to replicates that train: validation, processes, screen.
+"""Launches a recipe: command line, validation, processes, progress on the screen.
 
 May import everything below sweep.
 """

@@ -1,4 +1,4 @@
-"""What would run, what exists already, and the table of results."""
+"""The output of --plan, and the table of results."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from lth_diet.runs.scores_directory import ScoresDirectory
 
 
 def plan_scores(folder: ScoresDirectory) -> str:
-    """What scoring would run: networks, steps, what exists already."""
+    """Describe what scoring would run: its networks, their steps and what is done."""
     last = folder.config.scores.steps
     noise = f", {100 * folder.config.pretrain.label_noise:g} % label noise" * (folder.config.pretrain.label_noise > 0)
     lines = [f"{folder.path}: EL2N scores by {len(folder.networks())} {folder.config.model_name}{noise}"]
@@ -29,11 +29,16 @@ def plan_scores(folder: ScoresDirectory) -> str:
 
 def _state(phase: PhaseDirectory, first: int) -> str:
     step = resume_step(phase, first)
-    return "done" if phase.done else f"goes on at step {step}" if step > first else "to do"
+    return "done" if phase.done else f"resumes at step {step}" if step > first else "to do"
 
 
 def plan(run: RunDirectory, scores: ScoresDirectory | None = None) -> str:
-    """What would run: phases, steps, what exists already; `scores` come first, where the arm needs them."""
+    """Describe what a run would train: its phases, their steps and what is done.
+
+    Args:
+        run: The run.
+        scores: Scores to compute first, if the arm needs them.
+    """
     lines = [plan_scores(scores)] if scores else []
     lines += [f"{run.path}: {run.config.model_name}, arm {run.config.arm}, run id {run_id(run.config)}"]
     for replicate in run.replicates():
@@ -48,20 +53,20 @@ def plan(run: RunDirectory, scores: ScoresDirectory | None = None) -> str:
 
 
 def summary(folder: ScoresDirectory) -> str:
-    """What is known of finished scores; nothing, if it could not be drawn."""
+    """Return the summary of finished scores as JSON; an empty string if it could not be computed."""
     path = folder.path / "examples/summary.json"
     return json.dumps(read_json(path), indent=2) if path.exists() else ""
 
 
 def table(run: RunDirectory) -> str:
-    """Level, weights remaining and test accuracy (mean ± sd over the replicates so far) of a run."""
+    """Return a table of a run: test accuracy (mean ± sd over the finished replicates) at each level."""
     rows = []
     for level, phase in (pair for replicate in run.replicates() for pair in replicate.levels() if pair[1].done):
-        with contextlib.suppress(UserError):  # a damaged result, which has been told
+        with contextlib.suppress(UserError):  # a damaged result, which has been reported
             result = phase.result()
             rows.append((level, result["weights_remaining_percent"], result["test_accuracy_percent"]))
     if not rows:
-        return "no level is done yet"
+        return "no level is finished yet"
     frame = pd.DataFrame(rows, columns=["level", "weights", "accuracy"])
     lines = ["level  weights remaining  test accuracy (mean ± sd)    n"]
     for level, group in frame.groupby("level"):

@@ -1,26 +1,29 @@
-"""The processes of one launch: who this one is, which replicates are its own, and what the ranks tell each other."""
+"""The processes of a launch: ranks, the replicates that each trains, and their ends."""
 
 import contextlib
 import ctypes
 import dataclasses
 import os
 import signal
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from lth_diet.errors import UserError
+from lth_diet.errors import UserError, print_error
 
 Item = TypeVar("Item")
 _VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
-_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up now: a forked process may not
+_REPORT_TIMEOUT = 60.0  # seconds in which the first rank starts and validates its input
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up at import: unsafe in a forked process
 _PR_SET_PDEATHSIG = 1
 
 
 def exit_with_parent(parent: int | None = None) -> None:
-    """Have the system kill this process when the one that started it ends, however it ends (Linux only).
+    """Have the kernel kill this process when its parent exits for any reason (Linux only).
 
     Args:
-        parent: Its process id, to end at once if it is gone already.
+        parent: Process id of the parent. This process exits at once if the parent is gone already.
     """
     if _PRCTL is not None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -28,9 +31,23 @@ def exit_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
 
+def report_invalid_input(error: UserError | OSError) -> int:
+    """Print an error of the input once per node and return the exit status, 2.
+
+    All ranks validate the same input, and the launcher terminates the others as soon as one exits. So ranks other than
+    the first of their node wait to be terminated. They print their error only if rank 0 has none.
+    """
+    with contextlib.suppress(UserError):  # an invalid variable of the launcher
+        process = ProcessInfo.from_environment()
+        if process.local_rank:
+            process.exit_with_launcher()
+            process.wait_for_first_rank()
+    return print_error(error)
+
+
 @dataclasses.dataclass(frozen=True)
 class ProcessInfo:
-    """What the launcher's environment says of this process."""
+    """Rank of this process and address of rank 0, from the launcher's environment variables."""
 
     rank: int
     world_size: int
@@ -40,7 +57,7 @@ class ProcessInfo:
 
     @classmethod
     def from_environment(cls) -> "ProcessInfo":
-        """Of this process.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without them, this is the only process.
 
         Raises:
             UserError: If a variable is not a number.
@@ -50,21 +67,32 @@ class ProcessInfo:
             try:
                 number[key] = int(os.environ.get(key, default))
             except ValueError:
-                raise UserError(f"{key}: {os.environ[key]!r} is not allowed; allowed: what a launcher sets") from None
+                raise UserError(
+                    f"{key} = {os.environ[key]!r} in the environment: must be a number, as a launcher sets it"
+                ) from None
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         return cls(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], address, number["MASTER_PORT"])
 
     def exit_with_launcher(self) -> None:
-        """Ranks that outlive a killed launcher would hold their replicates against the next launch."""
+        """Exit when the launcher is killed. A rank that outlived it would keep its replicates locked."""
         if "WORLD_SIZE" in os.environ:
             exit_with_parent()
 
+    def wait_for_first_rank(self) -> None:
+        """Wait until rank 0 has accepted its input and listens for the other ranks, for a minute at most."""
+        end = time.monotonic() + _REPORT_TIMEOUT
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                socket.create_connection((self.address, self.port), timeout=1).close()
+                return
+            time.sleep(0.1)
+
     def shard(self, items: Sequence[Item]) -> list[Item]:
-        """This rank's share."""
+        """Return this rank's share of some items."""
         return list(items[self.rank :: self.world_size])
 
     def detach(self) -> None:
-        """Make this process a world of one, with one device, before Composer is imported."""
+        """Make this process a single-process world with one device. Call it before Composer is imported."""
         import torch
 
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -78,7 +106,7 @@ class ProcessInfo:
 
     @contextlib.contextmanager
     def as_single_process(self) -> Iterator[None]:
-        """For a while this process is a world of one, on its own device; then it can join the others."""
+        """Make this process a single-process world on its own device inside the context."""
         import torch
         from torch import distributed
 

@@ -1,4 +1,4 @@
-"""Shows on one screen what all ranks of a launch train."""
+"""The screen of a launch: the progress of all ranks."""
 
 import sys
 import threading
@@ -16,12 +16,12 @@ from lth_diet.training.progress import Status
 
 
 class Screen:
-    """Shows what the ranks post: a live table on a terminal, plain lines where output is piped.
+    """Shows the progress of all ranks: a live table on a terminal, plain lines where the output is piped.
 
     Args:
-        read: The ranks' accounts.
-        title: Of the table.
-        console: Where to; standard output if none is given.
+        read: Returns the status of each rank.
+        title: Title of the table.
+        console: Where to print; standard output by default.
         every: Seconds between two plain lines of the same replicate or network.
     """
 
@@ -33,7 +33,7 @@ class Screen:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
         self._results: dict[str, int] = {}
         self._lines: dict[str, float] = {}
 
@@ -55,12 +55,12 @@ class Screen:
             self.refresh()
 
     def refresh(self) -> None:
-        """Show what is new."""
+        """Print new messages and show the current progress."""
         statuses = self.read()
         for message in (message for status in statuses.values() for message in status["messages"]):
-            if message not in self._said:  # what several ranks have to say is said once
+            if message not in self._printed:  # several ranks may have the same message
                 print(message, file=sys.stderr, flush=True)  # above the table, where there is one
-                self._said.add(message)
+                self._printed.add(message)
         rows = [(row, status["left"]) for status in statuses.values() for row in status["rows"]]
         if self._live:
             self._live.update(self._table(rows), refresh=True)
@@ -85,9 +85,9 @@ class Screen:
         table = Table(title=self.title, title_justify="left", expand=False)
         for name, side in (
             ("", "left"), ("phase", "left"), ("weights", "right"), ("step", "right"), ("steps/s", "right"),
-            ("ETA phase", "right"), ("test accuracy of what is done, %", "left"),
+            ("ETA phase", "right"), ("test accuracy so far, %", "left"),
         ):  # fmt: skip
-            table.add_column(name, justify=side, no_wrap=name != "test accuracy of what is done, %")
+            table.add_column(name, justify=side, no_wrap=name != "test accuracy so far, %")
         for row, _ in sorted(rows, key=lambda pair: _sort_key(pair[0]["name"])):
             name = humanize(row["name"])
             accuracies = " ".join(f"{accuracy:.1f}" for _, accuracy in row.get("results", {}).values())
@@ -99,15 +99,20 @@ class Screen:
                 name, humanize(row["phase"]), f"{row['weights']:.1f} %", f"{step:,}/{last:,}",
                 f"{rate:.1f}" if rate else "", duration(last - step, rate), accuracies,
             )  # fmt: skip
-        rates = [(left, row["rate"]) for row, left in rows if row["state"] == "training" and row.get("rate")]
         if all(row["state"] in ("done", "failed") for row, _ in rows):
             return Group(table)
-        slowest = max((left / rate for left, rate in rates), default=None)
-        return Group(table, Text(f"ETA of the run {'?' if slowest is None else duration(slowest, 1)}"))
+        return Group(table, Text(f"ETA of the run {_eta(rows)}"))
+
+
+def _eta(rows: list[tuple[Status, int]]) -> str:
+    """Time until the slowest rank finishes. A rank without a rate yet counts as slow as the slowest other rank."""
+    rates = [(left, row.get("rate")) for row, left in rows if row["state"] == "training"]
+    known = [rate for _, rate in rates if rate]
+    return duration(max(left / (rate or min(known)) for left, rate in rates), 1) if known else "?"
 
 
 def _sort_key(name: str) -> tuple[str, int]:
-    """`network_10` after `network_9`, and replicates after networks."""
+    """Key that sorts `network_10` after `network_9`, and replicates after networks."""
     kind, _, number = name.partition("_")
     return kind, int(number)
 

@@ -1,4 +1,4 @@
-"""Where the ranks of a launch publish their status and wait for each other."""
+"""Exchange of statuses between the ranks of a launch."""
 
 import datetime
 import json
@@ -11,7 +11,11 @@ _TIMEOUT = datetime.timedelta(hours=1)
 
 
 class StatusBoard:
-    """Where ranks leave statuses and wait for each other, whether or not they train as one world."""
+    """Lets ranks publish their status and wait for each other, whether or not they train as one world.
+
+    Args:
+        process: This rank. Rank 0 hosts the store.
+    """
 
     def __init__(self, process: ProcessInfo):
         self.process = process
@@ -29,13 +33,13 @@ class StatusBoard:
             )
 
     def publish(self, status: Any) -> None:
-        """Replace this rank's status, anything that JSON can hold."""
+        """Replace the status of this rank with a new one, any JSON value."""
         self._status = json.dumps(status)
         if self.process.rank:
             self.store.set(f"status_{self.process.rank}", self._status)
 
     def read(self) -> dict[int, Any]:
-        """The status of each rank that has posted one; on rank 0 only."""
+        """Return the status of each rank that has published one. Rank 0 only."""
         texts = {0: self._status} if self._status else {}
         for rank in range(1, self.process.world_size):
             if self.store.check([f"status_{rank}"]):
@@ -43,7 +47,7 @@ class StatusBoard:
         return {rank: json.loads(text) for rank, text in texts.items()}
 
     def init_process_group(self) -> None:
-        """Make the ranks one world, for Composer to find."""
+        """Initialize the process group of all ranks, which Composer then uses."""
         import torch
         from torch import distributed
 
@@ -57,9 +61,9 @@ class StatusBoard:
             )
 
     def barrier(self) -> None:
-        """Return when every rank is here; rank 0, which holds the board, goes last.
+        """Wait until every rank has arrived. Rank 0, which hosts the store, leaves last.
 
-        The launcher ends all ranks when one has failed, so that a rank with a failure must not leave early.
+        A rank that failed waits here too: the launcher terminates all ranks when one exits with an error.
         """
         if self.process.world_size > 1:
             self.store.set(f"here_{self.process.rank}", "")

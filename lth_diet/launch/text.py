@@ -1,13 +1,13 @@
-"""Names and durations as a person reads them."""
+"""Readable names and durations."""
 
 import datetime
 
 
 def humanize(name: str) -> str:
-    """`level_1` as `level 1`."""
+    """Replace underscores with spaces: `level_1` becomes `level 1`."""
     return name.replace("_", " ")
 
 
 def duration(steps: float, rate: float | None) -> str:
-    """Of some steps at so many a second."""
+    """Format the time that some steps take, as h:mm:ss; `?` if the rate (steps per second) is unknown or zero."""
     return str(datetime.timedelta(seconds=round(steps / rate))) if rate else "?"

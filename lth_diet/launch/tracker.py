@@ -1,51 +1,56 @@
-"""Calls to MLflow that never stop training."""
+"""Updates of MLflow that never stop training."""
 
 import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lth_diet.training import progress
+from lth_diet.training.progress import Progress
 
 BACKOFF_FACTOR = 20
-"""How many times as long as a failed attempt to reach MLflow took, there is no other."""
+"""After a failed update, the next one waits this many times the duration of the failed one."""
 
 
 class Tracker:
-    """Brings MLflow up to date when called; a store that cannot be reached is one warning, not a failure.
+    """Brings MLflow up to date when called. If the store cannot be reached, it prints one warning.
 
-    After a failure, calls do nothing for `RESPITE` times as long as it took, so that a server that does not answer
-    takes little time from training. `finish` makes up for the last of them.
+    After a failure, calls do nothing for `BACKOFF_FACTOR` times the duration of the failed update, so a server that
+    does not respond delays training little. `finish` makes up for calls that were skipped.
+
+    Args:
+        sync: Updates MLflow.
+        runs: Folder of runs, for the warning.
+        progress: Where the warning is logged.
     """
 
-    def __init__(self, sync: Callable[[], None], runs: Path, progress: progress.Progress):
+    def __init__(self, sync: Callable[[], None], runs: Path, progress: Progress):
         self.sync = sync
         self.runs = runs
         self.progress = progress
-        self.warned = False
-        self.owed = False
-        self.not_before = 0.0
+        self._warned = False
+        self._skipped = False
+        self._not_before = 0.0
 
     def __call__(self) -> None:
-        self.owed = time.monotonic() < self.not_before
-        if not self.owed:
+        self._skipped = time.monotonic() < self._not_before
+        if not self._skipped:
             self._sync()
 
     def finish(self) -> None:
-        """At the end: what was put off is put off no more."""
-        if self.owed:
+        """Update MLflow if the last call was skipped."""
+        if self._skipped:
             self._sync()
 
     def _sync(self) -> None:
-        self.owed, began = False, time.monotonic()
+        self._skipped, began = False, time.monotonic()
         try:
             self.sync()
-        except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
+        except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each raise their own
             now = time.monotonic()
-            self.not_before = now + BACKOFF_FACTOR * (now - began)
-            if not self.warned:
+            self._not_before = now + BACKOFF_FACTOR * (now - began)
+            if not self._warned:
                 self.progress.log(
-                    f"warning: MLflow is not up to date ({type(error).__name__}); training goes on, and "
-                    f"`python -m lth_diet sync {shlex.quote(str(self.runs))}` catches up later"
+                    f"warning: MLflow is not up to date ({type(error).__name__}); training continues; "
+                    f"run `python -m lth_diet sync {shlex.quote(str(self.runs))}` later to catch up"
                 )
-            self.warned = True
+            self._warned = True

@@ -1,4 +1,4 @@
-"""Masks, and the rules that prune: which weights remain at a level.
+"""Masks, which say which weights remain, and pruning rules.
 
 May import errors.
 """

@@ -1,4 +1,4 @@
-"""Old spelling of `python -m lth_diet`."""
+"""Alias of `python -m lth_diet`, kept for old scripts."""
 
 import sys
 

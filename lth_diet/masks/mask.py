@@ -1,4 +1,4 @@
-"""Which weights are left: masks, their density, global magnitude pruning, save and load."""
+"""Mask: which weights remain, with counts, comparison, saving and loading."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from lth_diet.errors import UserError
 
 
 def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The tensors that are pruned: the weight of every Conv2d and Linear, never a bias or BatchNorm."""
+    """Return the prunable parameters by name: the weights of Conv2d and Linear, no biases and no BatchNorm."""
     return {
         f"{name}.weight" if name else "weight": module.weight
         for name, module in network.named_modules()
@@ -24,10 +24,10 @@ def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Mask(Mapping[str, Tensor]):
-    """A boolean tensor for each prunable weight, True where the weight is left.
+    """A boolean tensor for each prunable parameter, True where the weight remains.
 
     Args:
-        tensors: Parameter name to boolean tensor; kept on the CPU.
+        tensors: Maps parameter names to boolean tensors, which are moved to the CPU.
 
     Raises:
         ValueError: If a tensor is not boolean.
@@ -36,13 +36,16 @@ class Mask(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor]):
         for name, tensor in tensors.items():
             if tensor.dtype != torch.bool:
-                raise ValueError(f"mask {name} is {tensor.dtype}; allowed: torch.bool")
+                raise ValueError(f"mask {name} has dtype {tensor.dtype}; expected torch.bool")
         self._tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
 
     @classmethod
     def dense(cls, network: nn.Module) -> "Mask":
-        """The mask that prunes nothing."""
+        """Return the mask of an unpruned network, all True."""
         return cls({name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in prunable(network).items()})
+
+    def __repr__(self) -> str:
+        return f"Mask({len(self)} tensors, {self.remaining:,} of {self.total:,} weights remain)"
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -62,21 +65,21 @@ class Mask(Mapping[str, Tensor]):
 
     @property
     def remaining(self) -> int:
-        """Weights left."""
+        """Number of remaining weights."""
         return sum(int(tensor.sum()) for tensor in self.values())
 
     @property
     def total(self) -> int:
-        """Weights there are, left or pruned."""
+        """Number of weights, remaining or pruned."""
         return sum(tensor.numel() for tensor in self.values())
 
     @property
     def density(self) -> float:
-        """Weights left as a fraction of all prunable weights, 0 to 1."""
+        """Remaining weights as a fraction of all prunable weights, 0 to 1."""
         return self.remaining / self.total
 
     def table(self) -> pd.DataFrame:
-        """One row a layer: name, shape, total, remaining, density."""
+        """Return one row per layer, with columns layer, shape, total, remaining and density."""
         rows = [
             {
                 "layer": name,
@@ -90,47 +93,51 @@ class Mask(Mapping[str, Tensor]):
         return pd.DataFrame(rows)
 
     def validate(self, network: nn.Module) -> None:
-        """Raise a ValueError that names the tensor if this is not a mask of `network`."""
+        """Check that the names and shapes are those of the network's prunable weights.
+
+        Raises:
+            ValueError: If they are not; the message names the tensor.
+        """
         weights = prunable(network)
         for name in [*self, *weights]:
             if name not in weights:
-                raise ValueError(f"the mask has {name}, which is no prunable weight of the network")
+                raise ValueError(f"the mask has {name}, which is not a prunable weight of the network")
             if name not in self:
-                raise ValueError(f"the network has {name}, which the mask lacks")
+                raise ValueError(f"the network has {name}, which is missing from the mask")
             if self[name].shape != weights[name].shape:
-                mine, its = tuple(self[name].shape), tuple(weights[name].shape)
-                raise ValueError(f"the mask of {name} has the shape {mine}, the network's weight {its}")
+                found, expected = tuple(self[name].shape), tuple(weights[name].shape)
+                raise ValueError(f"the mask of {name} has shape {found}; expected {expected}, the shape of the weight")
 
     def is_zero_outside(self, weights: Mapping[str, Tensor]) -> bool:
-        """Whether every weight that is pruned is zero."""
-        return all(not weights[name][~left].any() for name, left in self.items())
+        """Return whether every pruned weight is zero."""
+        return all(not weights[name][~remains].any() for name, remains in self.items())
 
     def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
-        """This mask as a safetensors file, with its counts, order (and `metadata`) in the header."""
-        about = {"remaining": self.remaining, "total": self.total, "order": list(self), **(metadata or {})}
-        # one key: safetensors writes several in random order, and equal masks are to be equal files
-        return save({name: tensor.contiguous() for name, tensor in self.items()}, {"mask": json.dumps(about)})
+        """Serialize to safetensors, with the counts, the order of the tensors and `metadata` in the header."""
+        header = {"remaining": self.remaining, "total": self.total, "order": list(self), **(metadata or {})}
+        # one key only: safetensors writes several in random order, and equal masks should give equal files
+        return save({name: tensor.contiguous() for name, tensor in self.items()}, {"mask": json.dumps(header)})
 
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write `to_bytes` to a file."""
+        """Write the mask to a safetensors file; see `to_bytes`."""
         Path(path).write_bytes(self.to_bytes(metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "Mask":
-        """Read what `save` wrote.
+        """Read a mask written by `save`.
 
         Raises:
             UserError: If the file is missing, damaged or not a mask.
         """
         try:
             with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["mask"])
-                strange = [name for name in about["order"] if not re.fullmatch(r"\w+(\.\w+)*", name)]
-                if strange:
-                    raise ValueError(f"{strange[0]!r} names no tensor of a network")
-                mask = cls({name: file.get_tensor(name) for name in about["order"]})
-                if mask.remaining != about["remaining"]:
-                    raise ValueError("its count of weights left is not that of its header")
+                header = json.loads(file.metadata()["mask"])
+                invalid = [name for name in header["order"] if not re.fullmatch(r"\w+(\.\w+)*", name)]
+                if invalid:
+                    raise ValueError(f"{invalid[0]!r} is not a parameter name")
+                mask = cls({name: file.get_tensor(name) for name in header["order"]})
+                if mask.remaining != header["remaining"]:
+                    raise ValueError("its number of remaining weights differs from the header")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a mask ({error}); allowed: a safetensors file that Mask.save wrote") from None
+            raise UserError(f"{path}: not a mask ({error}); expected a file written by Mask.save") from None
         return mask

@@ -1,4 +1,4 @@
-"""Pruning rules: a mask and trained weights to the mask of the next level."""
+"""Pruning rules, which compute the mask of the next level from trained weights and the current mask."""
 
 import fractions
 import math
@@ -12,32 +12,32 @@ from lth_diet.masks.mask import Mask
 
 
 def prune_by_magnitude(weights: Mapping[str, Tensor], mask: Mask, fraction: float) -> Mask:
-    """Global magnitude pruning: drop the surviving weights with the smallest absolute values, over all layers.
+    """Prune the remaining weights with the smallest absolute values, over all layers (global magnitude pruning).
 
-    Exactly ceil(fraction x remaining) weights go, ties by position (layer order, then memory order), so that the
-    count of every level is known beforehand and the result is the same everywhere. (The original code takes the
-    threshold value itself with it: one weight more a level, and all that tie with it.)
+    Exactly ceil(fraction x remaining) weights are pruned, with ties broken by position (layer order, then row-major
+    order within a tensor), so the number of remaining weights at each level is known in advance and the result is
+    deterministic. The authors' code also prunes every weight equal to the threshold: at least one more per level.
 
     Args:
-        weights: Trained weights, by the mask's names.
-        mask: What is left so far; what it has pruned stays pruned.
-        fraction: Share of the surviving weights to drop, between 0 and 1 exclusive, read as the decimal it is
-            written as (0.2 of 10 is 2, whatever binary floating point makes of it).
+        weights: Maps the mask's names to trained weights.
+        mask: Mask of the current level. Pruned weights stay pruned.
+        fraction: Fraction of the remaining weights to prune, between 0 and 1 (exclusive), taken as the decimal number
+            that it is written as: 0.07 of 100 is 7, although 0.07 * 100 > 7 in binary floating point.
 
     Returns:
-        The mask of the next level.
+        Mask of the next level.
 
     Raises:
-        ValueError: If fraction is out of range or a weight that is to be compared is not a number.
+        ValueError: If fraction is out of range or a remaining weight is NaN.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"fraction {fraction}; allowed: between 0 and 1")
-    survives = np.concatenate([tensor.numpy().ravel() for tensor in mask.values()])
+        raise ValueError(f"fraction {fraction}; expected between 0 and 1 (exclusive)")
+    remains = np.concatenate([tensor.numpy().ravel() for tensor in mask.values()])
     magnitude = np.concatenate([weights[name].detach().abs().cpu().float().numpy().ravel() for name in mask])
-    if np.isnan(magnitude[survives]).any():
-        raise ValueError("a weight is not a number (NaN): no order of magnitudes to prune by")
-    left = np.flatnonzero(survives)
-    goes = math.ceil(fractions.Fraction(str(fraction)) * len(left))
-    survives[left[np.argsort(magnitude[left], kind="stable")[:goes]]] = False
-    parts = torch.from_numpy(survives).split([tensor.numel() for tensor in mask.values()])
+    if np.isnan(magnitude[remains]).any():
+        raise ValueError("a remaining weight is NaN, so the weights cannot be ranked by magnitude")
+    candidates = np.flatnonzero(remains)
+    count = math.ceil(fractions.Fraction(str(fraction)) * len(candidates))
+    remains[candidates[np.argsort(magnitude[candidates], kind="stable")[:count]]] = False
+    parts = torch.from_numpy(remains).split([tensor.numel() for tensor in mask.values()])
     return Mask({name: part.view(mask[name].shape).clone() for name, part in zip(mask, parts, strict=True)})

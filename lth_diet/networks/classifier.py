@@ -1,4 +1,4 @@
-"""The Composer model that wraps a network, and the initialization of its parameters."""
+"""Initialization of a network, and the Composer model that wraps it."""
 
 import math
 
@@ -12,9 +12,10 @@ from lth_diet.networks.resnet import ResNet
 
 @torch.no_grad()
 def initialize(network: nn.Module, seed: int) -> None:
-    """Draw every parameter from one seed: Kaiming normal (fan in) weights, BatchNorm weights ~ U(0, 1).
+    """Initialize all parameters in place from one seed.
 
-    BatchNorm biases are zero; biases of linear layers keep PyTorch's default, U(±1/sqrt(fan in)).
+    Weights of Conv2d and Linear are Kaiming normal (fan-in) and their biases are uniform in ±1/sqrt(fan-in), which is
+    PyTorch's default. BatchNorm weights are uniform in [0, 1), BatchNorm biases are zero.
     """
     random = torch.Generator().manual_seed(seed)
     for module in network.modules():
@@ -32,11 +33,11 @@ def initialize(network: nn.Module, seed: int) -> None:
 def build_classifier(
     depth: int, classes: int, width: int = 16, channels: int = 3, seed: int | None = None
 ) -> ComposerClassifier:
-    """A ResNet for Composer's Trainer, without training metrics: they would cost a device synchronisation a batch.
+    """Build a ResNet for Composer's Trainer, without training metrics, which would synchronize the device every batch.
 
     Args:
-        depth, classes, width, channels: As for `ResNet`, which is the classifier's `module`.
-        seed: Initialise from it; None leaves PyTorch's own initialisation.
+        depth, classes, width, channels: Arguments of `ResNet`, which is the classifier's `module`.
+        seed: Seed of the initialization. None keeps PyTorch's default initialization.
     """
     network = ResNet(depth, classes, width, channels)
     if seed is not None:

@@ -1,7 +1,7 @@
-"""ResNets for small images (He et al. 2016, section 4.2) and their initialisation.
+"""ResNets for small images (He et al. 2016, section 4.2).
 
-As in the authors' code, and unlike He et al., who pad with zeros, a shortcut that changes the width is a 1 x 1
-convolution with BatchNorm.
+A shortcut that changes the width is a 1 x 1 convolution with BatchNorm, as in the code of the paper that is
+reproduced. He et al. pad with zeros instead.
 """
 
 from torch import Tensor, nn
@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
+    """Two 3 x 3 convolutions with a shortcut."""
+
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -25,13 +27,13 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-20, 32, 56 and their kin, in plain PyTorch: (B, C, H, W) to logits (B, classes).
+    """ResNet-20, 32, 56 and other depths, from images (B, C, H, W) to logits (B, classes).
 
     Args:
-        depth: 6n + 2; n blocks of two convolutions in each of three stages.
+        depth: Number of layers, 6n + 2: n blocks of two convolutions in each of three stages.
         classes: Number of classes.
-        width: Channels of the first stage; the second has twice, the third four times as many.
-        channels: Channels of the images. Any height and width from 4 pixels on will do.
+        width: Channels of the first stage. The second stage has twice and the third four times as many.
+        channels: Channels of the images, whose height and width may be any from 4 pixels.
 
     Raises:
         ValueError: If depth is not 6n + 2.
@@ -40,7 +42,7 @@ class ResNet(nn.Module):
     def __init__(self, depth: int, classes: int, width: int = 16, channels: int = 3):
         super().__init__()
         if depth < 8 or depth % 6 != 2:
-            raise ValueError(f"depth {depth}; allowed: 6n + 2, such as 20, 32 or 56")
+            raise ValueError(f"depth {depth}; expected 6n + 2, such as 20, 32 or 56")
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.stages = nn.Sequential()

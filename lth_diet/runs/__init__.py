@@ -1,4 +1,4 @@
-"""Run directories: what is stored where, what is finished, verification, export, and copies on an object store.
+"""Run directories: layout, state, verification, export, and synchronization with object stores.
 
 May import everything up to config.
 """

@@ -1,15 +1,16 @@
-"""A directory that stores in config.json what made it."""
+"""A directory with a config.json that says which configuration created it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from lth_diet.config.identity import DEFAULTS
+from lth_diet.config.schema import Config
 from lth_diet.errors import UserError
 from lth_diet.files import read_json, write_json
 from lth_diet.runs.run_store import RunStore
 
-_RUN = {
+_RUN_TYPES = {
     **dict.fromkeys(("run_id", "dataset", "model", "arm", "experiment"), str),
     **dict.fromkeys(("rewind_steps", "seed", "train_steps", "planned_levels"), int),
     "identity": dict,
@@ -17,85 +18,89 @@ _RUN = {
     "label_noise": float | int,
     "ranks": int | None,
 }
-_SCORES = {
+_SCORES_TYPES = {
     **dict.fromkeys(("scores_id", "dataset", "model", "experiment"), str),
     **dict.fromkeys(("seed", "networks", "steps"), int),
     "identity": dict,
     "label_noise": float | int,
 }
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json tells of a run directory or a folder of scores.
-
-    Raises:
-        UserError: If it is damaged, or a value is missing or of a wrong type.
-    """
-    path = folder / "config.json"
-    return read_json(path, _SCORES if "scores_id" in read_json(path) else _RUN)
-
-
-def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has it; a field that did not exist when a run was made had its default."""
-    return json.loads(json.dumps(DEFAULTS | identity))
+HOW_TO_REPLACE = "move it away or set runs=<another folder>"
 
 
 class ConfigDirectory:
-    """A folder whose config.json tells what made it; nothing is written until `create`.
+    """A directory whose config.json says which configuration created it. Nothing is written before `create`.
 
     Args:
-        store: May not exist yet.
-        about: What config.json is to hold; its `identity` has to be that of the folder, if there is one.
+        config: Configuration of this process.
+        store: The directory, which may not exist yet.
+        content: Content of config.json for this configuration. Its `identity` must equal that of an existing directory.
 
     Raises:
-        UserError: If the folder is there but another configuration made it.
+        UserError: If the directory was created with a different configuration, or its config.json is damaged.
     """
 
-    def __init__(self, store: RunStore, about: dict[str, Any]):
+    def __init__(self, config: Config, store: RunStore, content: dict[str, Any]):
+        self.config = config
         self.store = store
         self.path = store.path
-        self._about = about
+        self._content = content
         store.refresh_index()
-        there = self._there()
-        if there is not None:
-            self._check(there)
+        existing = self._read_existing()
+        if existing is not None:
+            self._check(existing)
 
-    def _there(self) -> dict[str, Any] | None:
-        """The config.json that is there."""
+    def create(self) -> None:
+        """Create the directory and write its config.json."""
+        try:
+            with self.store.lock(timeout=-1):
+                existing = self._read_existing()
+                merged = self._merge(existing)
+                if merged != existing:
+                    write_json(self.path / "config.json", merged)
+                    self.store.upload()
+        except OSError as error:
+            raise UserError(
+                f"runs = {self.config.runs!r}: cannot be written ({error.strerror}); expected a writable folder"
+            ) from None
+
+    def _read_existing(self) -> dict[str, Any] | None:
+        """Content of the existing config.json, if any."""
         path = self.path / "config.json"
         # listed first: another rank may be creating the directory, and writes config.json before anything else
         names = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
         if not path.exists():
             if not self.store.is_remote and any(not name.startswith(".") for name in names):
-                raise UserError(f"{self.path}: not a run directory (it has no config.json); allowed: an empty place")
+                raise UserError(f"{self.path}: not a run directory (it has no config.json); expected an empty folder")
             return None
         try:
             return read_config(self.path)
         except UserError as error:
-            raise UserError(f"{error}; move it away or choose other runs=...") from None
+            raise UserError(f"{error}; {HOW_TO_REPLACE}") from None
 
-    def _check(self, about: dict[str, Any]) -> None:
-        there, mine = with_defaults(about["identity"]), with_defaults(self._about["identity"])
-        for key in sorted({*there, *mine}):
-            if there.get(key) != mine.get(key):
+    def _check(self, existing: dict[str, Any]) -> None:
+        theirs, ours = with_defaults(existing["identity"]), with_defaults(self._content["identity"])
+        for key in sorted({*theirs, *ours}):
+            if theirs.get(key) != ours.get(key):
                 raise UserError(
-                    f"{self.path} was made by another configuration: {key}: {there.get(key)!r} there, "
-                    f"{mine.get(key)!r} here; move it away or choose other runs=..."
+                    f"{self.path} was created with a different configuration: {key} is {theirs.get(key)!r} there, "
+                    f"{ours.get(key)!r} here; {HOW_TO_REPLACE}"
                 )
 
-    def create(self) -> None:
-        """Make the folder and say in it what it is."""
-        try:
-            with self.store.lock(timeout=-1):
-                there = self._there()
-                if self._to_say(there) != there:
-                    write_json(self.path / "config.json", self._to_say(there))
-                    self.store.upload()
-        except OSError as error:
-            raise UserError(
-                f"runs: {self.config.runs!r} cannot be written ({error.strerror}); allowed: a folder that can"
-            ) from None
+    def _merge(self, existing: dict[str, Any] | None) -> dict[str, Any]:
+        """Content to write, given the existing content."""
+        return existing or self._content
 
-    def _to_say(self, there: dict[str, Any] | None) -> dict[str, Any]:
-        """What config.json is to hold, given what it holds."""
-        return there or self._about
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a run directory or a scores directory.
+
+    Raises:
+        UserError: If the file is damaged, or a value is missing or has the wrong type.
+    """
+    path = folder / "config.json"
+    return read_json(path, _SCORES_TYPES if "scores_id" in read_json(path) else _RUN_TYPES)
+
+
+def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
+    """Identity as JSON, with the default of every field that did not exist when the run was created."""
+    return json.loads(json.dumps(DEFAULTS | identity))

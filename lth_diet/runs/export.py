@@ -1,4 +1,4 @@
-"""A ticket (mask and rewind point) as a folder that plain PyTorch can load."""
+"""Exports a lottery ticket (mask, rewind point and trained weights) to a folder that plain PyTorch can load."""
 
 import json
 import os
@@ -13,46 +13,31 @@ from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory
 
 
-def find_finished_level(path: Path, level: int) -> tuple[ReplicateDirectory, PhaseDirectory]:
-    """A level that is done, of a replicate's directory.
-
-    Raises:
-        UserError: If `path` is no replicate's directory or the level is not done.
-    """
-    if not (path.parent / "config.json").exists() or not re.fullmatch(r"replicate_\d+", path.name):
-        raise UserError(f"{path}: not a replicate's directory; allowed: runs/<run>/replicate_<r>")
-    replicate = ReplicateDirectory(path)
-    done = [number for number, phase in replicate.levels() if phase.done]
-    if level not in done:
-        raise UserError(f"{path}: level {level} is not done; allowed: {', '.join(map(str, done)) or 'none yet'}")
-    return replicate, replicate.level(level)
-
-
 def export_ticket(path: Path, level: int, output: Path) -> dict[str, Any]:
-    """Write `mask`, `rewind_point` and `weights` as safetensors, and `card.json`, to a new folder.
+    """Write mask.safetensors, rewind_point.safetensors, weights.safetensors and card.json to a new folder.
 
     Args:
         path: `runs/<run>/replicate_<r>`.
-        level: Which level's mask and trained weights.
-        output: Made whole or not at all.
+        level: Level whose mask and trained weights to export.
+        output: New folder, created atomically.
 
     Returns:
-        The card: what the ticket is, its accuracy, and the sha256 of each file.
+        Content of card.json: origin of the ticket, test accuracy, layers, and the sha256 of each file.
 
     Raises:
-        UserError: If the level is not done, a file is damaged, or `output` exists.
+        UserError: If the level is not finished, a file is damaged, or `output` exists.
     """
     replicate, phase = find_finished_level(path, level)
     if output.exists():
-        raise UserError(f"{output}: exists already; allowed: a new folder")
+        raise UserError(f"{output}: already exists; choose a new folder")
     files = {
         "mask.safetensors": phase.verified("mask.safetensors"),
         "rewind_point.safetensors": replicate.pretrain.verified("weights.safetensors"),
         "weights.safetensors": phase.verified("weights.safetensors"),
     }
     keys = ("run_id", "dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "train_steps")
-    about = replicate.about
-    card = {key: about[key] for key in keys}
+    config = replicate.run_config
+    card = {key: config[key] for key in keys}
     result = phase.result()
     measured = {key: float(result[key]) for key in ("weights_remaining_percent", "test_accuracy_percent")}
     hashes = result["sha256"] | {
@@ -63,7 +48,7 @@ def export_ticket(path: Path, level: int, output: Path) -> dict[str, Any]:
         "level": level,
         **measured,
         "layers": Mask.load(files["mask.safetensors"]).table().to_dict("records"),
-        "identity": about["identity"],
+        "identity": config["identity"],
         "sha256": {name: hashes[name] for name in files},
     }
     part = output.with_name(f".{output.name}.part-{os.getpid()}")
@@ -75,5 +60,25 @@ def export_ticket(path: Path, level: int, output: Path) -> dict[str, Any]:
         part.rename(output)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{output}: cannot be written ({error.strerror}); allowed: a new folder") from None
+        raise UserError(f"{output}: cannot be written ({error.strerror}); choose a new folder") from None
     return card
+
+
+def find_finished_level(path: Path, level: int) -> tuple[ReplicateDirectory, PhaseDirectory]:
+    """Find a finished level of a replicate directory.
+
+    Args:
+        path: `runs/<run>/replicate_<r>`.
+        level: Number of the level.
+
+    Raises:
+        UserError: If `path` is not a replicate directory or the level is not finished.
+    """
+    if not (path.parent / "config.json").exists() or not re.fullmatch(r"replicate_\d+", path.name):
+        raise UserError(f"{path}: not a replicate directory; expected runs/<run>/replicate_<r>")
+    replicate = ReplicateDirectory(path)
+    done = [number for number, phase in replicate.levels() if phase.done]
+    if level not in done:
+        finished = ", ".join(map(str, done)) or "none yet"
+        raise UserError(f"{path}: level {level} is not finished; finished levels: {finished}")
+    return replicate, replicate.level(level)

@@ -1,4 +1,4 @@
-"""Finds run directories and scores below a folder."""
+"""Finds the run directories and scores directories in a folder."""
 
 import contextlib
 import re
@@ -9,22 +9,28 @@ from lth_diet.files import read_json
 
 
 def find_directories(runs: Path) -> tuple[list[Path], list[Path]]:
-    """Run directories and folders of scores below a folder, or at it.
+    """Find run directories and scores directories.
+
+    Args:
+        runs: A folder of runs, or a single run directory or scores directory.
+
+    Returns:
+        Run directories and scores directories, each sorted by path.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there are none, or `runs` is a URL.
     """
     if re.match(r"\w+:/", str(runs)):
-        raise UserError(f"{runs}: not a folder; `python -m lth_diet pull <URL> <folder>` makes one of a URL")
+        raise UserError(f"{runs}: a URL, not a folder; copy it first with `python -m lth_diet pull <URL> <folder>`")
     configs = [*runs.glob("config.json"), *runs.glob("*/config.json"), *runs.glob("scores/*/config.json")]
     if not configs:
-        raise UserError(f"{runs}: holds no run; allowed: a folder of run directories, or one of them")
+        raise UserError(f"{runs}: contains no runs; expected a run directory or a folder of run directories")
     found = sorted(config.parent for config in configs)
-    scored = [folder for folder in found if _says(folder, "scores_id")]
+    scored = [folder for folder in found if _is_scores_directory(folder)]
     return [folder for folder in found if folder not in scored], scored
 
 
-def _says(folder: Path, key: str) -> bool:
+def _is_scores_directory(folder: Path) -> bool:
     with contextlib.suppress(UserError):
-        return key in read_json(folder / "config.json")
+        return "scores_id" in read_json(folder / "config.json")
     return False

@@ -1,10 +1,11 @@
-"""The directory of a phase, which is one Composer training: `pretrain`, `level_<L>` or `network_<k>`.
+"""The directory of a phase, which is one training with Composer: `pretrain`, `level_<L>` or `network_<k>`.
 
 <phase>/
     curve.jsonl             training curve: step, timestamp (ms), metrics
     <results>               weights.safetensors, mask.safetensors, el2n.safetensors, subset.safetensors
-    result.json             written last, with the sha256 of the files above: marks the phase as finished
-    checkpoint.json         while the phase trains: which Composer checkpoint to resume from
+    result.json             measurements; written last, with the sha256 of the files above: marks the phase as done
+    checkpoint.json         during training: the Composer checkpoint to resume from
+    checkpoint-<step>.pt    during training: that checkpoint
 """
 
 import contextlib
@@ -23,38 +24,28 @@ from lth_diet import __version__
 from lth_diet.errors import UserError
 from lth_diet.files import read_json, sha256, write_atomically, write_json
 
-_REAL = float | int
-_MEASURED = {"test_accuracy_percent": _REAL, "timestamp": int}
-_RESULTS = {
-    "level": {"level": int, "weights_remaining_percent": _REAL, **_MEASURED},
-    "network": {"network": int, **_MEASURED},
+_MEASUREMENT_TYPES = {"test_accuracy_percent": float | int, "timestamp": int}
+_RESULT_TYPES = {
+    "level": {"level": int, "weights_remaining_percent": float | int, **_MEASUREMENT_TYPES},
+    "network": {"network": int, **_MEASUREMENT_TYPES},
 }
-"""Types of what result.json has to hold, by kind of phase; pre-training measures nothing where it has no steps."""
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Of what trains: packages, and the commit of this repository where it is one."""
-    found = {"python": platform.python_version(), "lth_diet": __version__}
-    found |= {name: metadata.version(package) for name, package in (("torch", "torch"), ("composer", "mosaicml"))}
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = os.environ.get("LTH_DIET_COMMIT", "")  # an image has no repository
-    with contextlib.suppress(OSError):
-        commit = commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return found | ({"git_commit": commit} if commit else {})
+"""Required types in result.json, by kind of phase; pre-training of zero steps has no measurements."""
 
 
 class PhaseDirectory:
-    """The directory of one Composer training: `pretrain`, `level_<L>` or `network_<k>`.
+    """The directory of one phase.
 
     Args:
-        path: May not exist yet.
-        upload: Called when something is there that lasts, for other nodes.
+        path: The directory, which may not exist yet.
+        upload: Called after a phase is finished and by callers after a checkpoint, to share them with other nodes.
     """
 
     def __init__(self, path: Path, upload: Callable[[], None] = lambda: None):
         self.path = path
         self.upload = upload
+
+    def __repr__(self) -> str:
+        return f"PhaseDirectory({self.path}, {'done' if self.done else 'not done'})"
 
     @property
     def name(self) -> str:
@@ -65,36 +56,36 @@ class PhaseDirectory:
         return (self.path / "result.json").exists()
 
     def result(self) -> dict[str, Any]:
-        """The measurements of a finished phase.
+        """Read the measurements of a finished phase.
 
         Raises:
-            UserError: If the file is damaged, or a measurement is missing or of a wrong type.
+            UserError: If the file is damaged, or a measurement is missing or has the wrong type.
         """
-        types = {"sha256": dict, "versions": dict | None, **_RESULTS.get(self.name.partition("_")[0], {})}
+        types = {"sha256": dict, "versions": dict | None, **_RESULT_TYPES.get(self.name.partition("_")[0], {})}
         try:
             return read_json(self.path / "result.json", types)
         except UserError as error:
             raise UserError(f"{error}; {self._how_to_recompute()}") from None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write one of the phase's files, atomically."""
+        """Write a file of the phase, atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / name, content)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Mark the phase as done and forget its checkpoint."""
-        made = [path for path in self.path.iterdir() if path.suffix in (".safetensors", ".jsonl")]
-        files = {path.name: sha256(path) for path in sorted(made)}
+        """Mark the phase as done and remove its checkpoint."""
+        outputs = [path for path in self.path.iterdir() if path.suffix in (".safetensors", ".jsonl")]
+        files = {path.name: sha256(path) for path in sorted(outputs)}
         result = {**result, "versions": versions(), "sha256": files}
         write_json(self.path / "result.json", result)
         self._keep_only_checkpoint(None)
         self.upload()
 
     def verified(self, name: str) -> Path:
-        """Path of a file of a finished phase.
+        """Path of a file of a finished phase, after a check of its checksum.
 
         Raises:
-            UserError: If it is missing or its content is not what was written.
+            UserError: If the file is missing or damaged.
         """
         path = self.path / name
         if not path.is_file() or sha256(path) != self.result()["sha256"].get(name):
@@ -102,7 +93,7 @@ class PhaseDirectory:
         return path
 
     def damaged(self) -> list[Path]:
-        """The files of a finished phase that are missing or not what was written."""
+        """Files of a finished phase that are missing or damaged."""
         try:
             files = self.result()["sha256"]
         except UserError:
@@ -110,35 +101,50 @@ class PhaseDirectory:
         paths = {self.path / name: expected for name, expected in files.items()}
         return [path for path, expected in paths.items() if not path.is_file() or sha256(path) != expected]
 
-    def _how_to_recompute(self) -> str:
-        return f"delete {self.path} and what follows it to compute it again"
-
     def checkpoint(self) -> tuple[Path, int] | None:
-        """Composer's newest whole checkpoint, with the curve that leads to it, and its step; or None."""
+        """Path and step of the committed checkpoint; None if it, or the curve up to its step, is missing or damaged."""
         try:
             types = {"file": str, "step": int, "sha256": str, "curve_sha256": str | None}
-            about = read_json(self.path / "checkpoint.json", types)
-            path, step = self.checkpoint_path(about["step"]), about["step"]
-            whole = (path.name, sha256(path)) == (about["file"], about["sha256"])
-            return (path, step) if whole and about.get("curve_sha256") in (None, self._curve_sha256(step)) else None
+            entry = read_json(self.path / "checkpoint.json", types)
+            path, step = self.checkpoint_path(entry["step"]), entry["step"]
+            intact = (path.name, sha256(path)) == (entry["file"], entry["sha256"])
+            return (path, step) if intact and entry.get("curve_sha256") in (None, self._curve_sha256(step)) else None
         except (OSError, UserError):
             return None
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where to write the checkpoint of a step, before `commit_checkpoint`."""
+        """Path at which to write the checkpoint of a step, before `commit_checkpoint`."""
         return self.path / f"checkpoint-{step}.pt"
 
     def commit_checkpoint(self, step: int) -> None:
-        """Resume from this step from now on."""
+        """Make the checkpoint of a step the one to resume from, and remove older ones."""
         path = self.checkpoint_path(step)
-        about = {"file": path.name, "step": step, "sha256": sha256(path), "curve_sha256": self._curve_sha256(step)}
-        write_json(self.path / "checkpoint.json", about)
+        entry = {"file": path.name, "step": step, "sha256": sha256(path), "curve_sha256": self._curve_sha256(step)}
+        write_json(self.path / "checkpoint.json", entry)
         self._keep_only_checkpoint(path)
 
     def remove_stale_checkpoints(self) -> None:
-        """Remove the checkpoint of a phase that is done: a process killed as it finished leaves one."""
+        """Remove the checkpoint of a finished phase, which remains if the process was killed while it finished."""
         if self.done:
             self._keep_only_checkpoint(None)
+
+    def curve(self, until: int | None = None) -> list[dict[str, float]]:
+        """Rows of the training curve up to step `until`, inclusive; all rows by default."""
+        path = self.path / "curve.jsonl"
+        rows = []
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            try:
+                row = json.loads(line)
+                if until is None or row["step"] <= until:
+                    rows.append(row)
+            except (ValueError, KeyError, TypeError):  # a killed process leaves a torn last line
+                break
+        return rows
+
+    def truncate_curve(self, until: int) -> None:
+        """Drop the rows after step `until`."""
+        rows = self.curve(until)
+        self.write("curve.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _keep_only_checkpoint(self, keep: Path | None) -> None:
         if keep is None:
@@ -147,23 +153,20 @@ class PhaseDirectory:
             if path != keep:
                 path.unlink()
 
-    def curve(self, until: int | None = None) -> list[dict[str, float]]:
-        """Rows of the training curve, up to and with step `until`."""
-        path = self.path / "curve.jsonl"
-        rows = []
-        for line in path.read_bytes().splitlines() if path.exists() else ():
-            try:
-                row = json.loads(line)
-                if until is None or row["step"] <= until:
-                    rows.append(row)
-            except (ValueError, KeyError, TypeError):  # the last line of a process that was killed
-                break
-        return rows
-
     def _curve_sha256(self, until: int) -> str:
         return hashlib.sha256(json.dumps(self.curve(until)).encode()).hexdigest()
 
-    def truncate_curve(self, until: int) -> None:
-        """Drop the rows after step `until`: they will be measured again."""
-        rows = self.curve(until)
-        self.write("curve.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    def _how_to_recompute(self) -> str:
+        return f"delete {self.path} and everything computed from it, then rerun the training command"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python, of the packages that train, and the commit of this repository, if known."""
+    found = {"python": platform.python_version(), "lth_diet": __version__}
+    found |= {name: metadata.version(package) for name, package in (("torch", "torch"), ("composer", "mosaicml"))}
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = os.environ.get("LTH_DIET_COMMIT", "")  # a Docker image has no repository
+    with contextlib.suppress(OSError):
+        commit = commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return found | ({"git_commit": commit} if commit else {})

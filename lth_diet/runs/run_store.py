@@ -1,18 +1,18 @@
-"""Runs on an object store: folders that are worked in here, and their copies there, which all nodes share.
+"""Runs on an object store, shared by all nodes.
 
-runs: s3://bucket/prefix      any URL that fsspec knows, of a store that refuses to create an object that is there
+runs: s3://bucket/prefix      any URL that fsspec supports, of a store with conditional writes
 
-A store has neither rename nor locks. So a process works in its node's cache, on a mirror of the runs, and what it may
-change is one folder at a time, which it holds: the directory of a replicate, the folder of a network, or what else is
-in a run directory or folder of scores. When it takes hold, its mirror of that folder becomes what is on the store. What
-lasts is uploaded: checkpoints and finished phases, a file that names others after those, so that a process may be
-killed between any two uploads. (One that is stopped in the middle of an upload, and woken after another took over, ends
-before the next; but the store may take that one, and if it is of a curve, whose times differ, verify tells of it.)
+The object store is the source of truth. It has neither renames nor locks, so each node works in a local mirror, and a
+process locks the folder that it changes: the directory of a replicate, the directory of a scoring network, or the rest
+of a run directory or scores directory. Locking a folder first downloads its state from the store. Checkpoints and
+finished phases are uploaded, manifests after the files that they refer to, so that a process may be killed between any
+two uploads. A process that was suspended in the middle of an upload and lost its lock exits before the next upload. The
+store may still accept that one; if it damages a curve, `verify` reports it.
 
-<folder>/.lease-<n>           on the store: the n-th hold; its holder rewrites it all the time, and says when it ends
-<folder>/.remote.json         in the mirror: what of it is as on the store
+<folder>/.lease-<n>           on the store: the n-th lock, which its holder keeps rewriting until it releases the lock
+<folder>/.remote.json         in the mirror: version of each file that is identical on the store
 
-python -m lth_diet pull s3://bucket/prefix runs      a copy, for what reads folders of runs
+python -m lth_diet pull s3://bucket/prefix runs      copies runs to a folder, for tools that read run directories
 """
 
 import contextlib
@@ -26,21 +26,23 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from lth_diet.files import LockedError, cache_folder, lock, write_atomically
-from lth_diet.runs.object_store import NAMING_OTHERS, ObjectStore, Versions, is_plain
+from lth_diet.runs.object_store import MANIFESTS, ObjectStore, Versions, is_safe_name
 from lth_diet.runs.store_lease import StoreLease
 
-_RECORD = ".remote.json"
-_HELD_BY_THEMSELVES = re.compile(r"(replicate|network)_[0-9]+")
-_SMALL = (".json", ".jsonl")
+_SYNC_STATE = ".remote.json"
+_LOCKED_SEPARATELY = re.compile(r"(replicate|network)_[0-9]+")
+_INDEX_SUFFIXES = (".json", ".jsonl")
 
 
 class RunStore:
-    """A folder that one process at a time works in, and its copy if the runs are on a store.
+    """A folder that one process at a time works in, and its copy on an object store, if the runs are on one.
+
+    Without an object store, the methods that copy files do nothing.
 
     Args:
-        path: May not exist yet.
-        store: Of the runs; None: other nodes see the folder itself.
-        name: Of the copy on the store.
+        path: The local folder, which may not exist yet.
+        store: Object store of the runs; None if all nodes share the local folder.
+        name: Name of the folder on the object store.
     """
 
     def __init__(self, path: Path, store: ObjectStore | None = None, name: str = ""):
@@ -52,165 +54,171 @@ class RunStore:
     def __truediv__(self, name: str) -> "RunStore":
         return RunStore(self.path / name, self._store, f"{self._name}/{name}".lstrip("/"))
 
-    def resolve(self) -> "RunStore":
-        """The same, wherever this process is told from."""
-        return RunStore(self.path.resolve(), self._store, self._name)
-
     def __str__(self) -> str:
-        """What a person calls it."""
+        """URL or path, as the user knows it."""
         return f"{self._store.url}/{self._name}".rstrip("/") if self._store else str(self.path)
+
+    def __repr__(self) -> str:
+        mirror = f", mirror in {self.path}" if self._store else ""
+        return f"RunStore({self}{mirror}{', locked' if self._lease else ''})"
+
+    def resolve(self) -> "RunStore":
+        """The same store with an absolute path."""
+        return RunStore(self.path.resolve(), self._store, self._name)
 
     @property
     def is_remote(self) -> bool:
-        """Whether what counts is on a store."""
+        """Whether the runs are on an object store."""
         return self._store is not None
 
     def check(self) -> None:
-        """As `Store.check`, if there is a store."""
+        """Check that the object store can be used; see `ObjectStore.check`."""
         if self._store:
             self._store.check()
 
     @contextlib.contextmanager
     def lock(self, timeout: float) -> Iterator[None]:
-        """Keep out other processes, on all nodes, as `phases.held` does; begin with what the others left on the store.
+        """Lock the folder against processes on all nodes and download its state; see `files.lock`.
 
-        A process of another node that holds it and dies is succeeded after `LEASE_SECONDS`; one of this node at once.
+        If the holder dies, a process on the same node takes over at once, on another node after `LEASE_SECONDS`.
         """
         with lock(self.path, timeout):
             if not self._store:
                 yield
                 return
-            with StoreLease(self._store, self._name, str(self), self._node()).lock(timeout) as self._lease:
+            with StoreLease(self._store, self._name, str(self), self._node_id()).lock(timeout) as self._lease:
                 try:
-                    self._pull(self._there())
+                    self._download(self._list_remote())
                     yield
                 finally:
                     self._lease = None
 
     def upload(self) -> None:
-        """Make the copy what the folder is, which this process has to hold; a file that names others comes last."""
+        """Upload the changes of the folder, manifests last; the caller must hold its lock."""
         if not self._store:
             return
-        assert self._lease, f"{self} is not held"
+        assert self._lease, f"{self} is not locked"
         self._lease.check()
-        record, here = self._record(), self._here()
-        changed = [name for name, stat in here.items() if record.get(name, [None])[1:] != stat]
-        for name in sorted(changed, key=lambda name: (name.endswith(NAMING_OTHERS), here[name])):
+        state, local = self._read_state(), self._list_local()
+        changed = [name for name, stat in local.items() if state.get(name, [None])[1:] != stat]
+        for name in sorted(changed, key=lambda name: (name.endswith(MANIFESTS), local[name])):
             self._store.upload(self.path / name, f"{self._name}/{name}")
-        gone = record.keys() - here.keys()
-        for name in sorted(gone, key=lambda name: not name.endswith(NAMING_OTHERS)):
+        deleted = state.keys() - local.keys()
+        for name in sorted(deleted, key=lambda name: not name.endswith(MANIFESTS)):
             self._store.delete(f"{self._name}/{name}")
-        if changed or gone:
-            there = self._there()
-            self._keep({name: [there.get(name), *here[name]] if name in changed else record[name] for name in here})
+        if changed or deleted:
+            remote = self._list_remote()
+            self._write_state(
+                {name: [remote.get(name), *local[name]] if name in changed else state[name] for name in local}
+            )
 
     def upload_file(self, name: str) -> None:
-        """Upload one file of a folder that need not be held."""
+        """Upload one file, without a lock."""
         if self._store:
             self._store.upload(self.path / name, f"{self._name}/{name}")
 
     def download_file(self, name: str) -> None:
-        """Download what `tell` uploaded."""
+        """Download one file, without a lock."""
         if self._store:
             self._store.download(f"{self._name}/{name}", self.path / name)
 
     def pull(self) -> None:
-        """Make the folder what its copy is; to hold it has done so."""
+        """Make the folder identical to its copy on the object store; a locked folder already is."""
         if self._store and not self._lease:
             with lock(self.path, -1):
-                self._pull(self._there())
+                self._download(self._list_remote())
 
     def refresh_index(self) -> None:
-        """Bring here how far others are, in this folder and in those in it: configurations, results, curves.
+        """Download the configurations, results and curves of this folder and of the folders in it.
 
-        What a process of this node works in is newer here than there, and left alone.
+        Folders that a process of this node has locked are skipped: their local state is newer.
         """
         if not self._store:
             return
-        below: dict[str, Versions] = {"": {}}
+        listings: dict[str, Versions] = {"": {}}
         for name, version in self._store.list(self._name).items():
             first, _, rest = name.partition("/")
-            if _HELD_BY_THEMSELVES.fullmatch(first):
-                below.setdefault(first, {})[rest] = version
+            if _LOCKED_SEPARATELY.fullmatch(first):
+                listings.setdefault(first, {})[rest] = version
             else:
-                below[""][name] = version
+                listings[""][name] = version
         for inner in self.path.glob("*_*"):
-            if _HELD_BY_THEMSELVES.fullmatch(inner.name):
-                below.setdefault(inner.name, {})
-        for folder, there in below.items():
-            place = self / folder if folder else self
-            there = {name: version for name, version in there.items() if _is_shared(name)}
-            if place._differs(there):
-                with contextlib.suppress(LockedError), lock(place.path, 0):
-                    place._pull(place._there(), _SMALL)
+            if _LOCKED_SEPARATELY.fullmatch(inner.name):
+                listings.setdefault(inner.name, {})
+        for name, listing in listings.items():
+            folder = self / name if name else self
+            remote = {name: version for name, version in listing.items() if _belongs_to_folder(name)}
+            if folder._index_differs(remote):
+                with contextlib.suppress(LockedError), lock(folder.path, 0):
+                    folder._download(folder._list_remote(), _INDEX_SUFFIXES)
 
-    def _differs(self, there: Versions) -> bool:
-        record = self._record()
-        known = {name: [*record.get(name, [])[:1]] for name in self._here() if name.endswith(_SMALL)}
-        return known != {name: [version] for name, version in there.items() if name.endswith(_SMALL)}
+    def _index_differs(self, remote: Versions) -> bool:
+        state = self._read_state()
+        known = {name: [*state.get(name, [])[:1]] for name in self._list_local() if name.endswith(_INDEX_SUFFIXES)}
+        return known != {name: [version] for name, version in remote.items() if name.endswith(_INDEX_SUFFIXES)}
 
-    def _pull(self, there: Versions, kinds: str | tuple[str, ...] = "") -> None:
-        """Download what differs and remove what is not there, of files whose names end so."""
-        record, here = self._record(), self._here()
-        for name in sorted(there, key=lambda name: (name.endswith(NAMING_OTHERS), name)):
-            if name.endswith(kinds) and record.get(name) != [there[name], *here.get(name, [])]:
+    def _download(self, remote: Versions, suffixes: str | tuple[str, ...] = "") -> None:
+        """Download files that differ and delete those that do not exist remotely, of names with these suffixes."""
+        state, local = self._read_state(), self._list_local()
+        for name in sorted(remote, key=lambda name: (name.endswith(MANIFESTS), name)):
+            if name.endswith(suffixes) and state.get(name) != [remote[name], *local.get(name, [])]:
                 self._store.download(f"{self._name}/{name}", self.path / name)
                 stat = self._stat(self.path / name)
-                record[name] = [there[name], *stat]
-        for name in here.keys() - there.keys():
-            if name.endswith(kinds):
+                state[name] = [remote[name], *stat]
+        for name in local.keys() - remote.keys():
+            if name.endswith(suffixes):
                 (self.path / name).unlink(missing_ok=True)
-        if record or here:
-            self._keep({name: known for name, known in record.items() if name in there and known[1:]})
+        if state or local:
+            self._write_state({name: entry for name, entry in state.items() if name in remote and entry[1:]})
 
-    def _there(self) -> Versions:
-        return {name: version for name, version in self._store.list(self._name).items() if _is_shared(name)}
+    def _list_remote(self) -> Versions:
+        return {name: version for name, version in self._store.list(self._name).items() if _belongs_to_folder(name)}
 
-    def _here(self) -> dict[str, list[int]]:
-        found = {path.relative_to(self.path).as_posix(): path for path in self.path.rglob("*")}
-        return {name: self._stat(path) for name, path in found.items() if _is_shared(name) and path.is_file()}
+    def _list_local(self) -> dict[str, list[int]]:
+        paths = {path.relative_to(self.path).as_posix(): path for path in self.path.rglob("*")}
+        return {name: self._stat(path) for name, path in paths.items() if _belongs_to_folder(name) and path.is_file()}
 
     def _stat(self, path: Path) -> list[int]:
-        """Time and size of a file, to tell whether it was changed; nothing if it is not there."""
+        """Modification time (ns) and size (bytes) of a file; empty if it does not exist."""
         with contextlib.suppress(FileNotFoundError):
             return [path.stat().st_mtime_ns, path.stat().st_size]
         return []
 
-    def _record(self) -> dict[str, list]:
-        """Name to version on the store and to time and size here, of what was the same when it was last looked at."""
+    def _read_state(self) -> dict[str, list]:
+        """Remote version, local modification time and size of each file, as of the last time both copies were equal."""
         with contextlib.suppress(OSError, ValueError):
-            return json.loads((self.path / _RECORD).read_text())
+            return json.loads((self.path / _SYNC_STATE).read_text())
         return {}
 
-    def _keep(self, record: dict[str, list]) -> None:
-        write_atomically(self.path / _RECORD, json.dumps(record))
+    def _write_state(self, state: dict[str, list]) -> None:
+        write_atomically(self.path / _SYNC_STATE, json.dumps(state))
 
-    def _node(self) -> str:
-        """A name for this node's mirror: two processes that hold the same folder in it are not alive at a time."""
+    def _node_id(self) -> str:
+        """Id of this node's mirror, in which local locks already exclude other processes."""
         path = self.path.joinpath(*[".."] * len(PurePosixPath(self._name).parts)) / ".node"
         if not path.exists():
             write_atomically(path, secrets.token_hex(8))
         return path.read_text()
 
 
-def _is_shared(name: str) -> bool:
-    """Whether a file belongs to the folder that it is named from, and not to a process or to a folder in it."""
-    return is_plain(name) and not _HELD_BY_THEMSELVES.fullmatch(name.partition("/")[0])
-
-
 def open_run_store(runs: str) -> RunStore:
-    """Where the runs of a configuration are: a folder, or a URL and this node's mirror of it.
+    """Open the runs of a configuration: a folder, or a URL with this node's mirror of it.
 
     Raises:
-        UserError: If it is a URL that cannot be used.
+        UserError: If the URL cannot be used.
     """
     if "://" not in runs:
         return RunStore(Path(runs))
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     key = hashlib.sha256(f"{endpoint} {runs.rstrip('/')}".encode()).hexdigest()[:16]
-    return RunStore(cache_folder() / "runs" / key, _object_store(runs.rstrip("/"), endpoint))
+    return RunStore(cache_folder() / "runs" / key, _open_object_store(runs.rstrip("/"), endpoint))
 
 
 @functools.cache
-def _object_store(url: str, endpoint: str) -> ObjectStore:
+def _open_object_store(url: str, endpoint: str) -> ObjectStore:
     return ObjectStore(url)
+
+
+def _belongs_to_folder(name: str) -> bool:
+    """Whether a file is neither hidden nor in a subfolder that is locked separately."""
+    return is_safe_name(name) and not _LOCKED_SEPARATELY.fullmatch(name.partition("/")[0])

@@ -1,4 +1,4 @@
-"""The directory of a set of scores, which arms with equal scoring settings share."""
+"""The scores directory, which arms with equal scoring settings share."""
 
 from pathlib import Path
 
@@ -16,18 +16,17 @@ from lth_diet.scores.artifact import Scores
 
 
 class ScoresDirectory(ConfigDirectory):
-    """The folder of a scores artifact, `runs/scores/<scores id>`, which arms with equal scoring settings share.
+    """The directory of a set of scores: `runs/scores/<scores id>`.
 
     Args:
-        config: Of any arm; what is not a scoring setting is ignored.
+        config: Configuration of any arm; only its scoring settings matter.
 
     Raises:
-        UserError: If the folder is there but another configuration made it.
+        UserError: If the directory was created with different scoring settings.
     """
 
     def __init__(self, config: Config):
-        self.config = config
-        about = {
+        content = {
             "scores_id": scores_id(config),
             "identity": scores_identity(config),
             "dataset": config.dataset.name,
@@ -38,17 +37,22 @@ class ScoresDirectory(ConfigDirectory):
             "steps": config.scores.steps,
             "experiment": config.experiment_name,
         }
-        super().__init__(open_run_store(config.runs) / "scores" / scores_id(config), about)
+        super().__init__(config, open_run_store(config.runs) / "scores" / scores_id(config), content)
+
+    def __repr__(self) -> str:
+        networks = self.networks()
+        done = f"{sum(network.done for network in networks)} of {len(networks)} networks done"
+        return f"ScoresDirectory({self.path}, {'done' if self.done else done})"
 
     def network_store(self, number: int) -> RunStore:
-        """Where a network is, which is held by itself."""
+        """The directory of a scoring network, which is locked separately."""
         return self.store / f"network_{number}"
 
     def network(self, number: int) -> PhaseDirectory:
         return PhaseDirectory(self.network_store(number).path)
 
     def networks(self) -> list[PhaseDirectory]:
-        """All K of them."""
+        """All K scoring networks."""
         return [self.network(number) for number in range(self.config.scores.networks)]
 
     @property
@@ -56,28 +60,29 @@ class ScoresDirectory(ConfigDirectory):
         return (self.path / "manifest.json").exists()
 
     def load(self, labels: np.ndarray) -> Scores:
-        """The scores.
+        """Load the scores.
 
         Args:
-            labels: Those that pre-training will see, shape (N,).
+            labels: Training labels that pre-training will see, shape (N,).
 
         Raises:
-            UserError: If they are damaged, or not made as the configuration says.
+            UserError: If the scores are damaged, or were computed on other labels or with other settings.
         """
         self.store.pull()
-        remedy = f"delete {self.store / 'manifest.json'}, and the same command makes them again of their networks"
+        manifest = self.store / "manifest.json"
+        remedy = f"delete {manifest}, then rerun the training command to recompute the scores from their networks"
         try:
-            found = artifact.load_scores(self.path / "scores.safetensors", labels)
+            scores = artifact.load_scores(self.path / "scores.safetensors", labels)
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from None
-        there = found.manifest.get("identity")
-        if not isinstance(there, dict) or with_defaults(there) != with_defaults(scores_identity(self.config)):
-            raise UserError(f"{self.path}: scores that another configuration made; {remedy}")
-        return found
+        identity = scores.manifest.get("identity")
+        if not isinstance(identity, dict) or with_defaults(identity) != with_defaults(scores_identity(self.config)):
+            raise UserError(f"{self.path}: the scores were computed with a different configuration; {remedy}")
+        return scores
 
 
 def missing_scores(run: RunDirectory) -> ScoresDirectory | None:
-    """The scores of the arm, if no file was named; None too if pre-training is done and has no more need of them."""
+    """Scores directory that an arm needs; None without scores, with `scores.file`, or after pre-training is done."""
     config = run.config
     if not config.needs_scores or config.scores.file is not None:
         return None
@@ -86,7 +91,15 @@ def missing_scores(run: RunDirectory) -> ScoresDirectory | None:
 
 
 def load_arm_scores(config: Config, labels: np.ndarray) -> Scores:
-    """The scores that an easy or hard arm chooses by; arguments and errors as of `ScoreFolder.load`."""
+    """Load the scores that select the subset of an easy or hard arm, from `scores.file` or the scores directory.
+
+    Args:
+        config: Configuration of the arm.
+        labels: Training labels that pre-training will see, shape (N,).
+
+    Raises:
+        UserError: If the scores are damaged, or were computed on other labels or with other settings.
+    """
     if config.scores.file is None:
         return ScoresDirectory(config).load(labels)
     try:

@@ -1,4 +1,4 @@
-"""A lease on a folder of an object store, which has no locks."""
+"""Locks a folder of an object store with a lease, since object stores have no locks."""
 
 import contextlib
 import json
@@ -18,16 +18,26 @@ from lth_diet.runs.object_store import ObjectStore
 
 
 class StoreLease:
-    """The hold of one process on a folder of a store. Only `create` decides between two who want it."""
+    """A lock on a folder of an object store: the newest object `.lease-<n>`, which its owner keeps rewriting.
+
+    Two processes that want the same lease are told apart by `ObjectStore.create` alone, which succeeds for one of them.
+
+    Args:
+        store: The object store.
+        folder: Name of the folder in the store.
+        title: Name of the folder in error messages.
+        node: Id of this node. A process takes over a lease of its own node at once.
+    """
 
     def __init__(self, store: ObjectStore, folder: str, title: str, node: str):
         self.store, self.folder, self.title = store, folder, title
-        self.about = {"node": node, "host": socket.gethostname(), "process": os.getpid(), "is": secrets.token_hex(8)}
-        self.number = self.renewals = 0
+        self._owner = {"node": node, "host": socket.gethostname(), "process": os.getpid(), "is": secrets.token_hex(8)}
+        self._number = self._renewals = 0
         self._stop = threading.Event()
 
     @contextlib.contextmanager
     def lock(self, timeout: float) -> Iterator["StoreLease"]:
+        """Hold the lease and renew it in a thread; arguments and errors are those of `files.lock`."""
         self._acquire(timeout)
         thread = threading.Thread(target=self._renew, daemon=True)
         thread.start()
@@ -36,60 +46,57 @@ class StoreLease:
         finally:
             self._stop.set()
             thread.join()
-            with contextlib.suppress(OSError):  # it runs out
-                self.store.write(self._object(self.number), b"{}")
+            with contextlib.suppress(OSError):  # the lease expires by itself
+                self.store.write(self._object(self._number), b"{}")
 
     def check(self) -> None:
-        """End this process if another has taken over."""
-        if self._newest() != self.number:
+        """Exit this process if another one has taken over the lease."""
+        if self._newest() != self._number:
             files.exit_without_lock(self.title, "a newer lease")
 
     def _acquire(self, timeout: float) -> None:
-        began = changed = time.monotonic()
-        seen = first = self._look()
+        start = changed = time.monotonic()
+        seen = first = self._read_newest()
         while True:
-            number, about = seen
+            number, owner = seen
             now = time.monotonic()
-            if not about or about["node"] == self.about["node"] or now - changed > files.LEASE_SECONDS:
-                self.number = number + 1
-                if self.store.create(self._object(self.number), self._content()):
+            if not owner or owner["node"] == self._owner["node"] or now - changed > files.LEASE_SECONDS:
+                self._number = number + 1
+                if self.store.create(self._object(self._number), self._content()):
                     break
-            elif timeout == 0 or (0 <= timeout < now - began and seen != first):
+            elif timeout == 0 or (0 <= timeout < now - start and seen != first):
                 raise LockedError(
-                    f"{self.title} is being trained by another process (process {about['process']} on "
-                    f"{about['host']}); wait for it, or end it"
+                    f"{self.title} is being trained by another process (process {owner['process']} on "
+                    f"{owner['host']}); wait for it to finish, or stop it"
                 )
             time.sleep(files.LEASE_SECONDS / 60)
-            before, seen = seen, self._look()
+            before, seen = seen, self._read_newest()
             changed = changed if seen == before else time.monotonic()
         for number in self._numbers():
-            if number < self.number:
+            if number < self._number:
                 self.store.delete(self._object(number))
-
-    def _look(self) -> tuple[int, dict[str, Any]]:
-        """The newest lease, and what it says: nothing, if it has ended."""
-        number = self._newest()
-        try:
-            about = json.loads(self.store.read(self._object(number)) or "{}")
-            return number, about if {"node", "host", "process"} <= {*about} else {}
-        except (ValueError, TypeError):
-            raise UserError(f"{self.title}/.lease-{number} was not written by lth_diet; delete it") from None
 
     def _renew(self) -> None:
         renewed = time.monotonic()
         while not self._stop.wait(files.LEASE_SECONDS / 12):
-            began = time.monotonic()
+            start = time.monotonic()
             try:
                 self.check()
-                self.renewals += 1
-                self.store.write(self._object(self.number), self._content())
-                renewed = began
+                self._renewals += 1
+                self.store.write(self._object(self._number), self._content())
+                renewed = start
             except OSError as error:
                 if time.monotonic() - renewed > files.LEASE_SECONDS:
                     files.exit_without_lock(self.title, error.strerror)
 
-    def _content(self) -> bytes:
-        return json.dumps({**self.about, "renewals": self.renewals}).encode()
+    def _read_newest(self) -> tuple[int, dict[str, Any]]:
+        """Number and owner of the newest lease; the owner is empty once the lease has been released."""
+        number = self._newest()
+        try:
+            owner = json.loads(self.store.read(self._object(number)) or "{}")
+            return number, owner if {"node", "host", "process"} <= {*owner} else {}
+        except (ValueError, TypeError):
+            raise UserError(f"{self.title}/.lease-{number} was not written by lth_diet; delete it") from None
 
     def _newest(self) -> int:
         return max(self._numbers(), default=0)
@@ -100,3 +107,6 @@ class StoreLease:
 
     def _object(self, number: int) -> str:
         return f"{self.folder}/.lease-{number}"
+
+    def _content(self) -> bytes:
+        return json.dumps({**self._owner, "renewals": self._renewals}).encode()

@@ -1,4 +1,4 @@
-"""Checks every finished file against its checksum."""
+"""Integrity checks: compares every finished file with its checksum."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,49 +12,61 @@ from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.scores import artifact
 
 
-def _damaged(path: Path) -> bool:
-    """Whether a JSON file is there and not what was written."""
-    try:
-        if path.exists():
-            read_json(path)
-    except UserError:
-        return True
-    return False
-
-
 def verify(runs: Path) -> Iterator[tuple[Path, str]]:
-    """Check what is finished below a folder.
+    """Check every finished file of the runs and scores in a folder.
+
+    Args:
+        runs: A folder of runs, or a single run directory or scores directory.
 
     Yields:
-        Each damaged or missing file, and what has to be done about it.
+        Each damaged or missing file, and how to repair it.
+
+    Raises:
+        UserError: If there are no runs.
     """
     directories, scored = find_directories(runs)
     for folder in [*directories, *scored]:
         try:
             read_config(folder)
         except UserError:
-            yield folder / "config.json", "run the same command with runs=<another folder>, or restore it"
+            yield folder / "config.json", "restore it, or rerun the training command with runs=<another folder>"
     for folder in directories:
         for path in sorted(folder.glob("replicate_*")):
-            if _damaged(path / "pretrain/subset.json"):
-                yield path / "pretrain/subset.json", "python -m analysis.examples writes its like"
-            phases = ReplicateDirectory(path).phases()
-            for number, phase in enumerate(phases):
-                for file in phase.damaged() if phase.done else ():
-                    later = ", ".join(str(following.path) for following in phases[number:])
-                    yield file, f"delete {later}, and the same command computes them again"
+            yield from _verify_replicate(path)
     for folder in scored:
-        for phase in (PhaseDirectory(path) for path in sorted(folder.glob("network_*"))):
-            for file in phase.damaged() if phase.done else ():
-                yield (
-                    file,
-                    f"delete {phase.path} and {folder / 'manifest.json'}, and the same command computes it again",
-                )
-        if _damaged(folder / "examples/summary.json"):
-            yield folder / "examples/summary.json", "the same command writes it again"
-        if (folder / "manifest.json").exists():
-            try:
-                artifact.read_manifest(folder / "scores.safetensors")
-            except UserError:
-                name = "manifest.json" if _damaged(folder / "manifest.json") else "scores.safetensors"
-                yield folder / name, f"delete {folder / 'manifest.json'}, and the same command makes it of its networks"
+        yield from _verify_scores(folder)
+
+
+def _verify_replicate(path: Path) -> Iterator[tuple[Path, str]]:
+    if _is_damaged(path / "pretrain/subset.json"):
+        yield path / "pretrain/subset.json", "recreate it with python -m analysis.examples"
+    phases = ReplicateDirectory(path).phases()
+    for number, phase in enumerate(phases):
+        for file in phase.damaged() if phase.done else ():
+            later = ", ".join(str(following.path) for following in phases[number:])
+            yield file, f"delete {later}, then rerun the training command to recompute them"
+
+
+def _verify_scores(path: Path) -> Iterator[tuple[Path, str]]:
+    manifest = path / "manifest.json"
+    rerun = f"delete {manifest}, then rerun the training command to recompute the scores from their networks"
+    for phase in (PhaseDirectory(network) for network in sorted(path.glob("network_*"))):
+        for file in phase.damaged() if phase.done else ():
+            yield file, f"delete {phase.path} and {manifest}, then rerun the training command to recompute them"
+    if _is_damaged(path / "examples/summary.json"):
+        yield path / "examples/summary.json", "rerun the training command to recreate it"
+    if manifest.exists():
+        try:
+            artifact.read_manifest(path / "scores.safetensors")
+        except UserError:
+            yield manifest if _is_damaged(manifest) else path / "scores.safetensors", rerun
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a JSON file exists but fails its checksum."""
+    try:
+        if path.exists():
+            read_json(path)
+    except UserError:
+        return True
+    return False

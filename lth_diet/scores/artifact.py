@@ -1,8 +1,8 @@
-"""EL2N scores: from probabilities and labels to a number an example, and the artifact that keeps them.
+"""The file format of scores.
 
 <folder>/
-    scores.safetensors      el2n: float32 (K, N), a row a network; mean: float32 (N,), over the networks
-    manifest.json           of which examples and labels, how they were made, sha256 of the scores; written last
+    scores.safetensors      el2n: float32 (K, N), one row per network; mean: float32 (N,), over the networks
+    manifest.json           data set, labels and settings, and the sha256 of the scores; written last
 """
 
 import dataclasses
@@ -20,50 +20,53 @@ from lth_diet.files import read_json, write_atomically, write_json
 
 
 def hash_labels(labels: np.ndarray) -> str:
-    """Tells two sets of labels apart."""
+    """SHA-256 of labels, as hexadecimal digits."""
     return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Scores of every training example.
+    """Scores of all training examples.
 
     Attributes:
-        el2n: Of each network, float32 (K, N).
-        manifest: How they were made.
+        el2n: Scores by each of K networks, float32 of shape (K, N).
+        manifest: Content of manifest.json.
     """
 
     el2n: np.ndarray
     manifest: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return "Scores({} networks, {:,} examples)".format(*self.el2n.shape)
+
     @property
     def name(self) -> str:
-        """What the numbers are."""
+        """Name and range of the scores, for the axis of a figure."""
         return self.manifest.get("score", "EL2N score, 0 to √2")
 
     @property
     def mean(self) -> np.ndarray:
-        """Over the networks, float32 (N,)."""
+        """Mean over the networks, float32 of shape (N,)."""
         return self.el2n.mean(0, dtype=np.float64).astype(np.float32)
 
 
 def save_scores(
-    folder: Path, el2n: np.ndarray, labels: np.ndarray, dataset: str, dataset_fingerprint: str, **about: Any
+    folder: Path, el2n: np.ndarray, labels: np.ndarray, dataset: str, dataset_fingerprint: str, **metadata: Any
 ) -> None:
-    """Write an artifact; scores of another kind than EL2N may be kept in the same form.
+    """Write scores and their manifest. Scores other than EL2N use the same format.
 
     Args:
-        folder: Made if it is not there.
-        el2n: float32 (K, N): a row a network, or one row.
-        labels: That the scores were measured against, shape (N,), with their noise.
+        folder: Folder to write to; created if it is missing.
+        el2n: Finite scores, float32 of shape (K, N); K is 1 or more.
+        labels: Labels that the scores were computed with, including label noise, shape (N,).
         dataset: Name of the data set.
-        dataset_fingerprint: `datasets.facts(...).fingerprint`.
-        about: What else the manifest is to tell; `score` names scores that are not EL2N.
+        dataset_fingerprint: Fingerprint of the data set, `catalog.info(...).fingerprint`.
+        **metadata: More entries of the manifest. `score` names scores that are not EL2N.
 
     Raises:
-        ValueError: If the scores are not finite numbers of that shape and type.
+        ValueError: If `el2n` has another shape or type, or a value that is not finite.
     """
-    _check(el2n, len(labels))
+    _validate(el2n, len(labels))
     folder.mkdir(parents=True, exist_ok=True)
     content = save_tensors({"el2n": np.ascontiguousarray(el2n), "mean": Scores(el2n, {}).mean})
     manifest = {
@@ -71,14 +74,14 @@ def save_scores(
         "dataset_fingerprint": dataset_fingerprint,
         "examples": len(labels),
         "labels_sha256": hash_labels(labels),
-        **about,
+        **metadata,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     write_atomically(folder / "scores.safetensors", content)
     write_json(folder / "manifest.json", manifest)
 
 
-_MANIFEST = {
+_TYPES = {
     **dict.fromkeys(("sha256", "dataset", "dataset_fingerprint", "labels_sha256"), str),
     "score": str | None,
     "label_noise": float | int | None,
@@ -88,72 +91,81 @@ _MAX = {"label_noise": 1, "seed": 2**32 - 1}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest that lies beside `path`, a scores.safetensors.
+    """Read the manifest of a scores.safetensors and verify the checksum of the scores.
+
+    Args:
+        path: Path of the scores.safetensors; its manifest.json is in the same folder.
 
     Raises:
-        UserError: If either file is missing or not what it should be, or the scores are not those that the manifest was
-            written with.
+        UserError: If either file is missing, damaged or modified.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder; allowed: the path of the scores.safetensors in it")
-    manifest = path.with_name("manifest.json")
+        raise UserError(f"{path} is a folder; expected the path of the scores.safetensors in it")
+    manifest_path = path.with_name("manifest.json")
     try:
-        about = read_json(manifest, _MANIFEST)
+        manifest = read_json(manifest_path, _TYPES)
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}); allowed: a scores.safetensors with its manifest.json"
+            f"{path} cannot be read ({error.strerror}); expected a scores.safetensors with its manifest.json"
         ) from None
     except UserError as error:
-        raise UserError(f"{error}; allowed: the manifest.json that was written beside the scores") from None
-    for key, most in _MAX.items():
-        if not 0 <= (about.get(key) or 0) <= most:
-            raise UserError(f"{manifest}: {key}: {about[key]!r} is not allowed; allowed: 0 to {most}")
-    if hashlib.sha256(content).hexdigest() != about["sha256"]:
-        raise UserError(f"{path}: not the bytes that its manifest.json tells of; allowed: the file as it was written")
-    return about
+        raise UserError(f"{error}; expected the manifest.json that was written with the scores") from None
+    for key, maximum in _MAX.items():
+        if not 0 <= (manifest.get(key) or 0) <= maximum:
+            raise UserError(f"{key} = {manifest[key]!r} in {manifest_path}: must be between 0 and {maximum}")
+    if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+        raise UserError(f"{path}: its checksum is not the one in manifest.json; expected the file as it was written")
+    return manifest
 
 
 def check_dataset(path: Path, dataset: str, dataset_fingerprint: str) -> None:
-    """Check scores against a data set without reading the data.
+    """Check that scores belong to a data set, without reading its images.
+
+    Args:
+        path: Path of the scores.safetensors.
+        dataset: Name of the data set.
+        dataset_fingerprint: Fingerprint of the data set, `catalog.info(...).fingerprint`.
 
     Raises:
-        UserError: If they are damaged or of other examples.
+        UserError: If the scores are invalid or were computed on other data.
     """
-    about = read_manifest(path)
-    if (about["dataset"], about["dataset_fingerprint"]) != (dataset, dataset_fingerprint):
+    manifest = read_manifest(path)
+    if (manifest["dataset"], manifest["dataset_fingerprint"]) != (dataset, dataset_fingerprint):
         raise UserError(
-            f"{path}: scores of {about['dataset']} ({about['dataset_fingerprint']}); "
-            f"allowed: of {dataset} ({dataset_fingerprint})"
+            f"{path}: scores of {manifest['dataset']} ({manifest['dataset_fingerprint']}); "
+            f"expected scores of {dataset} ({dataset_fingerprint})"
         )
 
 
 def load_scores(path: Path, labels: np.ndarray) -> Scores:
-    """Read an artifact.
+    """Read and validate scores.
 
     Args:
-        path: Its scores.safetensors.
-        labels: Those that pre-training will see, shape (N,).
+        path: Path of the scores.safetensors.
+        labels: Labels of pre-training, shape (N,); the scores must have been computed with the same.
 
     Raises:
-        UserError: If the file is damaged, is not scores, or is of other labels.
+        UserError: If the file is invalid, or its scores were computed with other labels.
     """
-    about = read_manifest(path)
-    if about["labels_sha256"] != hash_labels(labels):
+    manifest = read_manifest(path)
+    if manifest["labels_sha256"] != hash_labels(labels):
         raise UserError(
-            f"{path}: scores against other labels (label noise {about.get('label_noise', 'unknown')}, seed "
-            f"{about.get('seed', 'unknown')}); allowed: scores against the labels that pre-training sees"
+            f"{path}: computed with other labels (label noise {manifest.get('label_noise', 'unknown')}, seed "
+            f"{manifest.get('seed', 'unknown')}); expected scores computed with the labels of pre-training"
         )
     try:
         values = load_tensors(path.read_bytes())["el2n"]
-        _check(values, len(labels))
+        _validate(values, len(labels))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not scores ({error}); allowed: a file that scores.save wrote") from None
-    return Scores(values, about)
+        raise UserError(f"{path}: not a scores file ({error}); expected a file written by save_scores") from None
+    return Scores(values, manifest)
 
 
-def _check(el2n: np.ndarray, examples: int) -> None:
+def _validate(el2n: np.ndarray, examples: int) -> None:
     if el2n.dtype != np.float32 or el2n.ndim != 2 or not len(el2n) or el2n.shape[1] != examples:
-        raise ValueError(f"el2n is {el2n.dtype} of shape {el2n.shape}; allowed: float32 (networks, {examples})")
+        raise ValueError(
+            f"el2n is {el2n.dtype} of shape {el2n.shape}; expected float32 of shape (networks, {examples})"
+        )
     if not np.isfinite(el2n).all():
-        raise ValueError("a score is not a finite number")
+        raise ValueError("el2n has NaN or infinite values")

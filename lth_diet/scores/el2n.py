@@ -1,17 +1,18 @@
-"""The EL2N score of a training example."""
+"""The EL2N score of training examples."""
 
 import numpy as np
 
 
 def el2n(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """L2 norm of the error vectors: ||p - y||, y one-hot (paper, Definition 2.1, for one network).
+    """EL2N scores by one network: ||p - y||₂ with one-hot y (paper, Definition 2.1).
 
     Args:
         probabilities: Softmax outputs, shape (N, classes).
-        labels: Class of each example, shape (N,).
+        labels: Class of each example, 0 to classes - 1, shape (N,).
 
     Returns:
-        Shape (N,), of the probabilities' type; 0 (certain and right) to sqrt(2) (certain and wrong).
+        Scores of shape (N,) and of the same type as `probabilities`, from 0 (certain and correct) to sqrt(2) (certain
+        and incorrect).
     """
     errors = probabilities.copy()
     errors[np.arange(len(labels)), labels] -= 1

@@ -1,4 +1,4 @@
-"""Pictures of training examples by score, and of the subset that pre-training sees."""
+"""Pictures of scores and of subsets: histograms, and the easiest and hardest images of each class."""
 
 import dataclasses
 import io
@@ -12,34 +12,35 @@ from matplotlib.patches import Rectangle
 from lth_diet.files import write_atomically, write_json
 from lth_diet.scores.summary import ScoredExamples, SubsetRule, describe_scores, describe_subset, percent
 
-RIGHT, WRONG, REST = "#0072B2", "#D55E00", "#BBBBBB"  # apart for the colour-blind
+CORRECT, MISLABELED, OTHER = "#0072B2", "#D55E00", "#BBBBBB"  # distinct to color-blind readers
 _BINS = 60
-_COLUMNS, _ROWS, _PIXELS = 10, 100, 64  # of a contact sheet: images a row, classes, pixels of an image either way
+_MAX_COLUMNS, _MAX_CLASSES, _MAX_PIXELS = 10, 100, 64  # images per row, rows, and height or width of an image
 
 
 def histogram(examples: ScoredExamples) -> Figure:
-    """Scores of all examples, those with wrong labels in another colour."""
+    """Histogram of all scores, with mislabeled examples in a separate color."""
     figure = Figure(figsize=(7, 4), layout="constrained", dpi=120)
     axes = figure.subplots()
-    _histogram(axes, examples, np.arange(len(examples.labels)))
+    _draw_histogram(axes, examples, np.arange(len(examples.labels)))
     axes.set_title(f"{examples.data.name}: scores of {len(examples.labels):,} training examples")
     return figure
 
 
-def _histogram(axes: Any, examples: ScoredExamples, indices: np.ndarray) -> None:
-    mean, wrong = examples.scores.mean, examples.wrong
+def _draw_histogram(axes: Any, examples: ScoredExamples, indices: np.ndarray) -> None:
+    mean, mislabeled = examples.scores.mean, examples.mislabeled
     low, high = float(mean.min()), float(mean.max())
     edges = np.linspace(low, max(high, low + 1e-3), _BINS + 1)
     if len(indices) < len(mean):
-        axes.hist(mean, edges, color=REST, label=f"all examples ({len(mean):,})")
-    parts = {"true label": indices[~wrong[indices]], "wrong label": indices[wrong[indices]]}
-    parts = {name: part for name, part in parts.items() if len(part) or name == "true label"}
+        axes.hist(mean, edges, color=OTHER, label=f"all examples ({len(mean):,})")
+    groups = [("correct label", CORRECT, indices[~mislabeled[indices]])]
+    if mislabeled[indices].any():
+        groups.append(("mislabeled", MISLABELED, indices[mislabeled[indices]]))
     axes.hist(
-        [mean[part] for part in parts.values()],
+        [mean[group] for _, _, group in groups],
         edges,
         stacked=True,
-        color=[RIGHT, WRONG][: len(parts)],
-        label=[f"{name} ({len(part):,})" for name, part in parts.items()],
+        color=[color for _, color, _ in groups],
+        label=[f"{name} ({len(group):,})" for name, _, group in groups],
     )
     networks = len(examples.scores.el2n)
     axes.set(xlabel=f"{examples.scores.name} (mean of {networks} networks)", ylabel="Examples")
@@ -47,69 +48,71 @@ def _histogram(axes: Any, examples: ScoredExamples, indices: np.ndarray) -> None
 
 
 def subset_figure(examples: ScoredExamples, indices: np.ndarray) -> Figure:
-    """Where a subset lies among the scores, if there are any, and its classes."""
+    """Scores of a subset among all scores, if there are any, and its number of examples per class."""
     names = examples.class_names
-    named = len(names) <= 30
-    scored = examples.scores is not None
-    figure = Figure(figsize=(11 if scored else 6, max(4, 0.26 * len(names) if named else 4)), dpi=120)
+    show_names = len(names) <= 30
+    has_scores = examples.scores is not None
+    figure = Figure(figsize=(11 if has_scores else 6, max(4, 0.26 * len(names) if show_names else 4)), dpi=120)
     figure.set_layout_engine("constrained")
-    *left, right = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
-    if scored:
-        _histogram(left[0], examples, indices)
-    wrong = examples.wrong[indices]
+    *score_axes, class_axes = figure.subplots(1, 2 if has_scores else 1, squeeze=False)[0]
+    if has_scores:
+        _draw_histogram(score_axes[0], examples, indices)
+    mislabeled = examples.mislabeled[indices]
     start = np.zeros(len(names))
-    for part, colour, label in ((~wrong, RIGHT, "true label"), (wrong, WRONG, "wrong label")):
-        counts = np.bincount(examples.labels[indices[part]], minlength=len(names))
-        if part.any() or label == "true label":
-            right.barh(range(len(names)), counts, left=start, color=colour, label=f"{label} ({part.sum():,})")
+    for group, color, name in ((~mislabeled, CORRECT, "correct label"), (mislabeled, MISLABELED, "mislabeled")):
+        counts = np.bincount(examples.labels[indices[group]], minlength=len(names))
+        if group.any() or name == "correct label":
+            class_axes.barh(range(len(names)), counts, left=start, color=color, label=f"{name} ({group.sum():,})")
         start += counts
-    right.axvline(len(indices) / len(names), color="black", linestyle="--", label="equal share")
-    right.set_yticks(range(len(names)), names) if named else right.set_ylabel(f"Class (0 to {len(names) - 1})")
-    right.invert_yaxis()
-    right.set_xlabel("Examples of the subset, by the label given")
-    right.legend()
+    class_axes.axvline(len(indices) / len(names), color="black", linestyle="--", label="class balance")
+    if show_names:
+        class_axes.set_yticks(range(len(names)), names)
+    else:
+        class_axes.set_ylabel(f"Class (0 to {len(names) - 1})")
+    class_axes.invert_yaxis()
+    class_axes.set_xlabel("Examples of the subset, by given label")
+    class_axes.legend()
     title = f"{examples.data.name}: subset of {len(indices):,} of {len(examples.labels):,} training examples"
-    if examples.wrong.any():
-        share, of_all = percent(wrong), percent(examples.wrong)
-        title += f"\nwrong labels: {share:.2f} % of the subset, {of_all:.2f} % of the data"
+    if examples.mislabeled.any():
+        in_subset, in_data = percent(mislabeled), percent(examples.mislabeled)
+        title += f"\nmislabeled: {in_subset:.2f} % of the subset, {in_data:.2f} % of the data"
     figure.suptitle(title)
     return figure
 
 
 def contact_sheet(examples: ScoredExamples, groups: dict[str, list[np.ndarray]], title: str) -> Figure:
-    """Images by class: a row a class, named by the label given; a wrong label is framed, with the true class on it.
+    """Images in one row per class, by given label; mislabeled images have a frame and the name of the true class.
 
-    At most the first hundred classes, and at most 64 pixels of an image either way: large images are thinned out.
+    Shows the first 100 classes. Images above 64 pixels in height or width are subsampled.
 
     Args:
-        examples: All of them.
-        groups: Heading to the positions of images to show side by side, a list a class; as many at most of each
-            class as of the others.
-        title: Of the figure.
+        examples: All training examples.
+        groups: Groups of images, side by side: the heading of each and the indices to show, one array per class.
+        title: Title of the figure.
     """
-    names = examples.class_names[:_ROWS]
-    groups = {heading: rows[:_ROWS] for heading, rows in groups.items()}
-    coarser = -(-max(examples.data.train.images.shape[1:3]) // _PIXELS)
-    images = examples.data.train.images[:, ::coarser, ::coarser]
+    names = examples.class_names[:_MAX_CLASSES]
+    groups = {heading: rows[:_MAX_CLASSES] for heading, rows in groups.items()}
+    stride = -(-max(examples.data.train.images.shape[1:3]) // _MAX_PIXELS)
+    images = examples.data.train.images[:, ::stride, ::stride]
+    mislabeled = examples.mislabeled
     height, width = images.shape[1:3]
     gap = max(1, height // 12)
-    widest = {heading: max(1, *(len(row) for row in rows)) for heading, rows in groups.items()}
-    columns = sum(widest.values()) + len(groups) - 1
+    columns_of = {heading: max(1, *(len(row) for row in rows)) for heading, rows in groups.items()}
+    columns = sum(columns_of.values()) + len(groups) - 1
     canvas = np.full((len(names) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
     frames, headings, ranges, first = [], [], [[] for _ in names], 0
     for heading, rows in groups.items():
-        headings.append(((first + widest[heading] / 2) * (width + gap) - gap / 2, heading))
-        for row, positions in enumerate(rows):
-            for column, position in enumerate(positions, first):
+        headings.append(((first + columns_of[heading] / 2) * (width + gap) - gap / 2, heading))
+        for row, indices in enumerate(rows):
+            for column, index in enumerate(indices, first):
                 top, left = row * (height + gap), column * (width + gap)
-                canvas[top : top + height, left : left + width] = images[position]
-                if examples.wrong[position]:
-                    true = examples.data.train.labels[position]
-                    frames.append((top, left, examples.class_names[true]))
-            if examples.scores is not None and len(positions):
-                values = examples.scores.mean[positions]
+                canvas[top : top + height, left : left + width] = images[index]
+                if mislabeled[index]:
+                    frames.append((top, left, examples.class_names[examples.data.train.labels[index]]))
+            if examples.scores is not None and len(indices):
+                values = examples.scores.mean[indices]
                 ranges[row].append(f"{values.min():.3g} to {values.max():.3g}")
-        first += widest[heading] + 1
+        first += columns_of[heading] + 1
     cell = 0.62 if len(names) <= 30 else 0.45
     size = (cell * columns * width / height + 2.6, cell * len(names) + 1)
     figure = Figure(figsize=size, layout="constrained", dpi=120)
@@ -119,29 +122,29 @@ def contact_sheet(examples: ScoredExamples, groups: dict[str, list[np.ndarray]],
         xlim=(-0.5 - gap / 2, canvas.shape[1] - 0.5 + gap / 2), ylim=(canvas.shape[0] - 0.5 + gap / 2, -0.5 - gap / 2)
     )
     for top, left, name in frames:
-        axes.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=WRONG, linewidth=2))
-        style = {"boxstyle": "square,pad=0.1", "facecolor": WRONG, "linewidth": 0}
+        axes.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=MISLABELED, linewidth=2))
+        style = {"boxstyle": "square,pad=0.1", "facecolor": MISLABELED, "linewidth": 0}
         axes.text(left, top + height - 1, name, fontsize=5, color="white", va="bottom", bbox=style, clip_on=True)
-    middles = [row * (height + gap) + height / 2 for row in range(len(names))]
-    shown = [any(len(rows[row]) for rows in groups.values()) for row in range(len(names))]
+    centers = [row * (height + gap) + height / 2 for row in range(len(names))]
+    has_images = [any(len(rows[row]) for rows in groups.values()) for row in range(len(names))]
     labels = [
-        "\n".join([name, *(texts if any_shown else ["none"])])
-        for name, texts, any_shown in zip(names, ranges, shown, strict=True)
+        "\n".join([name, *(lines if nonempty else ["none"])])
+        for name, lines, nonempty in zip(names, ranges, has_images, strict=True)
     ]
-    axes.set_yticks(middles, labels)
-    axes.set_xticks([place for place, _ in headings], [heading for _, heading in headings])
+    axes.set_yticks(centers, labels)
+    axes.set_xticks([center for center, _ in headings], [heading for _, heading in headings])
     axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
-    below = "label given, and scores of the images shown" if examples.scores is not None else "label given"
-    frame = "; framed: a wrong label, with the true class" if frames else ""
+    rows_show = "given label" if examples.scores is None else "given label, and scores of the images shown"
+    frame = "; framed: mislabeled, with the true class" if frames else ""
     axes.set_title(title, fontsize=9)
-    axes.set_xlabel(f"rows: {below}{frame}", fontsize=7)
+    axes.set_xlabel(f"rows: {rows_show}{frame}", fontsize=7)
     return figure
 
 
-def _ends(examples: ScoredExamples, order: np.ndarray, count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Of each class the first `count` of an order, and the last, the last one first."""
-    rows = [examples.of_class(label, order) for label in range(len(examples.data.class_names))]
+def _ends(examples: ScoredExamples, indices: np.ndarray, count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The first `count` indices of each class, and the last `count` in reverse order."""
+    rows = [examples.of_class(label, indices) for label in range(len(examples.data.class_names))]
     return [row[:count] for row in rows], [row[::-1][:count] for row in rows]
 
 
@@ -152,10 +155,10 @@ def _png(figure: Figure) -> bytes:
 
 
 def save_scores_pictures(folder: Path, examples: ScoredExamples) -> dict[str, Any]:
-    """Write summary.json, histogram.png, easiest.png and hardest.png; returns the summary."""
+    """Write histogram.png, easiest.png, hardest.png and summary.json to a folder; return the summary."""
     folder.mkdir(parents=True, exist_ok=True)
     summary = describe_scores(examples)
-    easiest, hardest = _ends(examples, examples.order, _COLUMNS)
+    easiest, hardest = _ends(examples, examples.order, _MAX_COLUMNS)
     write_atomically(folder / "histogram.png", _png(histogram(examples)))
     for name, rows in (("easiest", easiest), ("hardest", hardest)):
         title = f"{examples.data.name}: the {name} training images of each class, {name} first"
@@ -165,24 +168,27 @@ def save_scores_pictures(folder: Path, examples: ScoredExamples) -> dict[str, An
 
 
 def save_subset_pictures(
-    folder: Path, examples: ScoredExamples, indices: np.ndarray, choose: SubsetRule | None
+    folder: Path, examples: ScoredExamples, indices: np.ndarray, rule: SubsetRule | None
 ) -> dict[str, Any]:
-    """Write subset.json, subset.png and images.png; returns the first.
+    """Write the statistics and pictures of a subset: subset.json, subset.png and images.png.
 
     Args:
-        folder: Where to.
-        examples: All of them.
-        indices: The subset.
-        choose: As for `describe_subset`.
+        folder: Folder to write to; created if it is missing.
+        examples: All training examples.
+        indices: Indices of the subset.
+        rule: How scores select the subset; None for a random subset.
+
+    Returns:
+        The content of subset.json.
     """
-    summary = describe_subset(examples, indices, choose)
-    if choose:
+    summary = describe_subset(examples, indices, rule)
+    if rule:
         order = examples.order[np.isin(examples.order, indices)]
-        easiest, hardest = _ends(examples, order, _COLUMNS // 2)
+        easiest, hardest = _ends(examples, order, _MAX_COLUMNS // 2)
         groups = {"easiest of the subset": easiest, "hardest of the subset": hardest}
     else:
-        groups = {"some of the subset": _ends(examples, indices, _COLUMNS)[0]}
-    shown = examples if choose else dataclasses.replace(examples, scores=None)
+        groups = {"examples of the subset": _ends(examples, indices, _MAX_COLUMNS)[0]}
+    shown = examples if rule else dataclasses.replace(examples, scores=None)
     title = f"{examples.data.name}: images of the subset of {len(indices):,}"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "subset.json", summary)

@@ -1,4 +1,4 @@
-"""Many runs: a grid, the plan of what is left, and a scheduler on Ray.
+"""Sweeps: many runs from a grid, the plan of what is left, and a scheduler on Ray.
 
 May import everything else.
 """

@@ -1,10 +1,10 @@
-"""A sweep file to distinct runs, and to a plan of what of them is left (neither torch nor Ray is imported here).
+"""Reads a sweep file: expands its grids to distinct runs, and lists the work of each. Imports neither torch nor Ray.
 
 base: ../base/cifar10.yaml        what every run starts from, relative to this file
-arms:                             each entry is a grid: a list of values is an axis
+arms:                             each entry is a grid, each list an axis; duplicates run once
   - {arm: all, pretrain.steps: [200ba, 400ba]}
   - {arm: [easy, hard], pretrain.steps: 200ba, pretrain.subset.size: [512, 1024]}
-prune: {levels: 20}               any key of a configuration: for every run
+prune: {levels: 20}               any configuration key, for every run
 gpus_per_run: 0.5                 keys of the sweep: see `Settings`
 """
 
@@ -38,14 +38,14 @@ MAX_RUNS = 10_000
 
 def _entries(value: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list) or not value or not all(isinstance(entry, dict) and entry for entry in value):
-        raise ValueError("allowed: a list of grids, such as [{arm: [easy, hard], pretrain.steps: 200ba}]")
+        raise ValueError("must be a list of grids, such as [{arm: [easy, hard], pretrain.steps: 200ba}]")
     for key, values in (pair for entry in value for pair in entry.items()):
         if not isinstance(key, str) or not all(key.split(".")):
-            raise ValueError(f"allowed: keys such as pretrain.steps, not {quote(key)}")
+            raise ValueError(f"must have keys such as pretrain.steps, not {quote(key)}")
         if values == [] or isinstance(values, dict):
-            raise ValueError(f"allowed: a value or a list of values for {key}, and keys with dots for sections")
+            raise ValueError(f"must have a value or a list of values for {key}; write sections as keys with dots")
     if sum(math.prod(map(len, _axes(entry).values())) for entry in value) > MAX_RUNS:
-        raise ValueError(f"allowed: up to {MAX_RUNS:,} runs")
+        raise ValueError(f"must expand to at most {MAX_RUNS:,} runs")
     return tuple(value)
 
 
@@ -54,25 +54,32 @@ def _axes(entry: dict[str, Any]) -> dict[str, list]:
 
 
 class Settings(Section):
-    """The keys of a sweep; all others are of its runs' configurations."""
+    """Keys of the sweep. All other keys of a sweep file belong to the configurations of its runs."""
 
     base: Text
     arms: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_entries)]
     gpus_per_run: Annotated[Real, Field(ge=0, le=1)] | None = None
-    """A fraction lets several small networks share a GPU; None: 1, or 0 where there is no GPU."""
+    """A fraction lets several small networks share a GPU. None: 1, or 0 on a machine without GPU."""
     cpus_per_run: Annotated[Count, Field(le=1024)] | None = None
     """None: `threads`."""
     gpus: Index | None = None
-    """GPUs to use of this machine, and to plan for; None: all there are."""
+    """GPUs of this machine to use and to plan for. None: all."""
     cpus: Count | None = None
-    """As `gpus`, of CPU cores."""
+    """CPU cores of this machine to use and to plan for. None: all."""
     retries: Annotated[Index, Field(le=100)] = 3
-    """How often a process that crashed, or whose node was lost, is started again."""
+    """How many times a process is restarted after it crashed or its node was lost."""
     step_ms: Positive | None = None
-    """Milliseconds a step, for the plan; None: as measured in the runs."""
+    """Milliseconds per step, for the plan. None: measured in finished trainings."""
 
     def slots(self, cpus: float, gpus: float, cpus_each: float, gpus_each: float) -> int:
-        """How many processes a machine has room for."""
+        """Return the number of processes that fit on a machine.
+
+        Args:
+            cpus: CPU cores of the machine.
+            gpus: GPUs of the machine.
+            cpus_each: CPU cores per process.
+            gpus_each: GPUs per process, 0 to 1.
+        """
         by_cpu = int(cpus / cpus_each)
         return min(by_cpu, int(1 / gpus_each + 1e-9) * int(gpus)) if gpus_each else by_cpu
 
@@ -86,7 +93,7 @@ class SweepRun:
 
     Args:
         run: Its directory and configuration.
-        arguments: That tell a recipe of it.
+        arguments: Command-line arguments of a recipe that select it.
     """
 
     run: RunDirectory
@@ -95,16 +102,16 @@ class SweepRun:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is trained to its end by a process, or by one after another: a replicate, or the networks that score.
+    """A unit of work: one replicate, or the networks of one scores artifact. A process trains it to its end.
 
     Args:
         name: Its path below the folder of runs.
-        recipe: That trains it: imp or score.
-        arguments: Of the recipe.
-        folder: Where it goes.
-        phases: Each with its first and last step.
-        config: Of its run.
-        needs: Name of the scores that have to be there before.
+        recipe: The recipe that trains it: imp or score.
+        arguments: Command-line arguments of the recipe.
+        folder: Where it is stored.
+        phases: Each phase with its first and last step.
+        config: Configuration of its run.
+        needs: Name of the work that computes the scores that it needs.
     """
 
     name: str
@@ -123,10 +130,10 @@ class Work:
 
     @property
     def state(self) -> str:
-        """finished, half done or missing."""
+        """One of finished, partial, missing."""
         if self.done:
             return "finished"
-        return "half done" if any(phase.done or phase.checkpoint() for phase, _, _ in self.phases) else "missing"
+        return "partial" if any(phase.done or phase.checkpoint() for phase, _, _ in self.phases) else "missing"
 
     @functools.cached_property
     def trainings_left(self) -> int:
@@ -134,20 +141,20 @@ class Work:
 
     @functools.cached_property
     def steps_left(self) -> int:
-        """Counted from checkpoints, when first asked."""
+        """Steps left from the last checkpoints, counted on first access."""
         left = (last - remaining.resume_step(phase, first) for phase, first, last in self.phases if not phase.done)
         return 0 if self.done else sum(left)
 
 
 class Sweep:
-    """The runs of a file; the same run is there once, however many grids have it.
+    """The distinct runs of a sweep file.
 
     Args:
-        path: Of the file.
-        overrides: `key=value`, of the sweep or of every run's configuration.
+        path: Path of the file.
+        overrides: `key=value` strings, for the sweep or for the configuration of every run.
 
     Raises:
-        UserError: With a sentence naming file, key, value and what is allowed.
+        UserError: If the file, an override or the configuration of a run is invalid.
     """
 
     def __init__(self, path: Path, overrides: Iterable[str] = ()):
@@ -176,22 +183,22 @@ class Sweep:
 
     def _point(self, common: dict[str, Any], entry: str, values: dict[str, Any], overrides: list[str]) -> SweepRun:
         layers = [(str(self.path), common)]
-        layers += [(f"{self.path}: {entry}", nested(key, value)) for key, value in values.items()]
+        layers += [(f"{entry} in {self.path}", nested(key, value)) for key, value in values.items()]
         config = loading.load_config(self.base, overrides, layers)
         if config.parallelism != "replicates":
             raise UserError(
-                f"{self.path}: parallelism: {config.parallelism!r} is not allowed in a sweep; allowed: replicates"
+                f"parallelism = {config.parallelism!r} in a run of {self.path}: must be replicates in a sweep"
             )
-        told = [f"{key}={_as_override(value)}" for key, value in (flatten(common) | values).items()]
-        return SweepRun(RunDirectory(config), ("-f", str(self.base), *told, *overrides))
+        settings = [f"{key}={_as_override(value)}" for key, value in (flatten(common) | values).items()]
+        return SweepRun(RunDirectory(config), ("-f", str(self.base), *settings, *overrides))
 
     @property
     def runs(self) -> dict[str, RunDirectory]:
-        """Name to run."""
+        """Runs by name."""
         return {point.run.path.name: point.run for point in self.points}
 
     def work(self) -> list[Work]:
-        """All of it, the scores first."""
+        """List all work, scores first."""
         scores, replicates = {}, {}
         for point in self.points:
             run, folder = point.run, missing_scores(point.run)
@@ -212,12 +219,12 @@ def _check_keys(tree: Mapping[str, Any], path: Path) -> None:
     for key in tree:
         if key not in known and "." not in key:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise UserError(f"{path}: {key} is not a known key; {hint}")
+            hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}"
+            raise UserError(f"{key} in {path} is not a known key; {hint}")
 
 
 def _as_override(value: Any) -> str:
-    """As it stands in an override."""
+    """Format a value as it is written in an override."""
     if isinstance(value, str):
         with contextlib.suppress(UserError):
             if yaml_files.parse(value, "") == value:

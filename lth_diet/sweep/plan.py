@@ -1,4 +1,4 @@
-"""What of a sweep is finished, in progress and missing, and how long the rest takes."""
+"""The plan of a sweep: what is finished, partial and missing, and how long the rest takes."""
 
 import statistics
 from collections.abc import Iterable, Mapping
@@ -8,14 +8,14 @@ from lth_diet.sweep.grid import MAX_RUNS, Settings, Sweep, Work
 
 
 def shared_runs(sweep: Sweep, overrides: Iterable[str]) -> dict[str, list[str]]:
-    """Run to the other sweep files of the same folder that have it, under the same overrides."""
+    """Return the other sweep files of the same folder that contain each run, under the same overrides."""
     others: dict[str, list[str]] = {name: [] for name in sweep.runs}
     for path in sorted(sweep.path.parent.glob("*.yaml")):
         if path.resolve() == sweep.path.resolve():
             continue
         try:
             there = Sweep(path, overrides).runs
-        except UserError:  # it is not the one that was asked for
+        except UserError:  # an invalid file does not matter here
             continue
         for name in others.keys() & there.keys():
             others[name].append(path.stem)
@@ -23,11 +23,11 @@ def shared_runs(sweep: Sweep, overrides: Iterable[str]) -> dict[str, list[str]]:
 
 
 def plan(sweep: Sweep, others: Mapping[str, list[str]]) -> str:
-    """What is finished, half done and missing, what is shared, and how much there is left to train.
+    """Describe what is finished, partial and missing, what is shared, and how much is left to train.
 
     Args:
-        sweep: Nothing of it is changed.
-        others: Of `in_common`.
+        sweep: The sweep. Its files are only read.
+        others: Result of `shared_runs`.
     """
     work, runs = sweep.work(), sweep.runs
     replicates = [each for each in work if each.recipe == "imp"]
@@ -36,7 +36,7 @@ def plan(sweep: Sweep, others: Mapping[str, list[str]]) -> str:
     lines = [
         f"{sweep.path}: runs: {len(runs)}, replicates: {len(replicates)}, sets of scores: {len(scores)}; in {where}"
     ]
-    rows = [("", "", "finished", "half done", "missing", "trainings left", "steps left", "also in")]
+    rows = [("", "", "finished", "partial", "missing", "trainings left", "steps left", "also in")]
     for each in scores:
         users = {other.name.partition("/")[0] for other in replicates if other.needs == each.name}
         networks = f"{len(each.phases)} networks, for {len(users)} runs"
@@ -47,11 +47,11 @@ def plan(sweep: Sweep, others: Mapping[str, list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        words = (cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False))
-        lines.append("  ".join([*words, *cells[2:-1], row[-1]]).rstrip())
+        labels = (cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False))
+        lines.append("  ".join([*labels, *cells[2:-1], row[-1]]).rstrip())
     steps = sum(each.steps_left for each in work)
     shared = sum(bool(names) for names in others.values())
-    lines.append(f"shared: {shared} of {len(runs)} runs with other sweeps of {sweep.path.parent}")
+    lines.append(f"shared: {shared} of {len(runs)} runs, with other sweeps in {sweep.path.parent}")
     lines.append(f"left: {sum(each.trainings_left for each in work):,} trainings, {steps:,} steps")
     return "\n".join([*lines, _estimate_time(sweep.settings, work, steps)])
 
@@ -59,24 +59,24 @@ def plan(sweep: Sweep, others: Mapping[str, list[str]]) -> str:
 def _counts(work: list[Work]) -> list[str]:
     states = [each.state for each in work]
     left = sum(each.trainings_left for each in work), sum(each.steps_left for each in work)
-    return [*(str(states.count(s) or "") for s in ("finished", "half done", "missing")), *(f"{n:,}" for n in left)]
+    return [*(str(states.count(s) or "") for s in ("finished", "partial", "missing")), *(f"{n:,}" for n in left)]
 
 
 def _estimate_time(settings: Settings, work: list[Work], steps: int) -> str:
-    """Of what is left, as far as the time of a step is known."""
+    """Describe the time for the steps that are left, if the time per step is known."""
     phases = [phase for each in work for phase, first, last in each.phases if first < last and phase.done]
     results = [phase.result() for phase in phases] if settings.step_ms is None else []
     measured = [1000 * result["seconds"] / result["steps"] for result in results if result.get("seconds")]
     if settings.step_ms is None and not measured:
-        return "time: unknown before a training is finished, or step_ms=<milliseconds a step> is given"
+        return "time: unknown until a training is finished; or give step_ms=<milliseconds per step>"
     ms = settings.step_ms or statistics.median(measured)
     source = f"median of {len(measured)} trainings" if measured else "step_ms"
     share = 1.0 if settings.gpus_per_run is None else settings.gpus_per_run
-    unit = "GPU-hours" if share else "hours of one process"
+    unit = "GPU-hours" if share else "process-hours"
     hours = steps * ms / 3.6e6
-    line = f"time: {hours * (share or 1):,.1f} {unit} at {ms:.1f} ms a step ({source})"
+    line = f"time: {hours * (share or 1):,.1f} {unit} at {ms:.1f} ms per step ({source})"
     threads = max(each.config.threads for each in work)
-    many = MAX_RUNS * threads  # of what is not said
+    many = MAX_RUNS * threads  # stands for an unknown number of GPUs or CPU cores
     slots = settings.slots(
         settings.cpus or many, many if settings.gpus is None else settings.gpus, settings.cpus_per_run or threads, share
     )

@@ -1,10 +1,10 @@
-"""Trains a sweep on Ray: what is ready starts where there is room, and what crashed starts again.
+"""Trains a sweep on Ray: starts jobs as slots become free, and restarts those that crash.
 
-A task is one attempt of `composer -n 1 recipes/...` as a process of its own; results, checkpoints and logs go to the
-folder of runs, which all nodes have at the same path, or to the runs' URL. So a task that is lost loses only the steps
-since a checkpoint.
+A Ray task is one attempt of a job: it runs `composer -n 1 recipes/...` in a separate process. Results, checkpoints and
+logs are written to the folder of runs, which all nodes share at the same path, or to an object store. A lost task
+loses only the steps since its last checkpoint.
 
-<runs>/sweep-logs/<run>/replicate_<r>/attempt_<n>.log      what an attempt printed
+<runs>/sweep-logs/<run>/replicate_<r>/attempt_<n>.log      the output of an attempt
 """
 
 import contextlib
@@ -30,24 +30,24 @@ from lth_diet.sweep.screen import Job, Screen
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL = 0.5  # seconds
-_STOP_TIMEOUT = 15.0  # seconds for tasks that are stopped
+_STOP_TIMEOUT = 15.0  # seconds for canceled tasks to end
 _DEVICES = "CUDA_VISIBLE_DEVICES"
-_OBJECT_STORE_BYTES = 80 << 20  # bytes of shared memory for Ray, which has next to nothing to keep here
+_OBJECT_STORE_BYTES = 80 << 20  # bytes of shared memory for Ray, which stores almost nothing here
 
 
 def run_sweep(sweep: Sweep, address: str | None, recipes: Path) -> int:
     """Train what is left of a sweep.
 
     Args:
-        sweep: Checked.
-        address: Of a running cluster; None: start one here.
+        sweep: The sweep.
+        address: Address of a running cluster; None: start one on this machine.
         recipes: Folder of the recipes.
 
     Returns:
-        0; 1 if something failed; 130 if it was interrupted.
+        The exit status: 0; 1 if a job failed; 130 if interrupted.
 
     Raises:
-        UserError: If there is no cluster, no room in it for a run, or the object store cannot be used.
+        UserError: If there is no cluster, no node is large enough for a run, or the object store cannot be used.
     """
     left = [work for work in sweep.work() if not work.done]
     if not left:
@@ -57,19 +57,23 @@ def run_sweep(sweep: Sweep, address: str | None, recipes: Path) -> int:
         open_run_store(runs).check()
     try:
         with _connected(sweep.settings, address) as dashboard, _interruptible():
-            engine = Scheduler(sweep.settings, left, recipes)
-            with Screen(engine.jobs, f"{sweep.path}  {dashboard}") as screen:
-                engine.run(screen)
+            scheduler = Scheduler(sweep.settings, left, recipes)
+            with Screen(scheduler.jobs, f"{sweep.path}  {dashboard}") as screen:
+                scheduler.run(screen)
         return screen.conclude()
     except KeyboardInterrupt:
         done = sum(work.done for work in left)
-        print(f"interrupted: {done} of {len(left)} are done; the same command goes on", file=sys.stderr, flush=True)
+        print(
+            f"interrupted: {done} of {len(left)} are done; rerun the same command to resume",
+            file=sys.stderr,
+            flush=True,
+        )
         return 130
 
 
 @contextlib.contextmanager
 def _connected(settings: Settings, address: str | None) -> Iterator[str]:
-    """A Ray cluster for a while; gives its dashboard's address."""
+    """Connect to a Ray cluster, or start one; yields the URL of its dashboard."""
     if address not in (None, "auto"):
         _check_address(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -92,7 +96,7 @@ def _connected(settings: Settings, address: str | None) -> Iterator[str]:
 
 
 def _check_address(address: str) -> None:
-    """Ray itself takes minutes to find out."""
+    """Check that something listens at the address. Ray itself would take minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -101,12 +105,12 @@ def _check_address(address: str) -> None:
 
 
 def _no_cluster(address: str) -> UserError:
-    return UserError(f"--address: {address!r} is not the address of a Ray cluster that runs; allowed: host:port, auto")
+    return UserError(f"--address: {address!r} is not the address of a running Ray cluster; expected host:port or auto")
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C, whatever Ray makes of it."""
+    """Raise KeyboardInterrupt on SIGTERM too, in place of Ray's handlers."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
@@ -119,26 +123,31 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def jobs_from(work: list[Work], room: int) -> list[Job]:
-    """In the order in which they start: the scores, with a job for each network if there is room, then the longest."""
+def jobs_from(work: list[Work], slots: int) -> list[Job]:
+    """Return the jobs of some work, in the order in which they start: scores first, then the longest.
+
+    Args:
+        work: The work.
+        slots: Number of jobs that run at a time. Scores get up to this many jobs, which share their networks.
+    """
     jobs = []
     for each in sorted(work, key=lambda each: (each.recipe != "score", -each.steps_left)):
-        several = min(room, max(each.trainings_left, 1)) if each.recipe == "score" else 1
+        several = min(slots, max(each.trainings_left, 1)) if each.recipe == "score" else 1
         names = [f"{each.name}/process_{number}" for number in range(several)] if several > 1 else [each.name]
         jobs += [Job(each, name) for name in names]
     return jobs
 
 
 class Scheduler:
-    """Starts jobs in their order where there is room; an attempt of a job is a Ray task.
+    """Starts jobs in order as slots become free. Each attempt of a job is a Ray task.
 
     Args:
-        settings: Of the sweep.
-        work: What is left.
+        settings: Settings of the sweep.
+        work: The work that is left.
         recipes: Folder of the recipes.
 
     Raises:
-        UserError: If no node has room for a run.
+        UserError: If no node is large enough for a run.
     """
 
     def __init__(self, settings: Settings, work: list[Work], recipes: Path):
@@ -147,51 +156,51 @@ class Scheduler:
         self.settings = settings
         self.recipes = recipes
         self.cpus = settings.cpus_per_run or max(each.config.threads for each in work)
-        there = ray.cluster_resources()
+        resources = ray.cluster_resources()
         self.gpus = settings.gpus_per_run
         if self.gpus is None:
-            self.gpus = 1.0 if there.get("GPU") else 0.0
-        room = self._room()
-        if not room:
+            self.gpus = 1.0 if resources.get("GPU") else 0.0
+        slots = self._slots()
+        if not slots:
             raise UserError(
-                f"gpus_per_run: {self.gpus:g} and cpus_per_run: {self.cpus} are more than any node has; allowed: what "
-                f"fits into one node, of {there.get('GPU', 0):g} GPUs and {there.get('CPU', 0):g} CPUs on all of them"
+                f"gpus_per_run: {self.gpus:g} and cpus_per_run: {self.cpus} are more than any node has; use less than "
+                f"one node has; all nodes have {resources.get('GPU', 0):g} GPUs and {resources.get('CPU', 0):g} CPUs"
             )
-        self.jobs = jobs_from(work, room)
+        self.jobs = jobs_from(work, slots)
         self._scores = {each.name: each for each in work if each.recipe == "score"}
         self._running: dict[ray.ObjectRef, Job] = {}
         self._attempt = ray.remote(max_retries=0)(_run_attempt)
 
     def run(self, screen: Screen) -> None:
-        """Return when every job is done or has failed; an interrupt ends what runs."""
+        """Run until every job is done or has failed. An interrupt stops the running jobs."""
         import ray
 
         try:
             while any(job.state in ("waiting", "running") for job in self.jobs):
-                self._start_what_is_ready(screen)
+                self._start_ready_jobs(screen)
+                screen.refresh()  # here, while all slots are in use, for the ETA
                 if not self._running:
                     time.sleep(_POLL)
                 for task in ray.wait([*self._running], timeout=_POLL)[0] if self._running else ():
                     self._conclude(self._running.pop(task), task, screen)
-                screen.refresh()
         finally:
             for number in _SIGNALS:
-                signal.signal(number, signal.SIG_IGN)  # what follows ends by itself
+                signal.signal(number, signal.SIG_IGN)  # what follows is bounded in time
             for task in self._running:
-                ray.cancel(task, force=False)  # a KeyboardInterrupt there, and the task ends its process
+                ray.cancel(task, force=False)  # raises KeyboardInterrupt in the task, which kills its process
             if self._running:
                 ray.wait([*self._running], num_returns=len(self._running), timeout=_STOP_TIMEOUT)
 
-    def _room(self) -> int:
-        """Jobs that the nodes that are alive can run at a time."""
+    def _slots(self) -> int:
+        """Number of jobs that the live nodes can run at a time."""
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         slots = functools.partial(self.settings.slots, cpus_each=self.cpus, gpus_each=self.gpus)
         return sum(slots(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
 
-    def _start_what_is_ready(self, screen: Screen) -> None:
-        room = self._room() - len(self._running)
+    def _start_ready_jobs(self, screen: Screen) -> None:
+        free = self._slots() - len(self._running)
         for job in (job for job in self.jobs if job.state == "waiting"):
             scores = self._scores.get(job.work.needs or "")
             if scores is not None and not scores.done:
@@ -199,10 +208,10 @@ class Scheduler:
                 if not any(other.work is scores and other.state in ("waiting", "running") for other in self.jobs):
                     self._end(job, "failed", f"{scores.name}: {failed[0].reason}", screen)
                 continue
-            if room <= 0:
+            if free <= 0:
                 return
             self._start(job)
-            room -= 1
+            free -= 1
 
     def _start(self, job: Job) -> None:
         logs = _logs(job)
@@ -211,18 +220,18 @@ class Scheduler:
         job.logs.append(folder / f"attempt_{len([*folder.glob('attempt_*.log')]) + 1}.log")
         job.logs[-1].touch()
         job.state = "running"
-        ours = {key: value for key, value in os.environ.items() if key.startswith(("LTH_DIET_", "MLFLOW_"))}
+        environment = {key: value for key, value in os.environ.items() if key.startswith(("LTH_DIET_", "MLFLOW_"))}
         task = self._attempt.options(num_cpus=self.cpus, num_gpus=self.gpus, name=job.name).remote(
             ["-n", "1", str((self.recipes / f"{job.work.recipe}.py").resolve()), *job.work.arguments],
             str(Path.cwd()),
-            ours | {"OMP_NUM_THREADS": str(job.work.config.threads)} | ({} if self.gpus else {_DEVICES: ""}),
+            environment | {"OMP_NUM_THREADS": str(job.work.config.threads)} | ({} if self.gpus else {_DEVICES: ""}),
             logs.resolve(),
             job.logs[-1].name,
         )
         self._running[task] = job
 
     def _conclude(self, job: Job, task: "ray.ObjectRef", screen: Screen) -> None:  # noqa: F821
-        """An attempt has ended: the job is done, has failed, or waits for another attempt."""
+        """Handle the end of an attempt: the job is done, has failed, or waits for another attempt."""
         import ray
 
         try:
@@ -241,7 +250,7 @@ class Scheduler:
                 return
         if len(job.logs) <= self.settings.retries:
             job.state = "waiting"
-            screen.say(f"{job.name}: {crash}; starts again, from the last step saved; log: {job.logs[-1]}")
+            screen.say(f"{job.name}: {crash}; restarts from its last checkpoint; log: {job.logs[-1]}")
         else:
             self._end(job, "failed", f"{crash}, {len(job.logs)} times", screen)
 
@@ -255,7 +264,7 @@ def _logs(job: Job) -> RunStore:
 
 
 def _run_attempt(arguments: list[str], folder: str, environment: dict[str, str], logs: RunStore, log: str) -> int:
-    """The Ray task: `composer` in a process that ends with it; returns its exit status, negative for a signal."""
+    """Run `composer` in a process that ends with this Ray task; returns its exit status, negative for a signal."""
     command = [str(Path(sys.executable).with_name("composer")), *arguments]
     raylet, began = os.getppid(), time.monotonic()
     logs.path.mkdir(parents=True, exist_ok=True)
@@ -275,30 +284,30 @@ def _run_attempt(arguments: list[str], folder: str, environment: dict[str, str],
         try:
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_POLL)  # a long wait would not see that the task is cancelled
-                if os.getppid() != raylet:  # Ray counts the node as lost, and the run will go on elsewhere
+                    process.wait(_POLL)  # a long wait would not notice that the task is canceled
+                if os.getppid() != raylet:  # Ray considers the node lost and will resume the run elsewhere
                     raise RuntimeError("the node's raylet has ended")
             print(f"status {process.returncode} after {time.monotonic() - began:.1f} s", file=file, flush=True)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the launcher and its rank; a run may be killed at any moment
+                os.killpg(process.pid, signal.SIGKILL)  # the launcher and its rank; a run can be killed at any time
             process.wait()
     with contextlib.suppress(OSError):
         logs.upload_file(log)
     status = process.returncode
-    return status - 256 if status > 128 else status  # the launcher passes its rank's -9 on as 247
+    return status - 256 if status > 128 else status  # the launcher turns its rank's -9 into 247
 
 
 def _crash(job: Job, status: int) -> str:
-    """Why the same might go well another time; empty where it would not, or did."""
+    """Reason for another attempt; empty if the job succeeded or would fail again."""
     if status < 0:
         return f"killed by signal {-status}"
-    told = isinstance(job.work.folder, ReplicateDirectory) and not job.work.folder.failed
-    return "ended without a word" if status == 1 and told else ""
+    unexplained = isinstance(job.work.folder, ReplicateDirectory) and not job.work.folder.failed
+    return "ended without an error" if status == 1 and unexplained else ""
 
 
 def _reason(job: Job, status: int) -> str:
-    """What its log says last."""
+    """The last error in the log of a job."""
     log = job.logs[-1]
     with contextlib.suppress(OSError):
         _logs(job).download_file(log.name)

@@ -1,8 +1,9 @@
-"""What a person sees of a sweep while its jobs run."""
+"""The screen of a sweep: its jobs, their progress and the time that is left."""
 
 import collections
 import contextlib
 import dataclasses
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -16,18 +17,22 @@ from rich.text import Text
 from lth_diet.launch.text import duration, humanize
 from lth_diet.sweep.grid import Work
 
-_LIVE = 1.0  # seconds between two tables
-_LOOK = 10.0  # seconds between two looks at an object store
+_REFRESH_INTERVAL = 1.0  # seconds between two live tables
+_STORE_INTERVAL = 10.0  # seconds between two listings of an object store
 _WINDOW = 60.0  # seconds over which a rate is measured
+_RECENT = 64  # rates, the last ones measured, from which the rate of a process is estimated
 
 
 @dataclasses.dataclass
 class Job:
-    """One process at a time that trains something.
+    """One process at a time that trains a `Work`.
 
     Args:
-        work: What; several jobs may share the networks of a scores artifact.
-        name: Of its logs.
+        work: What to train. Several jobs can share the networks of a scores artifact.
+        name: Name of the folder of its logs.
+        state: waiting, running, done or failed.
+        reason: Why it failed.
+        logs: One log per attempt.
     """
 
     work: Work
@@ -38,12 +43,12 @@ class Job:
 
 
 class Screen:
-    """A live table on a terminal, plain lines where output is piped.
+    """Shows a sweep: a live table on a terminal, plain lines where the output is piped.
 
     Args:
-        jobs: What is shown.
-        title: Of the table.
-        console: Where to; standard output if none is given.
+        jobs: All jobs of the sweep. The scheduler updates their states.
+        title: Title of the table.
+        console: Where to print; standard output by default.
         every: Seconds between two plain lines.
     """
 
@@ -51,8 +56,8 @@ class Screen:
         self.jobs, self.title, self.every = jobs, title, every
         self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        self._measured: dict[str, collections.deque[tuple[float, int]]] = {}
-        self._refreshed = self._looked = 0.0
+        self._rates = _Rates()
+        self._refreshed = self._listed = 0.0
 
     def __enter__(self) -> "Screen":
         if self._live:
@@ -66,60 +71,72 @@ class Screen:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line above the table."""
         self.console.print(line)
 
     def refresh(self) -> None:
-        """Show how far everything is."""
+        """Show the current progress, unless it was shown a moment ago."""
         now = time.monotonic()
-        if now - self._refreshed < (_LIVE if self._live else self.every):
+        if now - self._refreshed < (_REFRESH_INTERVAL if self._live else self.every):
             return
         self._refreshed = now
         running = {job.work.name: job for job in self.jobs if job.state == "running"}
-        if now - self._looked > _LOOK:
-            self._looked = now
+        if now - self._listed > _STORE_INTERVAL:
+            self._listed = now
             with contextlib.suppress(OSError):
                 for job in running.values():
                     job.work.folder.store.refresh_index()
-        rows = [(job, *_progress_of(job.work)) for job in running.values()]
-        rates = [self._rate(job.work.name, left, now) for job, *_, left in rows]
-        waiting = {job.work.name: job.work for job in self.jobs if job.state == "waiting"}
-        left = sum(work.steps_left for name, work in waiting.items() if name not in running)
-        left += sum(steps for *_, steps in rows)
-        summary = f"{self._counts()}; {sum(rates):.1f} steps/s, ETA {duration(left, sum(rates))}"
-        if not self._live:
+        progress = {name: _progress_of(job.work) for name, job in running.items()}
+        processes = collections.Counter(job.work.name for job in self.jobs if job.state == "running")
+        left = {name: steps for name, (*_, steps) in progress.items()}
+        self._rates.update(left, processes, now)
+        summary = self._summary(left, processes)
+        if self._live:
+            self._live.update(Group(self._table(running, progress, processes), Text(summary)), refresh=True)
+        else:
             self.console.print(summary)
-            return
+
+    def _summary(self, left: dict[str, int], processes: dict[str, int]) -> str:
+        """Counts of jobs and, once a rate is known, the ETA."""
+        rate = self._rates.per_process()
+        if not rate or not left:
+            return self._counts()
+        waiting = {job.work.name: job.work.steps_left for job in self.jobs if job.state == "waiting"}
+        everything = waiting | left
+        slots = sum(processes.values())
+        longest = max(steps / processes.get(name, 1) for name, steps in everything.items())
+        steps = max(sum(everything.values()) / slots, longest)
+        return f"{self._counts()}; {rate:.1f} steps/s per process, ETA {duration(steps, rate)}"
+
+    def _table(
+        self, running: dict[str, Job], progress: dict[str, tuple[str, int, int, int]], processes: dict[str, int]
+    ) -> Table:
         table = Table(title=self.title, title_justify="left")
         for name, side in (
             ("", "left"), ("arm", "left"), ("phase", "left"), ("step", "right"), ("steps/s", "right"), ("ETA", "right"),
             ("attempt", "right"),
         ):  # fmt: skip
             table.add_column(name, justify=side, no_wrap=True)
-        for (job, phase, step, last, steps), rate in zip(rows, rates, strict=True):
+        for name, job in running.items():
+            phase, step, last, steps = progress[name]
+            rate = self._rates.of(name)
             table.add_row(
-                job.work.name, job.work.config.arm_description, humanize(phase), f"{step:,}/{last:,}", f"{rate:.1f}",
-                duration(steps, rate), str(len(job.logs)),
+                name, job.work.config.arm_description, humanize(phase), f"{step:,}/{last:,}",
+                f"{processes[name] * rate:.1f}" if rate else "", duration(steps, rate and processes[name] * rate),
+                str(len(job.logs)),
             )  # fmt: skip
-        self._live.update(Group(table, Text(summary)), refresh=True)
-
-    def _rate(self, name: str, left: int, now: float) -> float:
-        """Steps a second, over the last while."""
-        window = self._measured.setdefault(name, collections.deque())
-        if window and left > window[-1][1]:  # goes on at a checkpoint
-            window.clear()
-        window.append((now, left))
-        while now - window[0][0] > _WINDOW and len(window) > 2:
-            window.popleft()
-        (begin, before), (end, after) = window[0], window[-1]
-        return (before - after) / (end - begin) if end > begin else 0.0
+        return table
 
     def _counts(self) -> str:
         states = collections.Counter(job.state for job in self.jobs)
         return ", ".join(f"{states[state]} {state}" for state in ("running", "done", "failed", "waiting"))
 
     def conclude(self) -> int:
-        """Tell how it ended; returns the exit status."""
+        """Print the result of every failed job.
+
+        Returns:
+            The exit status: 0, or 1 if a job failed.
+        """
         failed = [job for job in self.jobs if job.state == "failed"]
         self.console.print(self._counts())
         for job in failed:
@@ -129,8 +146,53 @@ class Screen:
         return 1 if failed else 0
 
 
+class _Rates:
+    """Steps per second of the processes of a sweep, measured from the steps that each work has left.
+
+    A process writes its training curve at intervals, so a rate is measured from one change to another. The time before
+    the first change is the start of the process and does not count.
+    """
+
+    def __init__(self):
+        self._left: dict[str, int] = {}
+        self._changes: dict[str, collections.deque[tuple[float, int]]] = {}
+        self._rates: dict[str, float] = {}
+
+    def update(self, left: dict[str, int], processes: dict[str, int], now: float) -> None:
+        """Measure the rates of running works.
+
+        Args:
+            left: Name of a work to the steps that it has left.
+            processes: Name of a work to the number of processes that train it.
+            now: Seconds.
+        """
+        for name in self._left.keys() - left.keys():  # stopped; another attempt is measured from its start
+            del self._left[name], self._changes[name]
+        for name, steps in left.items():
+            before, self._left[name] = self._left.get(name), steps
+            changes = self._changes.setdefault(name, collections.deque())
+            if before is None or steps > before:  # starts, or resumes from a checkpoint
+                changes.clear()
+            elif steps < before:
+                changes.append((now, steps))
+                while now - changes[0][0] > _WINDOW and len(changes) > 2:
+                    changes.popleft()
+            if len(changes) > 1:
+                (began, first), (ended, last) = changes[0], changes[-1]
+                self._rates.pop(name, None)  # the last ones measured are last
+                self._rates[name] = (first - last) / (ended - began) / processes[name]
+
+    def of(self, name: str) -> float | None:
+        """Rate of each process of a running work; None while it is unknown."""
+        return self._rates[name] if len(self._changes.get(name, ())) > 1 else None
+
+    def per_process(self) -> float | None:
+        """Median over the processes measured last, including finished ones; None before any rate is known."""
+        return statistics.median([*self._rates.values()][-_RECENT:]) if self._rates else None
+
+
 def _progress_of(work: Work) -> tuple[str, int, int, int]:
-    """The phase that is trained, its step and last step, and the steps left over all phases, by their curves."""
+    """The phase that is training, its step and last step, and the steps left in all phases, from the curves."""
     at = [
         (phase, _step(phase.curve(), first), last)
         for phase, first, last in work.phases

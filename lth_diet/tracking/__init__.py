@@ -1,4 +1,4 @@
-"""MLflow, written from the run directories.
+"""Tracking in MLflow, written from the run directories.
 
 May import everything up to runs.
 """

@@ -6,27 +6,26 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-# Okabe and Ito's colours, and markers: apart for the colour-blind and in grey
+# Okabe and Ito's colors with markers: distinguishable by color-blind readers and in grayscale
 STYLES = [("#E69F00", "D"), ("#0072B2", "s"), ("#009E73", "o"), ("#D55E00", "^"), ("#CC79A7", "X"), ("#000000", "v")]
 
 
 def accuracy_curves(curves: dict[str, pd.DataFrame], title: str) -> Figure:
-    """One line a curve over a logarithmic axis of weights remaining; the band is ± one standard deviation.
+    """Plot test accuracy against weights remaining, on a logarithmic axis. Bands are ± one standard deviation.
 
     Args:
-        curves: Label to a table with columns weights_remaining_percent, mean, std (missing: no band) and count.
-        title: Of the figure.
+        curves: One table per label, with columns weights_remaining_percent, mean, std (NaN: no band) and count.
+        title: Title of the figure.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=150)
     axes = figure.subplots()
     for index, (label, points) in enumerate(curves.items()):
-        colour, marker = STYLES[index % len(STYLES)]
+        color, marker = STYLES[index % len(STYLES)]
         x, mean, sd = points["weights_remaining_percent"], points["mean"], points["std"].fillna(0)
         counts = "–".join(map(str, sorted({points["count"].min(), points["count"].max()})))
-        axes.plot(x, mean, color=colour, marker=marker, markersize=5, label=f"{label} (n = {counts})")
-        axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-    everywhere = pd.concat(list(curves.values())).weights_remaining_percent
-    levels = sorted(everywhere.unique(), reverse=True)
+        axes.plot(x, mean, color=color, marker=marker, markersize=5, label=f"{label} (n = {counts})")
+        axes.fill_between(x, mean - sd, mean + sd, color=color, alpha=0.15, linewidth=0)
+    levels = sorted(pd.concat(list(curves.values())).weights_remaining_percent.unique(), reverse=True)
     ticks = levels[:: 1 if len(levels) < 6 else max(2, math.ceil(len(levels) / 12))]
     axes.set_xscale("log")
     axes.invert_xaxis()

@@ -1,4 +1,4 @@
-"""What a phase is trained with: data, labels, network and batches, as a configuration and a seed give them."""
+"""Builds the data, the network and the loaders of a phase from a configuration and a seed."""
 
 import functools
 
@@ -14,49 +14,54 @@ from lth_diet.training import trainer
 
 
 class Builder:
-    """Those of one replicate, or of one network that scores.
+    """Builds data, network and loaders for one replicate or one scoring network.
 
     Args:
-        config: The arm.
-        scope: Of the random streams: a replicate's index, or "network_<k>".
+        config: Configuration of the arm.
+        scope: Scope of the seeds: a replicate's index, "network_<k>", or "all" for data alone. See
+            `lth_diet.data.seeds`.
     """
 
     def __init__(self, config: Config, scope: int | str):
         self.config = config
         self.scope = scope
 
+    def __repr__(self) -> str:
+        return f"Builder({self.config.dataset.name}, {self.config.arm}, scope={self.scope!r})"
+
     @functools.cached_property
     def data(self) -> dataset.Dataset:
+        """The data set with its true labels."""
         return catalog.load(self.config.dataset.name, self.config.dataset.root)
 
     @functools.cached_property
     def noisy_data(self) -> dataset.Dataset:
-        """The data as pre-training and scoring see it: with label noise, if the arm has any."""
+        """The data set with the labels of pre-training and scoring, which have the configured label noise."""
         classes = len(self.data.class_names)
         return self.data.with_labels(
             noisy_labels(self.data.train.labels, self.config.pretrain.label_noise, classes, self.config.seed)
         )
 
     def build_network(self) -> ComposerClassifier:
-        """The network at its random initialisation."""
+        """A randomly initialized network."""
         depth, width = self.config.model.depth, self.config.model.width
         channels = self.data.train.images.shape[-1]
         return classifier.build_classifier(depth, len(self.data.class_names), width, channels, seed=self.seed("init"))
 
     def build_loader(self, data: dataset.Dataset) -> Loader:
-        """Training batches of `data`, in this scope's order."""
+        """Training batches of `data`, in the order and with the augmentation of this scope."""
         order, augmentation = self.seed("order"), self.seed("augmentation")
-        return Loader(data, self.config.train.batch_size, order, augmentation, **_placement())
+        return Loader(data, self.config.train.batch_size, order, augmentation, **_device_and_rank())
 
     def build_evaluation_loader(self, split: dataset.Split) -> EvaluationLoader:
-        """All images of a split, in batches that keep the device busy."""
-        return EvaluationLoader(self.data, split, 2000 if trainer.device() == "gpu" else 500, **_placement())
+        """All images of a split, without augmentation."""
+        return EvaluationLoader(self.data, split, 2000 if trainer.device() == "gpu" else 500, **_device_and_rank())
 
     def seed(self, purpose: str) -> int:
-        """The seed of one of the scope's streams."""
+        """Seed of this scope for a purpose, e.g. "init" or "order"; see `derive_seed`."""
         return seeds.derive_seed(self.config.seed, self.scope, purpose)
 
 
-def _placement() -> dict[str, str | int]:
-    where = "cuda" if trainer.device() == "gpu" else "cpu"
-    return {"device": where, "rank": dist.get_global_rank(), "ranks": dist.get_world_size()}
+def _device_and_rank() -> dict[str, str | int]:
+    device = "cuda" if trainer.device() == "gpu" else "cpu"
+    return {"device": device, "rank": dist.get_global_rank(), "ranks": dist.get_world_size()}

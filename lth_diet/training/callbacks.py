@@ -11,7 +11,7 @@ import torch
 from composer import Callback, Logger, State
 from composer.utils import checkpoint, dist
 
-from lth_diet.algorithms.network import bare_network
+from lth_diet.algorithms.bare_network import bare_network
 from lth_diet.config.schema import Intervals
 from lth_diet.data.loader import Loader
 from lth_diet.errors import TrainingError, add_path_to_errors
@@ -19,11 +19,11 @@ from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.training.progress import Progress
 
 SYNC_SECONDS = 30.0
-"""Between two calls for MLflow: on a fast GPU a checkpoint is due every second."""
+"""Seconds between two updates of MLflow. On a fast GPU there is a checkpoint every second."""
 
 
 def measure(state: State) -> dict[str, float]:
-    """What the last evaluation found."""
+    """Test accuracy (%) and loss of the last evaluation."""
     metrics = state.eval_metrics["test"]
     return {
         "test_accuracy_percent": round(100 * float(metrics["MulticlassAccuracy"].compute()), 4),
@@ -32,15 +32,15 @@ def measure(state: State) -> dict[str, float]:
 
 
 class _Recorder(Callback):
-    """Appends to the phase's curve: mean loss since the last row, the learning rate used, evaluations.
+    """Writes the training curve: mean loss since the last row, learning rate, evaluations.
 
-    Losses stay on the device until a row, a checkpoint or an evaluation needs them; then all are read, and refused if
-    one is not finite.
+    Losses stay on the device until a row, a checkpoint or an evaluation needs them. Then they are all read, and a loss
+    that is not finite stops training.
     """
 
     def __init__(self, phase: PhaseDirectory, loader: Loader, intervals: Intervals, progress: Progress):
         self.path = phase.path / "curve.jsonl"
-        self.name = phase.path
+        self.folder = phase.path
         self.loader = loader
         self.intervals = intervals
         self.progress = progress
@@ -63,7 +63,7 @@ class _Recorder(Callback):
         self.progress.step(step)
 
     def _read(self) -> None:
-        """Add up the losses of the steps since the last time, of all ranks."""
+        """Add the losses since the last read, averaged over the ranks."""
         if not self.unread:
             return
         steps, rates, losses = zip(*self.unread, strict=True)
@@ -73,7 +73,7 @@ class _Recorder(Callback):
         for step, lr, loss in zip(steps, rates, (values / dist.get_world_size()).tolist(), strict=True):
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"{self.name}: the loss is {loss} at step {step} with learning rate {lr:g}, on batch {step - 1} "
+                    f"{self.folder}: the loss is {loss} at step {step} with learning rate {lr:g}, on batch {step - 1} "
                     f"of order seed {self.loader.order_seed} and augmentation seed {self.loader.augmentation_seed}; "
                     "try a lower train.lr or pretrain.lr"
                 )
@@ -82,7 +82,7 @@ class _Recorder(Callback):
 
     def eval_start(self, state: State, logger: Logger) -> None:
         self._read()
-        if dist.get_world_size() > 1:  # each rank's BatchNorm has seen its own images; rank 0's is what is saved
+        if dist.get_world_size() > 1:  # BatchNorm statistics differ between ranks; rank 0's are saved
             for buffer in bare_network(state.model).buffers():
                 dist.broadcast(buffer, src=0)
 
@@ -90,7 +90,7 @@ class _Recorder(Callback):
         step, measured = int(state.timestamp.batch), measure(state)
         if not math.isfinite(measured["test_loss"]):
             raise TrainingError(
-                f"{self.name}: the test loss is {measured['test_loss']} after step {step} with learning rate "
+                f"{self.folder}: the test loss is {measured['test_loss']} after step {step} with learning rate "
                 f"{self.lr:g}; try a lower train.lr or pretrain.lr"
             )
         self._append(step, measured)
@@ -109,13 +109,13 @@ class _Recorder(Callback):
 
 
 class _Checkpointer(Callback):
-    """Saves Composer's checkpoint at an interval; a phase's last step is not one of them: its result follows."""
+    """Saves Composer's checkpoints at an interval, but not after the last step: the result of the phase follows it."""
 
     def __init__(self, phase: PhaseDirectory, interval: int, sync: Callable[[], None]):
         self.phase = phase
         self.interval = interval
         self.sync = sync
-        self.told = time.monotonic()
+        self.synced = time.monotonic()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
@@ -126,13 +126,15 @@ class _Checkpointer(Callback):
                 checkpoint.save_checkpoint(state, literal)
                 if dist.get_global_rank() == 0:
                     self.phase.commit_checkpoint(step)
-            except (OSError, RuntimeError) as error:  # PyTorch's own error of a full disk is a RuntimeError
+            except (OSError, RuntimeError) as error:  # PyTorch raises a RuntimeError when the disk is full
                 with contextlib.suppress(OSError):
                     path.unlink()
                 reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
                 raise TrainingError(
-                    f"{path} cannot be written ({reason}); the same command goes on once there is room"
+                    f"{path} cannot be written ({reason}); rerun the same command to resume once there is room"
                 ) from None
             if dist.get_global_rank() == 0:
                 self.phase.upload()
-                self.sync()
+                if time.monotonic() - self.synced >= SYNC_SECONDS:
+                    self.sync()
+                    self.synced = time.monotonic()

@@ -1,41 +1,41 @@
-"""Composer's Trainer with less work per step, and every private name of Composer that is used."""
+"""Composer's Trainer with less work per step. Uses private names: CONTRIBUTING.md lists them with their tests."""
 
+import atexit
 import datetime
-import os
 from typing import Any
 
 import torch
 from composer import Event, Trainer
+from composer.core import Engine
 from composer.core import event as events
 from composer.core.precision import get_precision_context
 from composer.devices import DeviceGPU
 from composer.utils import dist
+from torch.distributed.checkpoint import state_dict
 
 
 class LeanTrainer(Trainer):
-    """Composer's Trainer, whose host does not wait for the device at every step.
+    """Composer's Trainer without host work that this project does not need; every event still runs.
 
-    A kernel is launched while the one before it runs, unless the host reads a number from the device in between.
-    Composer reads four a step: the loss, once for the optimizer, which has no use for it, and once to log it, while
-    `_Recorder` reads it at an interval; and the sizes of the batch, which one rank knows (see also
-    `SingleRankGPU`). It also copies each batch, for metrics of the training, which are not asked for here.
+    A GPU runs one kernel while the host launches the next, unless the host reads a number from the GPU in between.
+    Composer reads four numbers per step: the loss for the optimizer, the loss for the log, and two sizes of the batch.
+    Here `_Recorder` reads losses at an interval, and one rank knows its sizes. Composer also copies each batch for
+    training metrics, of which there are none here.
 
-    At each of the 13 events of a step its engine also checks that there is a dataloader, orders the Algorithms, even if
-    there is one or none, compares the event with all others by name, and words log messages, even if nobody reads them:
-    half a millisecond a step.
+    At each of the 13 events of a step, Composer's engine checks for a dataloader, sorts the Algorithms even if there
+    is at most one, and looks the event up in two lists. Together these cost 0.6 of 5.2 ms of a step on the digits
+    (AMD EPYC, one thread).
     """
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        order = self.engine._compile
-        self.engine._compile = lambda algorithms, event: order(algorithms, event) if algorithms[1:] else algorithms
+        sort = self.engine._compile
+        self.engine._compile = lambda algorithms, event: sort(algorithms, event) if algorithms[1:] else algorithms
         self.engine._assert_dataloader_and_duration_set = lambda state, event: None
         events._BEFORE_EVENTS, events._AFTER_EVENTS = map(frozenset, (events._BEFORE_EVENTS, events._AFTER_EVENTS))
-        if not os.environ.get("ENGINE_DEBUG"):
-            self.engine._debug_log = lambda event, message: None
 
     def _train_batch(self, use_grad_scaling: bool) -> dict[str, torch.Tensor]:
-        """The step of a network that is neither split into microbatches nor sharded, and whose loss is not scaled."""
+        """One step without microbatches, sharding or loss scaling."""
         state, run = self.state, self.engine.run_event
         run(Event.BEFORE_TRAIN_BATCH)
         for optimizer in state.optimizers:
@@ -67,7 +67,18 @@ class LeanTrainer(Trainer):
 
 
 class SingleRankGPU(DeviceGPU):
-    """A GPU of one rank: single numbers, which Composer sends there to sum them over ranks, stay where they are."""
+    """The GPU of a single rank. Composer moves single numbers there to sum them over ranks; here they stay."""
 
     def tensor_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return super().tensor_to_device(tensor) if tensor.dim() else tensor
+
+
+def close(trainer: Trainer) -> None:
+    """Close a Trainer and free its model.
+
+    `Trainer.close` waits for the other ranks, one of which may have failed. Composer's exit hook would keep model and
+    state alive until the process ends, and so would PyTorch's cache of the parameter names of every saved model.
+    """
+    trainer.engine.close()
+    atexit.unregister(Engine._close)
+    getattr(state_dict._get_fqns, "cache_clear", lambda: None)()  # not cached in torch 2.11

@@ -1,20 +1,25 @@
-"""What a process trains at the moment, for the screen of the launch."""
+"""Progress of one process, for the screen of the launch."""
 
+import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 Status = dict[str, Any]
+"""Status of one rank, `{"rows", "messages", "left"}`, or one of its rows: a replicate or scoring network."""
+_WARM_UP = 5  # steps at the start of a phase without rate: they include CUDA initialization and compilation
+_WINDOW = 30.0  # seconds over which the rate is measured
 
 
 class Progress:
-    """One rank's account of what it trains, posted for the screen.
+    """Tracks the phases, steps, results and messages of one rank and publishes them as its status.
 
     Args:
-        names: Of the replicates that it will train; what else it trains is told by `begin`.
-        steps: Steps that it has yet to train, over all of them.
-        publish: Takes the account, at most every `every` seconds and whenever a phase ends.
+        names: Names of the replicates to train. `start_phase` adds others.
+        steps: Number of steps left, over all replicates and phases.
+        publish: Called with the status: at intervals during a phase, at its end, and after each other report.
+        every: Minimum interval between two calls during a phase, in seconds.
     """
 
     def __init__(
@@ -28,61 +33,75 @@ class Progress:
         self.messages: list[str] = []
         self.left = steps
         self._publish, self._every = publish, every
-        self._published = self._counted = 0.0
+        self._published = 0.0
+        self._rate: float | None = None
+        self._samples: collections.deque[tuple[float, int]] = collections.deque()
+        self._measured_from = 0
         self._row: Status = {}
         self.publish()
 
     def start_phase(self, name: str, phase: str, weights_remaining_percent: float = 100.0) -> None:
-        """The steps that follow are of this phase of a replicate or network, `replicate_<r>` or `network_<k>`."""
+        """Assign the following steps to a phase of `replicate_<r>` or `network_<k>`."""
         self._row = self.rows.setdefault(name, {"name": name})
         weights = round(weights_remaining_percent, 1)
         self._row |= {"state": "training", "phase": phase, "weights": weights, "rate": None}
 
     def start_training(self, step: int, last: int) -> None:
-        """Training begins, or goes on, at `step`; it ends at `last`."""
-        self._row |= {"step": step, "last": last}
-        self._counted = time.monotonic()
+        """Report that training starts or resumes at `step` and ends at `last`."""
+        self._row |= {"step": step, "last": last, "rate": self._rate}
+        self._samples.clear()
+        self._measured_from = step + _WARM_UP
         self.publish()
 
     def step(self, step: int) -> None:
-        """`step` batches of this phase have been trained."""
+        """Report the number of finished steps of this phase."""
         now = time.monotonic()
+        if not self._samples and step >= self._measured_from:
+            self._samples.append((now, step))
         if now - self._published >= self._every or step >= self._row["last"]:
-            done = step - self._row["step"]
-            self.left = max(self.left - done, 0)
-            if done and now > self._counted:
-                self._row["rate"] = done / (now - self._counted)
-            self._row["step"], self._counted = step, now
+            self.left = max(self.left - (step - self._row["step"]), 0)
+            self._row["step"] = step
+            self._update_rate(now, step)
             self.publish()
+
+    def _update_rate(self, now: float, step: int) -> None:
+        """Measure the rate over the last `_WINDOW` seconds after the warm-up; until then, keep the previous one."""
+        if self._samples and now - self._samples[0][0] >= self._every:
+            self._samples.append((now, step))
+            while now - self._samples[1][0] > _WINDOW:
+                self._samples.popleft()
+            (began, first), (ended, last) = self._samples[0], self._samples[-1]
+            self._rate = self._row["rate"] = (last - first) / (ended - began)
 
     def report_accuracy(
         self, name: str, phase: str, test_accuracy_percent: float, weights_remaining_percent: float = 100.0
     ) -> None:
-        """A phase is done, now or in an earlier launch."""
+        """Report the result of a finished phase, of this launch or an earlier one."""
         results = self.rows[name].setdefault("results", {})
         results[phase] = [round(weights_remaining_percent, 1), test_accuracy_percent]
         self.publish()
 
     def set_state(self, name: str, state: str) -> None:
-        """A replicate or network is "done" or has "failed"."""
+        """Set the state of a replicate or network: "done" or "failed"."""
         self.rows[name]["state"] = state
         self.publish()
 
     def log(self, message: str) -> None:
-        """A line for the person who started the launch, whichever rank has it."""
+        """Show a message on the screen of the launch, from any rank."""
         self.messages.append(message)
         self.publish()
 
     @contextlib.contextmanager
-    def warn_on_error(self, words: str) -> Iterator[None]:
-        """What fails inside is told in a line, and does not stop training; but a disk that cannot be written does."""
+    def warn_on_error(self, message: str) -> Iterator[None]:
+        """Log an error raised inside as a warning, except for an OSError: a disk that cannot be written is fatal."""
         try:
             yield
         except OSError:
             raise
         except Exception as error:
-            self.log(f"warning: {words} ({type(error).__name__}: {error})")
+            self.log(f"warning: {message} ({type(error).__name__}: {error})")
 
     def publish(self) -> None:
+        """Publish the current status."""
         self._published = time.monotonic()
         self._publish({"rows": list(self.rows.values()), "messages": self.messages, "left": self.left})

@@ -1,20 +1,18 @@
-"""The only place that builds, and closes, a Composer Trainer."""
+"""Trains one phase: the only place that builds a Composer Trainer."""
 
-import atexit
 import contextlib
 import dataclasses
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Algorithm, Evaluator, Event, State
-from composer.core import Engine
 from composer.models import ComposerClassifier
 from composer.utils import dist
-from torch.distributed.checkpoint.state_dict import _get_fqns
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
@@ -29,7 +27,14 @@ from lth_diet.training.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Steps from `start_step` (where Rewind sets the clock) to `end_step`; the rate drops at absolute milestones."""
+    """Steps and learning rate of a phase.
+
+    Attributes:
+        start_step: The step where training starts; `Rewind` sets Composer's clock to it.
+        end_step: The step where training ends.
+        lr: Learning rate up to the first milestone.
+        milestones: Absolute steps at which the learning rate is multiplied by `train.gamma`.
+    """
 
     start_step: int
     end_step: int
@@ -38,7 +43,7 @@ class Schedule:
 
 
 def device() -> str:
-    """Composer's name of this process's device: "gpu" where there is one, else "cpu"."""
+    """Composer's name for the device of this process: "gpu" if there is one, else "cpu"."""
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
@@ -53,24 +58,25 @@ def train(
     progress: Progress,
     sync: Callable[[], None],
 ) -> dict[str, Any]:
-    """Train a phase, from its last checkpoint if there is one, and measure it after its last step.
+    """Train a phase, starting from its last checkpoint if there is one, and evaluate it after its last step.
 
     Args:
         model: Trained in place.
-        loader: Its clock is set to the Trainer's.
+        loader: Training batches. Iteration starts at the step of the Trainer's clock.
         evaluation: Test images.
         schedule: Steps and learning rate.
         algorithms: Composer Algorithms, in order.
-        phase: Where curve and checkpoints go.
+        phase: The directory of the training curve and of checkpoints.
         config: For momentum, weight decay, precision and intervals.
-        progress: Told of every batch.
-        sync: Called after a checkpoint, if `TELL_SECONDS` have gone by since the last time.
+        progress: Receives progress after every batch.
+        sync: Called after a checkpoint, at most once in `SYNC_SECONDS`.
 
     Returns:
-        test_accuracy_percent, test_loss, steps, seconds (of this attempt), timestamp (ms).
+        test_accuracy_percent, test_loss, steps, seconds (of this attempt), timestamp (ms since 1970).
 
     Raises:
-        TrainingError: If the loss is not finite, a checkpoint cannot be written or the network cannot be compiled.
+        TrainingError: If the loss is not finite, a checkpoint cannot be written or does not restore the state of an
+            Algorithm, callback, optimizer or scheduler, or the network cannot be compiled.
     """
     resume = phase.checkpoint()
     if dist.get_global_rank() == 0:
@@ -81,9 +87,11 @@ def train(
         momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
     )
+    # PyTorch's scheduler acts on the milestone itself; Composer's schedulers act one batch later
+    scheduler = MultiStepLR(optimizer, list(schedule.milestones), config.train.gamma)
     recorder = _Recorder(phase, loader, config.intervals, progress)
     began = time.monotonic()
-    with _plain_path(resume) as load_path:
+    with _plain_path(resume) as load_path, _restore_errors(phase, [optimizer, scheduler, recorder, *algorithms]):
         trainer = composer_internals.LeanTrainer(
             model=model,
             train_dataloader=loader,
@@ -92,8 +100,7 @@ def train(
             ),
             max_duration=f"{schedule.end_step}ba",
             optimizers=optimizer,
-            # PyTorch's scheduler counts steps itself, so that a milestone has no lag behind Composer's clock
-            schedulers=MultiStepLR(optimizer, list(schedule.milestones), config.train.gamma),
+            schedulers=scheduler,
             step_schedulers_every_batch=True,
             algorithms=list(algorithms),
             callbacks=[recorder, _Checkpointer(phase, config.intervals.checkpoint, sync)],
@@ -102,7 +109,7 @@ def train(
             deterministic_mode=config.deterministic,
             compile_config=_compile_config() if config.compile else None,
             seed=config.seed,
-            spin_dataloaders=False,  # the loader jumps to the clock's step
+            spin_dataloaders=False,  # the loader starts at the clock's step
             load_path=str(load_path) if load_path else None,
             load_progress_bar=False,
             progress_bar=False,
@@ -120,14 +127,12 @@ def train(
         }
     finally:
         loader.current_step = lambda: 0
-        trainer.engine.close()  # Trainer.close also waits for the other ranks, of which one may have failed
-        atexit.unregister(Engine._close)  # it would keep model and state alive until the process ends
-        _get_fqns.cache_clear()  # so would PyTorch's names of the parameters of every model that was saved
+        composer_internals.close(trainer)
 
 
 @contextlib.contextmanager
 def _plain_path(resume: tuple[Path, int] | None) -> Iterator[Path | None]:
-    """A path to the checkpoint for Composer, which reads paths as URLs and format strings: #, ? and { have meaning."""
+    """A path to the checkpoint without #, ? or {, which Composer would interpret as part of a URL or format string."""
     if resume is None:
         yield None
         return
@@ -135,6 +140,26 @@ def _plain_path(resume: tuple[Path, int] | None) -> Iterator[Path | None]:
         link = Path(folder) / "checkpoint.pt"
         link.symlink_to(resume[0].resolve())
         yield link
+
+
+@contextlib.contextmanager
+def _restore_errors(phase: PhaseDirectory, objects: Sequence[Any]) -> Iterator[None]:
+    """Turns Composer's warning that a checkpoint lacks the state of an object into an error.
+
+    Composer finds states in a checkpoint by class name. A training that silently resumes without its momentum or its
+    learning rate gives a wrong result.
+    """
+    stateless = Algorithm.load_state_dict
+    names = {type(each).__qualname__ for each in objects if type(each).load_state_dict is not stateless}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=rf"({'|'.join(names)}) is not in the state_dict")
+        try:
+            yield
+        except UserWarning as warning:
+            raise TrainingError(
+                f"{phase.path}: the checkpoint does not restore the training ({str(warning).splitlines()[0]}); "
+                f"delete {phase.path} and rerun the same command to train it again"
+            ) from None
 
 
 def _precision(config: Config) -> str:
@@ -148,7 +173,7 @@ def _compile_config() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _compile_errors(phase: PhaseDirectory) -> Iterator[None]:
-    from torch._dynamo.exc import TorchDynamoException  # takes a second
+    from torch._dynamo.exc import TorchDynamoException  # the import takes a second
 
     try:
         yield
@@ -156,7 +181,7 @@ def _compile_errors(phase: PhaseDirectory) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(
             f"{phase.path}: PyTorch {torch.__version__} cannot compile this network on this machine ({reason}); "
-            "try another number of threads, or compile=false"
+            "try another number of threads or compile=false"
         ) from None
 
 

@@ -9,14 +9,14 @@ from lth_diet.networks.classifier import build_classifier
 
 @pytest.fixture
 def examples():
-    """48 examples whose label tells which they are, modulo 10."""
+    """48 examples with labels 0 to 9 in turn."""
     random = torch.Generator().manual_seed(0)
     return TensorDataset(torch.randn(48, 3, 8, 8, generator=random), torch.arange(48) % 10)
 
 
 @pytest.fixture
 def trainer(examples):
-    """Builds an ordinary Composer Trainer with an ordinary DataLoader, 6 batches of 8 an epoch."""
+    """Build a Composer Trainer with a PyTorch DataLoader, by default of 6 batches of 8 per epoch."""
     trainers = []
 
     def build(algorithms, steps=6, model=None, loader=None, callbacks=(), scheduler=None, **options):
@@ -48,7 +48,7 @@ def trainer(examples):
 
 @pytest.fixture
 def half():
-    """A mask that keeps about half of the weights of `classifier(8, 10, width=2)`."""
+    """A mask that keeps about half of the weights of `build_classifier(8, 10, width=2)`."""
     random = torch.Generator().manual_seed(2)
     weights = prunable(build_classifier(8, 10, width=2).module)
     return {name: torch.rand(weight.shape, generator=random) < 0.5 for name, weight in weights.items()}

@@ -20,7 +20,7 @@ def equal(a, b):
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_it_keeps_parameters_and_batchnorm_statistics_at_the_step(trainer):
+def test_parameters_and_batchnorm_statistics_are_saved_at_the_step(trainer):
     spy = Spy(batch_end=lambda state: state_of(state.model))
     rewind = Rewind("3ba")
     trainer([rewind], callbacks=[spy]).fit()
@@ -28,7 +28,7 @@ def test_it_keeps_parameters_and_batchnorm_statistics_at_the_step(trainer):
     assert not torch.equal(rewind.state["bn1.running_mean"], torch.zeros(2))
 
 
-def test_a_later_training_starts_from_the_state_at_the_step_with_new_momentum(trainer):
+def test_later_run_starts_from_the_saved_state_with_empty_momentum(trainer):
     rewind = Rewind(3)
     trainer([rewind]).fit()
     spy = Spy(before_forward=lambda state: (state_of(state.model), len(state.optimizers[0].state)))
@@ -39,7 +39,7 @@ def test_a_later_training_starts_from_the_state_at_the_step_with_new_momentum(tr
     assert len(spy.seen["before_forward"]) == 3
 
 
-def test_rewinding_to_initialisation_keeps_the_state_before_the_first_step(trainer):
+def test_rewinding_to_step_0_saves_the_initialization(trainer):
     rewind, model = Rewind(0), build_classifier(8, 10, width=2, seed=1)
     before = state_of(model)
     trainer([rewind], model=model).fit()
@@ -48,7 +48,7 @@ def test_rewinding_to_initialisation_keeps_the_state_before_the_first_step(train
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_masked_rewound_training_starts_at_mask_times_state_bit_for_bit(trainer, half, order):
+def test_masked_rewound_run_starts_bit_identically_at_mask_times_state(trainer, half, order):
     rewind = Rewind(3)
     trainer([rewind]).fit()
     spy = Spy(before_forward=lambda state: state_of(state.model))
@@ -57,7 +57,7 @@ def test_a_masked_rewound_training_starts_at_mask_times_state_bit_for_bit(traine
     assert equal(spy.seen["before_forward"][0], expected)
 
 
-def test_clock_and_schedule_start_at_the_step_with_absolute_milestones(trainer):
+def test_timestamp_and_schedule_start_at_the_step_with_absolute_milestones(trainer):
     spies = [Spy(**LR), Spy(**LR)]
     rewind = Rewind(3)
     for spy in spies:
@@ -67,16 +67,16 @@ def test_clock_and_schedule_start_at_the_step_with_absolute_milestones(trainer):
     assert spies[1].seen["before_forward"] == [(step, pytest.approx(lr)) for step, lr in expected[3:]]
 
 
-def test_composers_own_schedulers_are_set_too(trainer):
+def test_composer_schedulers_start_at_the_step(trainer):
     spy = Spy(**LR)
     rewind = Rewind(3, state_of(build_classifier(8, 10, width=2, seed=1)))
     trainer([rewind], steps=8, callbacks=[spy], scheduler=lambda _: MultiStepScheduler(["2ba", "5ba"], 0.1)).fit()
-    # batch 6 and not 5: Composer's schedulers lag one batch behind its clock
+    # batch 6 instead of 5: Composer's schedulers lag one batch behind the timestamp
     expected = [(3, 0.01), (4, 0.01), (5, 0.01), (6, 0.001), (7, 0.001)]
     assert spy.seen["before_forward"] == [(step, pytest.approx(lr)) for step, lr in expected]
 
 
-def test_schedulers_stepped_every_epoch_are_advanced_by_epochs(trainer):
+def test_schedulers_stepped_every_epoch_advance_by_epochs(trainer):
     spy = Spy(**LR)
     rewind = Rewind(8, state_of(build_classifier(8, 10, width=2, seed=1)), step_schedulers_every_batch=False)
     trainer(
@@ -89,7 +89,7 @@ def test_schedulers_stepped_every_epoch_are_advanced_by_epochs(trainer):
     assert [lr for _, lr in spy.seen["before_forward"]] == pytest.approx([0.01] * 4 + [0.001] * 2)
 
 
-def test_the_clock_tells_epoch_and_sample_of_the_step(trainer):
+def test_timestamp_has_the_epoch_and_sample_of_the_step(trainer):
     spy = Spy(before_dataloader=lambda state: state.timestamp)
     rewind = Rewind("8ba", state_of(build_classifier(8, 10, width=2)))
     trainer([rewind], steps=10, callbacks=[spy]).fit()
@@ -98,20 +98,20 @@ def test_the_clock_tells_epoch_and_sample_of_the_step(trainer):
     assert (int(first.sample), int(first.sample_in_epoch)) == (64, 16)
 
 
-def test_a_training_resumed_in_its_middle_is_not_rewound(trainer, place):
+def test_run_resumed_from_a_checkpoint_is_not_rewound(trainer, place):
     state = state_of(build_classifier(8, 10, width=2, seed=5))
-    whole, half_way, resumed = (build_classifier(8, 10, width=2, seed=1) for _ in range(3))
-    trainer([Rewind(2, state)], model=whole).fit()
+    uninterrupted, interrupted, resumed = (build_classifier(8, 10, width=2, seed=1) for _ in range(3))
+    trainer([Rewind(2, state)], model=uninterrupted).fit()
     trainer(
-        [Rewind(2, state)], model=half_way, save_folder="saved", save_interval="4ba", save_filename="{batch}.pt"
+        [Rewind(2, state)], model=interrupted, save_folder="saved", save_interval="4ba", save_filename="{batch}.pt"
     ).fit()
     spy = Spy(before_forward=lambda state: int(state.timestamp.batch))
     trainer([Rewind(2, state)], model=resumed, load_path="saved/4.pt", callbacks=[spy]).fit()
     assert spy.seen["before_forward"] == [4, 5]
-    assert equal(state_of(resumed), state_of(whole))
+    assert equal(state_of(resumed), state_of(uninterrupted))
 
 
-def test_the_kept_state_is_part_of_a_checkpoint(trainer, place):
+def test_saved_state_is_part_of_a_checkpoint(trainer, place):
     first, second = Rewind(2), Rewind(2)
     trainer([first], save_folder="saved", save_interval="4ba", save_filename="{batch}.pt").fit()
     trainer([second], load_path="saved/4.pt").fit()
@@ -119,12 +119,12 @@ def test_the_kept_state_is_part_of_a_checkpoint(trainer, place):
 
 
 @pytest.mark.parametrize("to", ["2ep", -1, "soon"])
-def test_anything_but_a_number_of_batches_is_refused(to):
+def test_time_other_than_a_number_of_batches_raises(to):
     with pytest.raises(ValueError):
         Rewind(to)
 
 
-def test_it_works_with_a_loader_of_the_users_own(trainer, examples):
+def test_rewind_works_with_a_shuffling_dataloader(trainer, examples):
     rewind = Rewind(2)
     for _ in range(2):
         fit = trainer([rewind], loader=DataLoader(examples, batch_size=16, shuffle=True), steps=5)

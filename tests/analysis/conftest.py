@@ -8,7 +8,7 @@ from lth_diet.tracking.store import tracking_uri
 
 @pytest.fixture
 def record(tiny):
-    """Writes the runs of an arm as far as MLflow is concerned, and tells it: replicate to accuracies, level by level."""
+    """Writes the run directory of an arm and syncs it to MLflow; takes a dict from replicate to accuracy per level."""
 
     def write(arm, accuracies, *overrides, experiment="tiny"):
         planned = max(map(len, accuracies.values())) - 1
@@ -34,7 +34,7 @@ def record(tiny):
 
 @pytest.fixture
 def store(record):
-    """A store with two arms, two levels, two replicates (one of them half done)."""
+    """MLflow store with two arms of two levels and two replicates, one of them incomplete."""
     record("init", {0: [89.0, 88.0], 1: [90.0, 89.0]})
     record("random", {0: [90.0, 89.0], 1: [91.0]})
     return tracking_uri()

@@ -17,37 +17,41 @@ ARMS = st.builds(
 
 
 @given(st.lists(ARMS, unique=True, min_size=1))
-def test_an_arm_is_found_by_its_specification(there):
-    for arm in there:
-        assert arms.find(arm.spec, there) == arm
+def test_find_inverts_spec(available):
+    for arm in available:
+        assert arms.find(arm.spec, available) == arm
 
 
-def test_keys_that_are_not_needed_may_be_left_out_and_no_noise_is_none():
-    there = [Arm("init"), Arm("all", None, 400), Arm("easy", 256, 200), Arm("easy", 256, 200, 0.1)]
-    assert arms.find("all", there) == there[1]
-    assert arms.find("easy", there) == there[2]
-    assert arms.find("easy:noise=0.1", there) == there[3]
-    assert arms.find("init:noise=0.1", there) == there[0]
+def test_unneeded_keys_may_be_omitted_and_noise_defaults_to_zero():
+    available = [Arm("init"), Arm("all", None, 400), Arm("easy", 256, 200), Arm("easy", 256, 200, 0.1)]
+    assert arms.find("all", available) == available[1]
+    assert arms.find("easy", available) == available[2]
+    assert arms.find("easy:noise=0.1", available) == available[3]
+    assert arms.find("init:noise=0.1", available) == available[0]
 
 
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ("tiny", "'tiny' is not an arm of these results; allowed: all:steps=200, all:steps=400"),
-        ("all", "'all' means several arms; allowed: all:steps=200, all:steps=400"),
-        ("all:step=200", "'step=200' is not allowed; allowed: size, steps, noise, run_id, as in easy:size=12800"),
-        ("all:steps=many", "steps: 'many' is not allowed; allowed: a number"),
-        ("all:steps=2.5", "steps: '2.5' is not allowed; allowed: a number"),
-        ("all:steps", "'steps' is not allowed"),
+        ("tiny", "'tiny' is not an arm of these results; expected one of all:steps=200, all:steps=400"),
+        ("all", "'all' matches several arms; expected one of all:steps=200, all:steps=400"),
+        (
+            "all:step=200",
+            "'step=200' is not <key>=<value> with a key of size, steps, noise, run_id, as in easy:size=12800",
+        ),
+        ("all:steps=many", "steps = 'many': must be a whole number of at least 0"),
+        ("all:steps=2.5", "steps = '2.5': must be a whole number of at least 0"),
+        ("all:noise=-1", "noise = '-1': must be a number of at least 0"),
+        ("all:steps", "'steps' is not <key>=<value>"),
     ],
 )
-def test_an_arm_that_cannot_be_found_is_one_sentence_with_what_there_is(spec, sentence):
+def test_invalid_specification_names_the_problem_and_the_available_arms(spec, sentence):
     with pytest.raises(UserError) as error:
         arms.find(spec, [Arm("all", None, 200), Arm("all", None, 400)])
     assert sentence in str(error.value)
 
 
-def test_an_arm_in_words():
+def test_str_of_an_arm():
     assert str(Arm("init")) == "init"
     assert str(Arm("easy", 2048, 200, 0.1)) == "easy 2048, t_r = 200, 10 % noise"
 
@@ -66,28 +70,28 @@ ROW |= {"seed": 1, "replicate": 0, "weights_remaining_percent": 100.0, "test_acc
 
 def curves(place, *changes):
     pd.DataFrame([ROW | change for change in changes]).to_csv("rows.csv", index=False)
-    return arms.of(collect.load("rows.csv"))
+    return arms.curves_by_arm(collect.load("rows.csv"))
 
 
-def test_replicates_of_another_seed_are_of_the_same_arm(place):
+def test_replicates_with_another_seed_belong_to_the_same_arm(place):
     (curve,) = curves(place, {}, {"seed": 2, "run_id": "b", "test_accuracy_percent": 91.0}).values()
     assert curve.values.index.tolist() == [(1, 0), (2, 0)]
     assert (curve.summary["mean"][0], curve.summary.n[0]) == (90.5, 2)
 
 
-def test_configurations_that_share_seed_and_replicate_are_arms_apart(place):
+def test_configurations_that_share_seed_and_replicate_are_separate_arms(place):
     found = curves(place, {}, {"run_id": "b", "test_accuracy_percent": 50.0})
     assert [arm.spec for arm in found] == ["all:steps=4,run_id=a", "all:steps=4,run_id=b"]
     assert arms.find("all:run_id=b", found) == list(found)[1]
-    assert arms.missing(Arm("all", None, 4), found) == "several configurations of all, t_r = 4"
-    assert arms.missing(Arm("all", None, 5), found) == "missing all, t_r = 5"
+    assert arms.describe_missing(Arm("all", None, 4), found) == "several configurations of all, t_r = 4"
+    assert arms.describe_missing(Arm("all", None, 5), found) == "missing all, t_r = 5"
 
 
-def test_configurations_that_train_for_other_times_are_arms_apart(place):
+def test_configurations_with_different_train_steps_are_separate_arms(place):
     assert len(curves(place, {"train_steps": 10}, {"seed": 2, "run_id": "b", "train_steps": 20})) == 2
 
 
-def test_the_spread_is_the_sample_standard_deviation_and_one_replicate_has_none(place):
+def test_sd_is_the_sample_standard_deviation_and_nan_for_one_replicate(place):
     (curve,) = curves(place, {}, {"replicate": 1, "test_accuracy_percent": 92.0}, {"level": 1}).values()
     assert curve.summary.sd[0] == pytest.approx(2**0.5)
     assert pd.isna(curve.summary.sd[1]) and curve.summary.n.tolist() == [2, 1]

@@ -8,14 +8,14 @@ from analysis import arms, claims, collect, paper
 SETTINGS = (0.3, (3, 12), 0.95)
 
 
-def find(family, words):
+def find(family, text):
     frame = collect.published()
-    curves = arms.of(frame[frame.dataset == family.dataset])
-    (found,) = (finding for finding in claims.test(family, curves, *SETTINGS) if finding.claim.words == words)
+    curves = arms.curves_by_arm(frame[frame.dataset == family.dataset])
+    (found,) = (finding for finding in claims.evaluate(family, curves, *SETTINGS) if finding.claim.text == text)
     return found
 
 
-def test_a_claim_holds_only_with_its_verdict():
+def test_claim_holds_only_with_its_own_verdict():
     found = find(paper.CIFAR100, "all at t* dominates all at t*/2")
     assert (found.outcome, found.comparison.verdict) == ("holds", "dominates")
     found = find(paper.CIFAR10, "all at t* dominates all at t*/2")
@@ -23,35 +23,37 @@ def test_a_claim_holds_only_with_its_verdict():
     assert 4 < found.replicates < 50
 
 
-def test_a_claim_that_the_numbers_exclude_is_contradicted():
+def test_claim_is_contradicted_if_the_interval_excludes_it():
     frame = collect.published()
-    curves = arms.of(frame[frame.dataset == "cifar100"])
+    curves = arms.curves_by_arm(frame[frame.dataset == "cifar100"])
     easy, init = paper.CIFAR100.arm("easy"), paper.CIFAR100.arm("init")
     swapped = curves | {easy: curves[init], init: curves[easy]}
-    found = {finding.claim.words: finding.outcome for finding in claims.test(paper.CIFAR100, swapped, *SETTINGS)}
+    found = {finding.claim.text: finding.outcome for finding in claims.evaluate(paper.CIFAR100, swapped, *SETTINGS)}
     assert found["easy at t*/2 matches all at t*"] == "contradicted"
     assert found["all at t*/2 dominates init"] == "contradicted"
 
 
-def test_a_claim_whose_arms_are_missing_says_so():
+def test_claim_with_missing_arms_is_not_tested():
     frame = collect.published()
-    curves = arms.of(frame[(frame.dataset == "cifar10") & (frame.arm != "hard")])
-    found = [finding for finding in claims.test(paper.CIFAR10, curves, *SETTINGS) if finding.outcome == "not tested"]
+    curves = arms.curves_by_arm(frame[(frame.dataset == "cifar10") & (frame.arm != "hard")])
+    found = [
+        finding for finding in claims.evaluate(paper.CIFAR10, curves, *SETTINGS) if finding.outcome == "not tested"
+    ]
     assert [finding.reason for finding in found] == ["missing hard 12800, t_r = 200"] * 2
-    assert found[0].sentence() == (
-        "CIFAR-10: hard at t*/2 is worse than all at t*/2: not tested, missing hard 12800, t_r = 200"
+    assert found[0].describe() == (
+        "CIFAR-10: hard at t*/2 is worse than all at t*/2: not tested: missing hard 12800, t_r = 200"
     )
 
 
-def test_claims_of_easy_against_all_are_made_under_noise_only():
+def test_noise_claims_are_tested_only_under_noise():
     frame = collect.published()
-    curves = arms.of(frame[frame.dataset == "cifar10"])
-    clean, noisy = (claims.test(family, curves, *SETTINGS) for family in (paper.CIFAR10, paper.NOISE_50))
+    curves = arms.curves_by_arm(frame[frame.dataset == "cifar10"])
+    clean, noisy = (claims.evaluate(family, curves, *SETTINGS) for family in (paper.CIFAR10, paper.NOISE_50))
     assert not any(finding.claim.noise for finding in clean) and sum(finding.claim.noise for finding in noisy) == 4
 
 
 @pytest.mark.parametrize(("drop", "expected"), [(0.0, 0.8**12), (1.0, 0.8**5)])
-def test_the_dense_accuracy_is_kept_down_to_the_first_level_that_fails(place, drop, expected):
+def test_dense_accuracy_is_kept_down_to_the_first_failing_level(place, drop, expected):
     random = np.random.default_rng(0)
     rows = [
         {
@@ -71,18 +73,22 @@ def test_the_dense_accuracy_is_kept_down_to_the_first_level_that_fails(place, dr
         for level in range(17)
     ]
     pd.DataFrame(rows).to_csv("rows.csv", index=False)
-    curves = arms.of(collect.load("rows.csv"))
-    assert claims.dense(paper.CIFAR10, curves, *SETTINGS) == pytest.approx((100 * expected, 100 * expected))
-    assert claims.dense(paper.CIFAR100, curves, *SETTINGS) is None
+    curves = arms.curves_by_arm(collect.load("rows.csv"))
+    assert claims.dense_accuracy_kept(paper.CIFAR10, curves, *SETTINGS) == pytest.approx(
+        (100 * expected, 100 * expected)
+    )
+    assert claims.dense_accuracy_kept(paper.CIFAR100, curves, *SETTINGS) is None
 
 
-def test_the_table_of_the_readme_is_what_the_command_prints(capsys):
+def test_documentation_has_the_tables_that_the_command_prints(capsys):
     assert claims.main(["--published"]) == 0
     out = capsys.readouterr().out
-    assert out in (ROOT / "README.md").read_text()
+    assert out in (ROOT / "docs/statistics.md").read_text()
     assert out.count("**holds**") > 10 and out.count("**undecided**") > 10
 
 
-def test_bad_input_is_one_sentence(capsys):
+def test_invalid_input_is_reported_in_one_sentence(capsys):
     assert claims.main(["--published", "--dataset", "mnist"]) == 2
-    assert capsys.readouterr().err.startswith("error: --dataset: 'mnist' is not in these results; allowed: cifar10,")
+    assert capsys.readouterr().err.startswith(
+        "error: --dataset = 'mnist': not in these results; expected one of cifar10,"
+    )

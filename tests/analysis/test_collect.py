@@ -17,7 +17,7 @@ def csv(place, *rows):
     return "results.csv"
 
 
-def test_results_are_a_tidy_table_a_row_a_replicate_and_level(store):
+def test_collect_returns_one_row_per_replicate_and_level(store):
     results = collect.collect(store, "tiny")
     assert list(results.columns) == list(collect.COLUMNS)
     assert len(results) == 7
@@ -28,27 +28,27 @@ def test_results_are_a_tidy_table_a_row_a_replicate_and_level(store):
     assert set(results.seed) == {42} and set(results.planned_levels) == {1} and set(results.train_steps) == {12}
 
 
-def test_the_command_writes_what_load_reads_and_says_what_is_incomplete(store, place, capsys):
+def test_command_writes_what_load_reads_and_lists_incomplete_replicates(store, place, capsys):
     assert collect.main(["--experiment", "tiny", "-o", "results.csv"]) == 0
     out, err = capsys.readouterr()
     assert out == "7 levels of 4 replicates: results.csv\n"
-    assert err == "incomplete: digits, random 128, t_r = 4, replicate 1: level 1 of 1 not done\n"
+    assert err == "incomplete: digits, random 128, t_r = 4, replicate 1: level 1 of 1 not finished\n"
     pd.testing.assert_frame_equal(collect.load("results.csv"), collect.collect(store, "tiny"))
 
 
-def test_all_experiments_of_a_store_are_read_if_none_is_named(store, record):
+def test_all_experiments_are_collected_by_default(store, record):
     record("all", {0: [80.0]}, experiment="other")
     assert set(collect.collect(store).arm) == {"init", "random", "all"}
     assert set(collect.collect(store, "other").arm) == {"all"}
 
 
-def test_columns_that_may_be_absent_are_empty_then(place):
+def test_missing_optional_columns_are_empty(place):
     frame = collect.load(csv(place, "digits,m,init,,0,0,0,0,100,90,x", "digits,m,init,,0,0,0,1,80,91,x"))
     assert frame.seed.isna().all() and frame.planned_levels.isna().all() and frame.train_steps.isna().all()
     assert frame.test_accuracy_percent.tolist() == [90, 91]
 
 
-def test_what_init_and_all_have_no_use_for_is_dropped(place):
+def test_values_that_init_and_all_do_not_use_are_dropped(place):
     frame = collect.load(csv(place, "digits,m,init,9,9,0.5,0,0,100,90,x", "digits,m,all,9,9,0.5,0,0,100,90,y"))
     assert frame.subset_size.isna().all()
     assert frame.set_index("arm")[["rewind_steps", "label_noise"]].T.to_dict("list") == {
@@ -63,38 +63,38 @@ GOOD = "digits,m,random,256,20,0,0,0,100,90,x"
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        (["digits,m,random,256,20,0,0,0,100,,x"], "row 1: test_accuracy_percent: empty or NaN is not allowed"),
-        ([GOOD, "digits,m,random,256,20,0,0,1,80,NaN,x"], "row 2: test_accuracy_percent: empty or NaN is not"),
+        (["digits,m,random,256,20,0,0,0,100,,x"], "row 1: test_accuracy_percent is empty or NaN: must be a number"),
+        ([GOOD, "digits,m,random,256,20,0,0,1,80,NaN,x"], "row 2: test_accuracy_percent is empty or NaN: must be"),
         (
             ["digits,m,random,256,20,0,0,0,100,120,x"],
-            "row 1: test_accuracy_percent: '120' is not allowed; allowed: 0 to 100",
+            "row 1: test_accuracy_percent = '120': must be 0 to 100",
         ),
-        (["digits,m,random,256,20,0,0,0,100,inf,x"], "row 1: test_accuracy_percent: 'inf' is not allowed"),
-        (["digits,m,random,256,20,0,0,1.5,100,90,x"], "row 1: level: '1.5' is not allowed; allowed: a whole number"),
-        (["digits,m,random,256,20,0,-1,0,100,90,x"], "row 1: replicate: '-1' is not allowed; allowed: 0 or more"),
-        (["digits,m,random,many,20,0,0,0,100,90,x"], "row 1: subset_size: 'many' is not allowed; allowed: a number"),
-        (["digits,m,random,,20,0,0,0,100,90,x"], "row 1: subset_size: empty or NaN is not allowed"),
-        (["digits,m,random,256,20,2,0,0,100,90,x"], "row 1: label_noise: '2' is not allowed; allowed: 0 to 1"),
-        (["digits,m,random,256,20,0,0,0,0,90,x"], "row 1: weights_remaining_percent: '0' is not allowed"),
-        ([",m,random,256,20,0,0,0,100,90,x"], "row 1: dataset: empty or NaN is not allowed; allowed: text"),
-        ([GOOD, GOOD], "random, level 0: there is a second row of the same replicate and level"),
-        ([], "no rows"),
+        (["digits,m,random,256,20,0,0,0,100,inf,x"], "row 1: test_accuracy_percent = 'inf': must be a number"),
+        (["digits,m,random,256,20,0,0,1.5,100,90,x"], "row 1: level = '1.5': must be a whole number"),
+        (["digits,m,random,256,20,0,-1,0,100,90,x"], "row 1: replicate = '-1': must be 0 or more"),
+        (["digits,m,random,many,20,0,0,0,100,90,x"], "row 1: subset_size = 'many': must be a number"),
+        (["digits,m,random,,20,0,0,0,100,90,x"], "row 1: subset_size is empty or NaN: must be a number"),
+        (["digits,m,random,256,20,2,0,0,100,90,x"], "row 1: label_noise = '2': must be 0 to 1"),
+        (["digits,m,random,256,20,0,0,0,0,90,x"], "row 1: weights_remaining_percent = '0': must be greater than 0"),
+        ([",m,random,256,20,0,0,0,100,90,x"], "row 1: dataset is empty or NaN: must be text"),
+        ([GOOD, GOOD], "random, level 0: two rows for the same replicate and level"),
+        ([], "no rows; expected one row per replicate and level"),
     ],
 )
-def test_a_bad_row_is_one_sentence_that_names_row_column_and_value(place, rows, sentence):
+def test_error_names_file_row_column_and_value(place, rows, sentence):
     with pytest.raises(UserError, match=r"results\.csv: ") as error:
         collect.load(csv(place, *rows))
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("column", HEADER.split(","))
-def test_a_missing_column_is_named(place, column):
+def test_error_names_the_missing_column(place, column):
     pd.read_csv(io.StringIO(f"{HEADER}\n{GOOD}\n")).drop(columns=column).to_csv("missing.csv", index=False)
-    with pytest.raises(UserError, match=rf"missing\.csv: column {column} is missing; needed: dataset, model"):
+    with pytest.raises(UserError, match=rf"missing\.csv: column {column} is missing; expected columns dataset, model"):
         collect.load("missing.csv")
 
 
-def test_a_file_that_is_no_table_is_refused(place):
+def test_file_that_is_not_a_table_is_rejected(place):
     with pytest.raises(UserError, match=r"nowhere\.csv cannot be read: No such file"):
         collect.load("nowhere.csv")
     (place / "empty.csv").write_text("")
@@ -105,10 +105,10 @@ def test_a_file_that_is_no_table_is_refused(place):
         collect.load("picture.csv")
 
 
-def test_what_cannot_be_collected_is_one_sentence(store, place, capsys):
+def test_collecting_nothing_is_reported_in_one_sentence(store, place, capsys):
     for arguments, sentence in (
-        (["--experiment", "other"], "no experiment 'other' in the MLflow store; allowed: "),
-        (["--experiment", "Default"], "no level is done yet in 'Default' of the MLflow store"),
+        (["--experiment", "other"], "no experiment 'other' in the MLflow store; expected one of "),
+        (["--experiment", "Default"], "no level is finished yet in experiment 'Default' of the MLflow store"),
         (["--tracking-uri", "sqlite:///nowhere.db"], "no MLflow store at nowhere.db"),
         (["--tracking-uri", "nowhere"], "no MLflow store at nowhere"),
         (["--experiment", "tiny", "-o", "no/such/folder.csv"], "no/such/folder.csv cannot be written"),
@@ -132,25 +132,25 @@ def test_the_published_curves_are_summaries_with_the_sample_standard_deviation()
     assert not ((frame.dataset == "cifar10") & (frame.arm == "random") & (frame.subset_size == 25600)).any()
 
 
-def test_results_of_several_data_sets_or_models_must_be_told_apart(place):
+def test_several_data_sets_or_models_require_a_choice(place):
     rows = ["digits,m,init,,0,0,0,0,100,90,x", "other,m,init,,0,0,0,0,100,90,x", "other,k,init,,0,0,0,0,100,90,y"]
     frame = collect.load(csv(place, *rows))
     with pytest.raises(UserError, match=r"mix datasets; choose one with --dataset digits \| other"):
-        collect.one(frame, None, None)
+        collect.select_one(frame, None, None)
     with pytest.raises(UserError, match=r"mix models; choose one with --model k \| m"):
-        collect.one(frame, "other", None)
-    with pytest.raises(UserError, match=r"--dataset: 'mnist' is not in these results; allowed: digits, other"):
-        collect.one(frame, "mnist", None)
-    assert len(collect.one(frame, "other", "k")) == 1
+        collect.select_one(frame, "other", None)
+    with pytest.raises(UserError, match=r"--dataset = 'mnist': not in these results; expected one of digits, other"):
+        collect.select_one(frame, "mnist", None)
+    assert len(collect.select_one(frame, "other", "k")) == 1
     assert len(collect.select(frame, None, "m")) == 2 and len(collect.select(frame, None, None)) == 3
 
 
-def test_without_a_plan_a_replicate_is_incomplete_if_others_went_further(place):
+def test_without_planned_levels_the_other_replicates_set_the_last_level(place):
     rows = [
         f"digits,m,init,,0,0,{replicate},{level},{100 * 0.8**level},90,x"
         for replicate, level in ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0), (2, 1), (2, 3))
     ]
-    assert collect.incomplete(collect.load(csv(place, *rows))) == [
-        "digits, init, replicate 1: levels 1 to 3 of 3 not done",
-        "digits, init, replicate 2: level 2 of 3 not done",
+    assert collect.describe_incomplete(collect.load(csv(place, *rows))) == [
+        "digits, init, replicate 1: levels 1 to 3 of 3 not finished",
+        "digits, init, replicate 2: level 2 of 3 not finished",
     ]

@@ -16,7 +16,7 @@ EASY, ALL = Arm("easy", 256, 200), Arm("all", None, 400)
 
 
 def curve(values, first=0, levels=LEVELS):
-    """Of accuracies of shape (n, L)."""
+    """Curve with the given accuracies, shape (n, L)."""
     table = pd.DataFrame(values, columns=list(levels))
     table.index = pd.MultiIndex.from_product([[42], range(first, first + len(table))], names=["seed", "replicate"])
     weights = 100 * 0.8 ** np.array(list(levels))
@@ -32,7 +32,7 @@ def compare(ours, theirs, **settings):
     return dominance.compare({EASY: ours, ALL: theirs}, EASY, ALL, **settings)
 
 
-def test_the_mean_statement_is_a_test_of_the_replicates_means():
+def test_mean_tests_the_means_of_the_replicates():
     ours, theirs = noise(4), noise(4, seed=1)
     (mean,) = compare(curve(ours), curve(theirs)).statements["mean"].levels.itertuples()
     expected = stats.ttest_rel(ours.mean(1), theirs.mean(1)).confidence_interval(0.9)
@@ -40,18 +40,18 @@ def test_the_mean_statement_is_a_test_of_the_replicates_means():
 
 
 @given(arrays(float, (4, 10), elements=st.floats(-1, 1)), arrays(float, (5, 10), elements=st.floats(-1, 1)))
-def test_who_dominates_is_dominated_the_other_way_round(ours, theirs):
-    there = compare(curve(90 + ours), curve(90 + theirs, first=9), margin=0)
-    back = compare(curve(90 + theirs, first=9), curve(90 + ours), margin=0)
-    for name in there.statements:
-        words = [side.statements[name].verdict.replace("weakly ", "") for side in (there, back)]
-        assert sorted(words) in (["dominated", "dominates"], ["undecided", "undecided"])
-        lower, upper = there.statements[name].levels.lower, back.statements[name].levels.upper
+def test_swapping_the_arms_reverses_the_verdict(ours, theirs):
+    forward = compare(curve(90 + ours), curve(90 + theirs, first=9), margin=0)
+    backward = compare(curve(90 + theirs, first=9), curve(90 + ours), margin=0)
+    for name in forward.statements:
+        verdicts = [side.statements[name].verdict.replace("weakly ", "") for side in (forward, backward)]
+        assert sorted(verdicts) in (["dominated", "dominates"], ["undecided", "undecided"])
+        lower, upper = forward.statements[name].levels.lower, backward.statements[name].levels.upper
         assert np.allclose(lower, -upper)
 
 
 @given(st.floats(0, 3), st.floats(0, 3))
-def test_a_larger_margin_never_loses_a_verdict(small, more):
+def test_a_larger_margin_never_weakens_the_verdict(small, more):
     ours, theirs = curve(noise(4) - 0.4), curve(noise(4, seed=1))
     strength = {"dominates": 2, "weakly dominates": 1}
     first, second = (compare(ours, theirs, margin=margin) for margin in (small, small + more))
@@ -60,7 +60,7 @@ def test_a_larger_margin_never_loses_a_verdict(small, more):
 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(2.0, "dominates"), (0.0, "weakly dominates"), (-2.0, "dominated")])
-def test_verdicts_of_clear_cases(shift, verdict):
+def test_verdict_of_clear_cases(shift, verdict):
     found = compare(curve(noise(8) + shift), curve(noise(8, seed=1)), margin=0.6)
     assert found.paired and found.verdict == verdict
     assert {statement.verdict for statement in found.statements.values()} <= {
@@ -69,7 +69,7 @@ def test_verdicts_of_clear_cases(shift, verdict):
     }
 
 
-def test_one_level_that_is_worse_is_enough_to_be_undecided():
+def test_a_single_worse_level_makes_the_comparison_undecided():
     values = noise(8) + 2
     values[:, 4] -= 4
     found = compare(curve(values), curve(noise(8, seed=1)))
@@ -79,45 +79,47 @@ def test_one_level_that_is_worse_is_enough_to_be_undecided():
     assert table[7] == "worse" and set(table.drop(7)) == {"better"}
 
 
-def test_worse_at_every_level_by_less_than_the_margin_is_weakly_dominating_and_noted():
+def test_slightly_worse_at_every_level_is_weak_dominance_with_a_note():
     found = compare(curve(noise(16, sd=0.01) - 0.1), curve(noise(16, sd=0.01, seed=1)))
-    assert found.verdict == "weakly dominates" and found.notes == ["worse at every level, and by less than the margin"]
+    assert found.verdict == "weakly dominates" and found.notes == ["worse at every level, but by less than the margin"]
 
 
-def test_one_replicate_is_undecided_and_its_bounds_are_unknown():
+def test_a_single_replicate_is_undecided_with_unknown_bounds():
     found = compare(curve(noise(1) + 5), curve(noise(4, seed=1)))
     assert {statement.verdict for statement in found.statements.values()} == {"undecided"}
     assert found.as_dict()["statements"]["pooled"]["worst"]["lower"] is None
-    assert dominance.in_words(found).endswith("simultaneous interval unknown; one replicate has no spread")
+    assert dominance.describe(found).endswith(
+        "simultaneous interval unknown; needs at least two replicates per arm to estimate the spread"
+    )
     assert "nan" not in dominance.table(found)
 
 
-def test_replicates_pair_by_seed_and_number_and_the_others_are_left_out():
+def test_replicates_pair_by_seed_and_number_and_the_others_are_excluded():
     ours, theirs = noise(4), noise(5, seed=1)
     found = compare(curve(ours), curve(theirs, first=1))
     assert found.paired and found.n == (3, 3)
-    assert found.notes == ["3 replicates without a partner of the same seed and number are left out"]
+    assert found.notes == ["3 replicates excluded because they have no partner with the same seed and number"]
     expected = difference.paired(ours[1:], theirs[:3]).mean
     assert np.allclose(found.statements["pooled"].levels.difference, expected)
     assert not compare(curve(ours), curve(theirs, first=9)).paired
 
 
-def test_a_replicate_that_lacks_a_level_is_left_out_and_named():
+def test_a_replicate_that_lacks_a_level_is_excluded_with_a_note():
     values = noise(4)
     values[3, -1] = np.nan
     found = compare(curve(values), curve(noise(4, seed=1)))
     assert found.n == (3, 3)
-    assert found.notes[0].startswith("1 of 4 replicates of the challenger lack some of the levels and are left out")
+    assert found.notes[0] == "1 of 4 replicates of the challenger excluded because they lack some levels"
 
 
-def test_the_levels_compared_are_those_in_common_and_said():
+def test_only_common_levels_are_compared_with_a_note():
     found = compare(curve(noise(4)), curve(noise(4)[:, :5], levels=range(3, 8)))
     assert found.statements["pooled"].levels.level.tolist() == [3, 4, 5, 6, 7]
-    assert "levels 3 to 12 were asked for; both arms have 3 to 7" in found.notes
+    assert "levels 3 to 12 requested; both arms have 3 to 7" in found.notes
 
 
-def test_spread_below_the_resolution_of_the_accuracies_is_not_believed():
-    steps = 100 / 355  # of 355 test images
+def test_variance_is_at_least_the_rounding_variance_of_the_accuracies():
+    steps = 100 / 355  # resolution with 355 test images
     ours = 90 + steps * np.array([[1.0] * 10, [1.0] * 10])
     theirs = 90 + steps * np.array([[0.0] * 10, [0.0] * 10])  # the same difference twice, by chance
     found = difference.paired(ours, theirs)
@@ -125,18 +127,18 @@ def test_spread_below_the_resolution_of_the_accuracies_is_not_believed():
     assert dominance.compare({EASY: curve(ours), ALL: curve(theirs)}, EASY, ALL).verdict == "undecided"
 
 
-def test_differences_that_are_all_the_same_give_numbers():
+def test_zero_variance_gives_finite_results():
     found = compare(curve(np.full((4, 10), 90.0)), curve(np.full((4, 10), 90.0)))
     assert found.verdict == "weakly dominates" and found.statements["pooled"].holds_at_margin < 1e-6
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 5, 8])
-def test_few_levels_can_be_pooled(levels):
+def test_pooling_works_with_few_levels(levels):
     found = compare(curve(noise(4)[:, :levels] + 2, levels=range(3, 3 + levels)), curve(noise(4, seed=1)))
     assert found.verdict == "dominates"
 
 
-def test_the_worst_level_has_a_simultaneous_interval_which_is_wider():
+def test_the_simultaneous_interval_of_the_worst_level_is_wider():
     statement = compare(curve(noise(4)), curve(noise(4, seed=1))).statements["per_level"]
     row = statement.levels.set_index("level").loc[statement.worst["level"]]
     assert row.difference == statement.levels.difference.min()
@@ -146,7 +148,7 @@ def test_the_worst_level_has_a_simultaneous_interval_which_is_wider():
 COMMAND = ["--published", "--dataset", "cifar10", "--challenger", "easy:size=12800,steps=200"]
 
 
-def test_the_published_matching_claim_of_cifar_10_is_undecided_at_a_small_margin_and_holds_at_one_point(capsys):
+def test_published_matching_claim_of_cifar10_is_undecided_at_the_default_margin_and_holds_at_one_point(capsys):
     assert dominance.main([*COMMAND, "--reference", "all:steps=400", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "undecided" and set(found["statements"]) == {"per_level", "pooled", "mean"}
@@ -156,17 +158,17 @@ def test_the_published_matching_claim_of_cifar_10_is_undecided_at_a_small_margin
     assert json.loads(capsys.readouterr().out)["verdict"] == "weakly dominates"
 
 
-def test_the_command_in_words_names_verdict_worst_level_and_what_would_be_needed(capsys):
+def test_command_prints_verdict_worst_level_and_replicates_needed(capsys):
     assert dominance.main([*COMMAND, "--reference", "all:steps=400"]) == 0
     out = capsys.readouterr().out
     assert "easy 12800, t_r = 200 against all, t_r = 400: undecided" in out
-    assert "worst at level 3 (51.2 % of weights): -0.23" in out
-    assert "replicates of each would show that it weakly dominates" in out
+    assert "worst at level 3 (51.2 % of weights): -0.23 points" in out
+    assert "; needs about 198 replicates per arm to show that it weakly dominates\n" in out
     assert dominance.main([*COMMAND, "--reference", "init"]) == 0
     assert "easy 12800, t_r = 200 dominates init" in capsys.readouterr().out
 
 
-def test_all_pairs_is_a_matrix_over_arm_size_and_rewind_step(capsys):
+def test_all_pairs_compares_arms_of_every_size_and_rewind_step(capsys):
     assert dominance.main(["--published", "--dataset", "cinic10", "--all-pairs", "--json"]) == 0
     verdicts = json.loads(capsys.readouterr().out)["verdicts"]
     assert len(verdicts) == 25
@@ -175,10 +177,10 @@ def test_all_pairs_is_a_matrix_over_arm_size_and_rewind_step(capsys):
     assert verdicts["easy:size=12800,steps=400"]["easy:size=12800,steps=200"] != "dominated"
 
 
-def test_the_matrix_in_signs_numbers_its_columns():
+def test_symbol_matrix_has_numbered_columns():
     curves = {EASY: curve(noise(8) + 2), ALL: curve(noise(8, seed=1)), Arm("init"): curve(noise(4)[:, :1], levels=[0])}
     cells = dominance.matrix(curves, 0.3, (3, 12), 0.95)
-    lines = dominance.in_signs(cells).splitlines()
+    lines = dominance.to_symbols(cells).splitlines()
     assert [line.split() for line in lines[1:]] == [
         ["1", "2", "3"],
         ["1", EASY.spec, ">"],
@@ -187,7 +189,7 @@ def test_the_matrix_in_signs_numbers_its_columns():
     ]
 
 
-def test_results_from_a_file_are_compared(place, capsys):
+def test_command_compares_results_from_a_file(place, capsys):
     rows = [
         {
             "dataset": "d",
@@ -219,35 +221,41 @@ def test_results_from_a_file_are_compared(place, capsys):
             ["--published", "--challenger", "init", "--reference", "all"],
             "these results mix datasets; choose one with --dataset",
         ),
-        ([*COMMAND, "--reference", "best"], "'best' is not an arm of these results; allowed: init, all:steps=200"),
+        (
+            [*COMMAND, "--reference", "best"],
+            "'best' is not an arm of these results; expected one of init, all:steps=200",
+        ),
         (
             [*COMMAND, "--reference", "easy:size=12800"],
             "--challenger and --reference are both easy:size=12800,steps=200",
         ),
         (
             [*COMMAND, "--reference", "init", "--levels", "21", "30"],
-            "levels 21 to 30: the arms have none in common; there are 0 to 20",
+            "levels 21 to 30: the arms have none in common; the results have levels 0 to 20",
         ),
-        ([*COMMAND, "--reference", "init", "--levels", "5", "3"], "--levels: 5 3 is not allowed"),
-        ([*COMMAND, "--reference", "init", "--margin", "-1"], "--margin: -1.0 is not allowed"),
-        ([*COMMAND, "--reference", "init", "--margin", "nan"], "--margin: nan is not allowed"),
+        (
+            [*COMMAND, "--reference", "init", "--levels", "5", "3"],
+            "--levels = 5 3: must be 0 or more, the first at most the last",
+        ),
+        ([*COMMAND, "--reference", "init", "--margin", "-1"], "--margin = -1.0: must be 0 or more percentage points"),
+        ([*COMMAND, "--reference", "init", "--margin", "nan"], "--margin = nan: must be 0 or more percentage points"),
         (
             [*COMMAND, "--reference", "init", "--confidence", "95"],
-            "--confidence: 95.0 is not allowed; allowed: above 0.5, below 1",
+            "--confidence = 95.0: must be greater than 0.5 and less than 1",
         ),
-        (COMMAND, "--challenger and --reference belong together"),
+        (COMMAND, "--challenger and --reference must be given together"),
         (["--published", "--dataset", "cifar10"], "give either --challenger and --reference or --all-pairs"),
-        (["--all-pairs"], "give either a CSV file of python -m analysis.collect or --published"),
+        (["--all-pairs"], "give either a CSV file written by python -m analysis.collect or --published"),
         (["nowhere.csv", "--all-pairs"], "nowhere.csv cannot be read"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_status_2(capsys, arguments, sentence):
+def test_invalid_input_is_reported_in_one_sentence_with_exit_status_2(capsys, arguments, sentence):
     assert dominance.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"error: {sentence}") and err.count("\n") == 1
 
 
-def test_published_arms_of_other_models_never_meet():
+def test_published_curves_have_one_model_per_data_set():
     published = collect.published()
     for _, rows in published.groupby("dataset"):
-        assert rows.model.nunique() == 1 and len(arms.of(rows)) > 20
+        assert rows.model.nunique() == 1 and len(arms.curves_by_arm(rows)) > 20

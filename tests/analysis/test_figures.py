@@ -14,7 +14,7 @@ def published():
 
 
 def results(tmp_path, rows):
-    """Four replicates of some published arms, with noise."""
+    """Writes results.csv with four noisy replicates of each published curve."""
     random = np.random.default_rng(0)
     rows = rows.loc[rows.index.repeat(4)].assign(replicate=np.tile(range(4), len(rows)), run_id="a")
     rows["test_accuracy_percent"] = rows["mean"] + rows.sd * random.standard_normal(len(rows))
@@ -29,8 +29,8 @@ def ours(place):
     return figures.results_by_dataset(collect.load("results.csv"))
 
 
-def words(figure):
-    """All text of a figure."""
+def text_of(figure):
+    """Returns all text of a figure."""
     legends = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     texts = [
         text.get_text()
@@ -44,14 +44,14 @@ PANELS = {2: 3, 3: 2, 4: 9, 5: 14, 6: 7, 7: 8}
 
 
 @pytest.mark.parametrize("number", figures.NUMBERS)
-def test_the_published_figures_have_the_papers_panels(published, number):
+def test_published_figures_have_the_panels_of_the_paper(published, number):
     drawn = figures.figure(number, published)
     assert sum(axes.get_visible() for axes in drawn.axes) == PANELS[number]
-    assert "missing" not in words(drawn) or number == 5
-    assert "n = 4" in words(drawn)
+    assert "missing" not in text_of(drawn) or number == 5
+    assert "n = 4" in text_of(drawn)
 
 
-def test_panels_are_those_of_the_captions(published):
+def test_panel_titles(published):
     titles = [panel.title for row in figures.panels(2, published) for panel in row]
     assert titles == ["CIFAR-10, 12,800 examples", "CIFAR-100, 2,048 examples", "CINIC-10, t* = 800, 51,200 examples"]
     titles = [panel.title for row in figures.panels(3, published) for panel in row]
@@ -64,17 +64,17 @@ def test_panels_are_those_of_the_captions(published):
     assert [panel.family.t_star for row in figures.panels(6, published) for panel in row] == [400] * 3 + [800] * 4
 
 
-def test_the_axis_is_logarithmic_with_percent_ticks_and_the_dense_line_is_level_0_of_all_at_t_star(published):
+def test_x_axis_is_logarithmic_and_the_dense_line_is_level_0_of_all_at_t_star(published):
     axes = Figure().subplots()
     figures.draw(axes, Panel(paper.CIFAR10, 12800), published["cifar10"])
     assert axes.get_xscale() == "log" and axes.get_xlim()[0] > 100 > axes.get_xlim()[1]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["100", "41.0", "16.8", "6.9", "2.8"]
     dense = [line for line in axes.lines if line.get_color() == figures._DENSE["color"]]
     assert dense[0].get_ydata()[0] == pytest.approx(91.3475, abs=0.2)
-    assert len(axes.collections) == 6  # a band for each arm
+    assert len(axes.collections) == 6  # one band per arm
 
 
-def test_against_subset_size_baselines_are_horizontal_lines(published):
+def test_baselines_are_horizontal_lines_against_subset_size(published):
     axes = Figure().subplots()
     figures.draw(axes, Panel(paper.CIFAR100, level=8), published["cifar100"])
     flat = [line for line in axes.lines if len(set(np.atleast_1d(line.get_ydata()))) == 1]
@@ -83,20 +83,20 @@ def test_against_subset_size_baselines_are_horizontal_lines(published):
     assert "below: init" in axes.texts[0].get_text()
 
 
-def test_every_line_is_apart_in_grey_by_marker_or_dash():
+def test_lines_differ_by_marker_or_dash_in_grayscale():
     looks = [(str(style.get("linestyle")), style.get("marker")) for style in figures._STYLES.values()]
     assert len(set(looks)) == len(looks) == 6
 
 
-def test_missing_arms_are_named_on_the_figure_and_missing_data_sets_in_its_title(ours, published):
-    text = words(figures.figure(2, ours, published))
+def test_panel_names_missing_arms_and_title_names_missing_data_sets(ours, published):
+    text = text_of(figures.figure(2, ours, published))
     assert "missing: easy 12800, t_r = 200, hard 12800," in text
-    assert "thin: published" in text and "no results of CIFAR-100; CINIC-10, t* = 800" in text.replace("\n", " ")
-    text = words(figures.figure(5, ours, published)).replace("\n", " ")
-    assert "no results of CIFAR-10 with 256, 512, 1,024, 3,200, 6,400, 25,600 examples; CIFAR-100" in text
+    assert "thin: published" in text and "no results for CIFAR-100; CINIC-10, t* = 800" in text.replace("\n", " ")
+    text = text_of(figures.figure(5, ours, published)).replace("\n", " ")
+    assert "no results for CIFAR-10 with 256, 512, 1,024, 3,200, 6,400, 25,600 examples; CIFAR-100" in text
 
 
-def test_the_published_curves_lie_thin_behind(ours, published):
+def test_published_curves_are_thin_lines_in_the_background(ours, published):
     axes = Figure().subplots()
     figures.draw(axes, Panel(paper.CIFAR10, 12800), ours["cifar10"], published["cifar10"])
     thin = [line for line in axes.lines if line.get_linewidth() == 0.7]
@@ -104,7 +104,7 @@ def test_the_published_curves_lie_thin_behind(ours, published):
     assert min(line.get_zorder() for line in axes.lines if line not in thin) > max(line.get_zorder() for line in thin)
 
 
-def test_the_command_writes_svg_and_png_of_what_there_is(ours, place, capsys):
+def test_command_writes_svg_and_png_of_figures_with_results(ours, place, capsys):
     assert figures.main(["results.csv", "--published", "-o", "out"]) == 0
     written = sorted(path.name for path in (place / "out").iterdir())
     assert written == [f"figure{number}.{suffix}" for number in (2, 4, 5) for suffix in ("png", "svg")]
@@ -117,22 +117,22 @@ def test_the_command_writes_svg_and_png_of_what_there_is(ours, place, capsys):
     [
         (
             ["results.csv", "--figure", "3"],
-            "figure 3: these results have no arm of it (label noise during pre-training)",
+            "these results have no arm of figure 3 (label noise during pre-training)",
         ),
-        ([], "give a CSV file of python -m analysis.collect, --published, or both"),
+        ([], "give a CSV file written by python -m analysis.collect, --published, or both"),
         (["nowhere.csv"], "nowhere.csv cannot be read"),
     ],
 )
-def test_bad_input_is_one_sentence_and_nothing_is_written(ours, place, capsys, arguments, sentence):
+def test_invalid_input_is_reported_in_one_sentence_and_writes_nothing(ours, place, capsys, arguments, sentence):
     assert figures.main([*arguments, "-o", "out"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
     assert not (place / "out").exists()
 
 
-def test_one_replicate_is_drawn_without_a_band(place, published):
+def test_a_single_replicate_is_drawn(place, published):
     frame = collect.published()
     rows = frame[(frame.dataset == "cifar10") & (frame.arm == "init")].assign(replicate=0, run_id="a")
     rows = rows.rename(columns={"mean": "test_accuracy_percent"}).drop(columns=["sd", "n"])
     one = pd.concat([rows, rows.assign(arm="all", rewind_steps=400, run_id="b")])
     one.to_csv("one.csv", index=False)
-    assert "n = 1" in words(figures.figure(2, figures.results_by_dataset(collect.load("one.csv"))))
+    assert "n = 1" in text_of(figures.figure(2, figures.results_by_dataset(collect.load("one.csv"))))

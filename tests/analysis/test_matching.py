@@ -12,38 +12,38 @@ SETTINGS = ((3, 12), 0.95)
 @pytest.fixture(scope="module")
 def cifar10():
     frame = collect.published()
-    return arms.of(frame[frame.dataset == "cifar10"])
+    return arms.curves_by_arm(frame[frame.dataset == "cifar10"])
 
 
-def test_the_cheapest_matching_initialization_is_the_first_in_examples_times_steps(cifar10):
+def test_the_cheapest_match_has_the_fewest_examples_times_steps(cifar10):
     found = matching.match(paper.CIFAR10, cifar10, 1.0, *SETTINGS)
     costs = [entry.cost for entry in found.entries]
     assert costs == sorted(costs) and costs[0] == 0 and costs[-1] == 200 * 50_000
     assert found.cheapest.arm == Arm("easy", 3200, 200) and found.cheapest.cost == 640_000
     assert not any(entry.matching for entry in found.entries if entry.cost < 640_000)
-    assert matching.in_words(found) == (
+    assert matching.describe(found) == (
         "CIFAR-10: 3 of 25 arms are matching initializations; the cheapest is easy 3200, t_r = 200 "
         "(640,000 examples × steps)"
     )
 
 
-def test_under_noise_the_reference_has_the_same_noise(cifar10):
+def test_reference_has_the_same_label_noise(cifar10):
     found = matching.match(paper.NOISE_10, cifar10, 1.0, *SETTINGS)
     assert {entry.arm.label_noise for entry in found.entries if entry.arm.name != "init"} == {0.1}
     assert {entry.comparison.reference for entry in found.entries} == {Arm("all", None, 400, 0.1)}
 
 
-def test_without_all_at_t_star_nothing_is_tested(cifar10):
+def test_nothing_is_tested_without_all_at_t_star(cifar10):
     curves = {arm: curve for arm, curve in cifar10.items() if arm != Arm("all", None, 400)}
     found = matching.match(paper.CIFAR10, curves, 1.0, *SETTINGS)
     assert (
         found.cheapest is None
         and found.entries == []
-        and matching.in_words(found) == "CIFAR-10: not tested, missing all, t_r = 400"
+        and matching.describe(found) == "CIFAR-10: matching initializations not tested: missing all, t_r = 400"
     )
 
 
-def test_without_the_number_of_examples_the_cost_is_unknown_and_comes_last(cifar10):
+def test_unknown_cost_is_nan_and_sorts_last(cifar10):
     for dataset in ("image_folder", "mine"):
         found = matching.match(dataclasses.replace(paper.CIFAR10, dataset=dataset), cifar10, 1.0, *SETTINGS)
         assert (
@@ -53,7 +53,7 @@ def test_without_the_number_of_examples_the_cost_is_unknown_and_comes_last(cifar
         )
 
 
-def test_the_heat_map_has_a_cell_an_arm_and_frames_those_that_match(cifar10):
+def test_heat_map_has_one_cell_per_arm_and_frames_the_matches(cifar10):
     found = matching.match(paper.CIFAR10, cifar10, 1.0, *SETTINGS)
     (axes,) = matching.figure([found]).axes
     texts = [text.get_text() for text in axes.texts]
@@ -66,7 +66,7 @@ def test_the_heat_map_has_a_cell_an_arm_and_frames_those_that_match(cifar10):
     ]
 
 
-def test_the_command_prints_a_table_and_draws(place, capsys):
+def test_command_prints_a_table_and_writes_the_heat_map(place, capsys):
     assert matching.main(["--published", "--dataset", "cifar100", "--margin", "2", "-o", "out"]) == 0
     out = capsys.readouterr().out
     assert "CIFAR-100: 3 of 20 arms are matching initializations" in out or "matching initialization" in out

@@ -2,11 +2,11 @@ from analysis import arms, collect, paper
 from analysis.arms import Arm
 
 
-def test_every_arm_of_every_family_was_published_but_the_copied_one_and_those_that_were_not_run():
+def test_every_arm_of_every_family_is_published_except_the_copied_one():
     published = collect.published()
     missing = []
     for family in paper.FAMILIES:
-        curves = arms.of(published[published.dataset == family.dataset])
+        curves = arms.curves_by_arm(published[published.dataset == family.dataset])
         wanted = [family.arm("init"), family.arm("all"), family.arm("all", family.t_star)]
         names = ("random", "easy") if family.label_noise else ("random", "easy", "hard")
         wanted += [family.arm(name, size=size) for name in names for size in family.sizes]
@@ -14,9 +14,9 @@ def test_every_arm_of_every_family_was_published_but_the_copied_one_and_those_th
     assert missing == [paper.SAME_RUNS]
 
 
-def test_the_families_of_some_arms_are_the_papers_where_they_can_be():
-    def found(dataset, *there):
-        return paper.families(dataset, there)
+def test_arms_are_assigned_to_families_of_the_paper_if_possible():
+    def found(dataset, *available):
+        return paper.families(dataset, available)
 
     assert found("cifar10", Arm("init"), Arm("all", None, 200)) == [paper.CIFAR10]
     assert found("cifar10", Arm("easy", 2048, 200, 0.1)) == [paper.NOISE_10]

@@ -1,4 +1,4 @@
-"""How often the verdicts are wrong, by simulation (seeded, so that a test either passes or not)."""
+"""Error rates of the verdicts in seeded simulations."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ DESIGNS = [(4, 4, None), (4, 4, 0.5), (8, 8, None), (8, 8, 0.5), (4, 2, None)]
 
 
 def smooth(sds):
-    """Without the noise that a standard deviation over four replicates has."""
+    """Quadratic trend of the log standard deviations, without the sampling noise of four replicates."""
     levels = np.arange(len(sds))
     return np.exp(np.polyval(np.polyfit(levels, np.log(sds), 2), levels))
 
@@ -28,25 +28,25 @@ def simulate(family, n, m, pairs, deficit, smoothed=True, levels_correlation=0.5
 
 @pytest.mark.parametrize(("n", "m", "pairs"), DESIGNS)
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_of_equal_arms_none_dominates_more_often_than_the_level(family, n, m, pairs):
+def test_equal_arms_dominate_less_often_than_alpha(family, n, m, pairs):
     for smoothed in (True, False):
-        found = power.shares(simulate(family, n, m, pairs, 0.0, smoothed), "dominates", 0.3)
-        assert found["per_level"] < ALPHA and found["pooled"] < ALPHA  # all levels have to agree
+        found = power.verdict_rates(simulate(family, n, m, pairs, 0.0, smoothed), "dominates", 0.3)
+        assert found["per_level"] < ALPHA and found["pooled"] < ALPHA  # all levels must pass
         assert found["mean"] < ALPHA + SLACK
 
 
 @pytest.mark.parametrize(("n", "m", "pairs"), DESIGNS)
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_an_arm_that_falls_short_by_the_margin_everywhere_does_not_weakly_dominate(family, n, m, pairs):
-    found = power.shares(simulate(family, n, m, pairs, 1.0), "weakly dominates", 1.0)
+def test_a_deficit_of_the_margin_at_all_levels_rarely_weakly_dominates(family, n, m, pairs):
+    found = power.verdict_rates(simulate(family, n, m, pairs, 1.0), "weakly dominates", 1.0)
     assert found["per_level"] < ALPHA and found["pooled"] < ALPHA
     assert found["mean"] < ALPHA + SLACK
 
 
 @pytest.mark.parametrize(("n", "m", "pairs"), DESIGNS)
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_an_arm_that_falls_short_by_the_margin_at_one_level_does_not_weakly_dominate(family, n, m, pairs):
-    """Whichever level it is, and however well it does elsewhere: a single level's test is the least favourable."""
+def test_a_deficit_of_the_margin_at_one_level_rarely_weakly_dominates(family, n, m, pairs):
+    """The worst case is a large advantage at all other levels, which leaves the test of the single level."""
     for levels_correlation in (0.0, 0.5, 1.0):
         found = power.bounds(simulate(family, n, m, pairs, 0.0, levels_correlation=levels_correlation))
         for name in ("per_level", "pooled"):
@@ -54,37 +54,37 @@ def test_an_arm_that_falls_short_by_the_margin_at_one_level_does_not_weakly_domi
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_a_spread_that_is_as_rough_as_published_costs_little(family):
-    """The published standard deviations taken as the truth, their noise included: rougher than the assumption."""
+def test_error_rates_with_the_published_spreads_as_truth(family):
+    """Uses the published standard deviations with their sampling noise, which violates the smooth trend."""
     for n, m, pairs in DESIGNS:
         found = power.bounds(simulate(family, n, m, pairs, 0.0, smoothed=False))
         rates = (found["pooled"][0] > 0).mean(0)
         assert rates.mean() < ALPHA + SLACK and rates.max() < 0.1
 
 
-def test_of_summaries_pooling_stays_below_the_level_however_the_levels_go_together():
+def test_pooling_of_summaries_is_conservative_for_any_correlation():
     for correlation in (0.0, 0.5, 1.0):
         found = simulate(paper.CIFAR10, 4, 4, None, 0.0, levels_correlation=correlation)
-        unknown = dataclasses.replace(found, shared=np.ones(SIMULATIONS))
+        unknown = dataclasses.replace(found, squared_correlation=np.ones(SIMULATIONS))
         lower, _ = power.bounds(unknown)["pooled"]
         assert (lower > 0).mean(0).max() < ALPHA
 
 
 @pytest.mark.parametrize("pairs", [None, 0.5])
-def test_pooling_finds_more_than_each_level_alone_and_the_mean_more_than_either(pairs):
-    found = power.shares(simulate(paper.CIFAR10, 4, 4, pairs, 0.0), "weakly dominates", 0.6)
+def test_power_increases_from_per_level_to_pooled_to_mean(pairs):
+    found = power.verdict_rates(simulate(paper.CIFAR10, 4, 4, pairs, 0.0), "weakly dominates", 0.6)
     assert found["per_level"] + 0.05 < found["pooled"] < found["mean"]
 
 
-def test_pairs_that_go_together_find_more():
-    alone, pairs = (
-        power.shares(simulate(paper.CIFAR10, 8, 8, correlation, 0.0), "weakly dominates", 0.3)["pooled"]
+def test_pairing_increases_power():
+    unpaired, paired = (
+        power.verdict_rates(simulate(paper.CIFAR10, 8, 8, correlation, 0.0), "weakly dominates", 0.3)["pooled"]
         for correlation in (None, 0.5)
     )
-    assert pairs > alone + 0.1
+    assert paired > unpaired + 0.1
 
 
-def test_the_worst_of_all_levels_lies_in_its_simultaneous_interval():
+def test_simultaneous_interval_covers_the_worst_level():
     found = simulate(paper.CIFAR10, 4, 4, 0.5, 0.0)
     for name, half_level in (("per_level", 1 - 0.05 / 20), ("pooled", 1 - 0.05 / 20)):
         lower, upper = power.bounds(found, half_level)[name]
@@ -94,6 +94,6 @@ def test_the_worst_of_all_levels_lies_in_its_simultaneous_interval():
         assert covered.mean() > 1 - ALPHA - SLACK
 
 
-def test_the_command_prints_a_table(capsys):
+def test_command_prints_a_table(capsys):
     assert power.main(["--simulations", "20"]) == 0
     assert capsys.readouterr().out.count("| CINIC-10, t* = 800 |") == 4

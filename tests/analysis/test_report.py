@@ -29,7 +29,7 @@ def accuracies(replicates, start, levels=5, seed=0):
 
 @pytest.fixture
 def experiment(record):
-    """Three arms of three replicates, one of which is not done; a name that would break a page."""
+    """Three arms of three replicates, one of them incomplete; the name contains HTML."""
     record("all", accuracies(3, 95.0, seed=1), "pretrain.steps=8", experiment="<b>tiny</b>")
     run = record("random", accuracies(3, 97.0, seed=2) | {2: [97.0]}, experiment="<b>tiny</b>")
     record("init", accuracies(3, 90.0, seed=3), experiment="<b>tiny</b>")
@@ -46,21 +46,21 @@ def write(output="report.html"):
     return report.write(store.tracking_uri(), "<b>tiny</b>", report.Path(output))
 
 
-def test_the_page_says_what_is_decided_what_is_not_and_what_is_incomplete(experiment, place, capsys):
+def test_page_has_verdicts_untested_claims_and_incomplete_replicates(experiment, place, capsys):
     written = write()
     assert "digits: all at t* dominates init: holds. all, t_r = 8 dominates init" in "\n".join(written.verdicts)
-    assert any("easy at t*/2 matches all at t*: not tested, missing easy 128, t_r = 4" in v for v in written.verdicts)
+    assert any("easy at t*/2 matches all at t*: not tested: missing easy 128, t_r = 4" in v for v in written.verdicts)
     page = written.path.read_text()
-    assert page.index("<h2>Verdicts") < page.index("<h2>Figures") < page.index("<h2>Test accuracy, level")
-    assert "digits, random 128, t_r = 4, replicate 2: levels 1 to 4 of 4 not done" in page
-    assert "1 of 3 replicates of the challenger lack some of the levels and are left out" in page
+    assert page.index("<h2>Verdicts") < page.index("<h2>Figures") < page.index("<h2>Test accuracy by level")
+    assert "digits, random 128, t_r = 4, replicate 2: levels 1 to 4 of 4 not finished" in page
+    assert "1 of 3 replicates of the challenger excluded because they lack some levels" in page
     assert re.search(r"version|torch</td><td>\d", page) and "composer -n 3 recipes/imp.py" in page
     assert report.main(["--experiment", "<b>tiny</b>", "-o", "page.html"]) == 0
     assert capsys.readouterr().out == "\n".join(written.verdicts) + f"\nreport: {place}/page.html\n"
     assert (place / "page.html").read_text() == page
 
 
-def test_names_are_escaped_nothing_is_fetched_and_bad_input_is_one_sentence(experiment, place, capsys):
+def test_names_are_escaped_nothing_is_requested_and_invalid_input_is_one_sentence(experiment, place, capsys):
     client = MlflowClient(store.tracking_uri())
     for run in client.search_runs([client.get_experiment_by_name("<b>tiny</b>").experiment_id], "tags.phase = 'all'"):
         client.set_tag(run.info.run_id, "version.torch", "<script>alert(1)</script>")
@@ -71,7 +71,7 @@ def test_names_are_escaped_nothing_is_fetched_and_bad_input_is_one_sentence(expe
     assert "default-src 'none'" in page
     for arguments, sentence in (
         (["--experiment", "other"], "no experiment 'other'"),
-        (["--margin", "-1"], "--margin: -1.0 is not allowed"),
+        (["--margin", "-1"], "--margin = -1.0: must be 0 or more percentage points"),
         (["--tracking-uri", "sqlite:///nowhere.db"], "no MLflow store at nowhere.db"),
     ):
         assert report.main([*arguments, "-o", "page.html"]) == 2
@@ -79,7 +79,7 @@ def test_names_are_escaped_nothing_is_fetched_and_bad_input_is_one_sentence(expe
     assert not (place / "page.html").exists()
 
 
-def test_the_configuration_on_the_page_is_that_of_the_run(experiment, place):
+def test_configuration_on_the_page_reproduces_the_run_id(experiment, place):
     page = write().path.read_text()
     block = next(text for text in re.findall(r"<pre># .*?\n(.*?)</pre>", page, flags=re.S) if "arm: random" in text)
     (place / "again.yaml").write_text(block.replace("&#39;", "'"))
@@ -87,7 +87,7 @@ def test_the_configuration_on_the_page_is_that_of_the_run(experiment, place):
     assert yaml.safe_load(block)["train"]["steps"] == 12
 
 
-def test_example_pictures_are_on_the_page_where_they_were_logged(experiment, place):
+def test_page_shows_logged_pictures(experiment, place):
     assert "<h2>Examples" not in write().path.read_text()
     (place / "subset.png").write_bytes(picture())
     client = MlflowClient(store.tracking_uri())
@@ -108,7 +108,7 @@ def test_example_pictures_are_on_the_page_where_they_were_logged(experiment, pla
     assert page.count("data:image/png;base64,") == 3
 
 
-def test_published_arms_are_compared_with_the_paper(place):
+def test_results_are_compared_with_the_published_curves(place):
     frame = report.collect.published()
     rows = frame[(frame.dataset == "cifar10") & (frame.label_noise == 0) & frame.arm.isin(["init", "all"])]
     random = np.random.default_rng(0)
@@ -126,19 +126,19 @@ def test_published_arms_are_compared_with_the_paper(place):
 
 
 @pytest.mark.integration
-@pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium here")
-def test_in_chromium_verdicts_and_figures_are_seen_and_nothing_is_asked_for(experiment, place):
+@pytest.mark.skipif(PROGRAM is None, reason="Chromium is not installed")
+def test_chromium_renders_verdicts_and_figures_without_requests(experiment, place):
     pages = [
         (write(), "ALL AT T* DOMINATES INIT", 2),
         (report.write_published(place / "published.html"), "CINIC-10", 40),
     ]
     with Page(place) as page:
-        for written, words, figures in pages:
+        for written, verdict, figures in pages:
             address = written.path.resolve().as_uri()
             for width in (375, 1200):
                 page.open(address, width)
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
-                assert words in page.evaluate("document.querySelector('.verdicts').innerText").upper()
+                assert verdict in page.evaluate("document.querySelector('.verdicts').innerText").upper()
                 shown = page.evaluate(
                     "[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.getBoundingClientRect().width])"
                 )
@@ -149,7 +149,7 @@ def test_in_chromium_verdicts_and_figures_are_seen_and_nothing_is_asked_for(expe
 
 
 @pytest.mark.integration
-def test_a_server_gives_the_same_page_as_its_store(place, record, monkeypatch):
+def test_page_from_a_server_equals_page_from_a_local_store(place, record, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

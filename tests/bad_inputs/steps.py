@@ -1,4 +1,4 @@
-"""What cases.yaml may ask to be made in the folder that a command works in: a function each, called with its value."""
+"""Steps of cases.yaml that prepare the working folder: each function is called with the step's value."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ from lth_diet.scores.artifact import hash_labels
 
 
 def write(files):
-    """Path to content: text, {hex: ...}, {pickle: ...}, or {repeat: [text, times]}."""
+    """Files by path, with their content: text, {hex: ...}, {pickle: ...}, or {repeat: [text, times]}."""
     for name, content in files.items():
         if isinstance(content, dict):
             ((kind, value),) = content.items()
@@ -56,26 +56,26 @@ def rename(pair):
 
 
 def mode(modes):
-    """Path to octal permissions."""
+    """Octal permissions, by path."""
     for path, bits in modes.items():
         Path(path).chmod(int(bits, 8))
 
 
 def truncate(lengths):
-    """Path to the number of bytes that are left."""
+    """Number of bytes to keep, by path."""
     for path, length in lengths.items():
         Path(path).write_bytes(Path(path).read_bytes()[:length])
 
 
 def images(root):
-    """A good image folder: classes ant and bee, 8 x 8 pixels."""
+    """A valid image folder: classes ant and bee, 8 x 8 pixels."""
     write_image_folder(Path(root))
 
 
 def picture(about):
     """[path, width, height, Pillow's mode, format]."""
-    path, width, height, colours, kind = about
-    Image.new(colours, (width, height)).save(path, kind)
+    path, width, height, colors, kind = about
+    Image.new(colors, (width, height)).save(path, kind)
 
 
 def _chunk(kind, data):
@@ -83,7 +83,7 @@ def _chunk(kind, data):
 
 
 def png_that_claims(about):
-    """[path, width, height, bytes of compressed text]: a small PNG that says it is large."""
+    """[path, width, height, bytes of compressed text]: a small PNG whose header claims a large image."""
     path, width, height, text = about
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     note = _chunk(b"zTXt", b"note\0\0" + zlib.compress(b" " * text))
@@ -92,10 +92,10 @@ def png_that_claims(about):
 
 
 def scores(about):
-    """mine/scores.safetensors and mine/manifest.json for the digits, but for what `about` says.
+    """Valid mine/scores.safetensors and mine/manifest.json for the digits, except for the changes in `about`.
 
-    `name`, `dtype`, `shape` and `value` of the tensor; `bytes`: instead of a safetensors file; `labels`: "zeros";
-    anything else: of the manifest, where null takes a key out.
+    `name`, `dtype`, `shape` and `value` change the tensor; `bytes` replaces the safetensors file; `labels: zeros`
+    changes the labels; other keys change the manifest, where null removes a key.
     """
     labels = np.zeros(1442, int) if about.pop("labels", None) else catalog.load("digits", "data").train.labels
     values = np.full(about.pop("shape", (1, 1442)), float(about.pop("value", 0.5)), about.pop("dtype", "float32"))
@@ -115,7 +115,7 @@ def scores(about):
 
 
 def seal(phases):
-    """Folders of phases whose result.json shall hold the checksums of what they hold now."""
+    """Update the checksums in the result.json of these phase directories."""
     for phase in map(Path, phases):
         result = read_json(phase / "result.json")
         result["sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in phase.iterdir()}
@@ -123,7 +123,7 @@ def seal(phases):
 
 
 def change(files):
-    """JSON file, new or not, to keys and their new values, with the checksum of these; null takes a key out."""
+    """Values to set in new or existing JSON files, by path, with a valid checksum; null removes a key."""
     for path, values in zip(map(Path, files), files.values(), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         about = (read_json(path) if path.exists() else {}) | values
@@ -131,14 +131,14 @@ def change(files):
 
 
 def mask(about):
-    """[path, name of its tensor, dtype, weights left by its header]: a safetensors file made by hand."""
+    """[path, tensor name, dtype, remaining weights in the header]: a handmade mask file."""
     path, name, dtype, remaining = about
     header = {"mask": json.dumps({"remaining": remaining, "total": 4, "order": [name]})}
     Path(path).write_bytes(save({name: np.ones(4, dtype)}, header))
 
 
 def npy(about):
-    """[path, object]: an array file that only unpickling reads."""
+    """[path, object]: a NumPy file that can only be read by unpickling."""
     buffer = io.BytesIO()
     np.save(buffer, np.array([about[1]], object), allow_pickle=True)
     Path(about[0]).write_bytes(buffer.getvalue())

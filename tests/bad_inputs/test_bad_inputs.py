@@ -1,4 +1,4 @@
-"""Each case of cases.yaml: exit status 2, one sentence, and nothing else changes."""
+"""Every case of cases.yaml ends with exit status 2 and one sentence, and changes no file."""
 
 import copy
 import re
@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from bad_inputs import steps
-from helpers import MEASURED, ROOT, TINY
+from forks.client import Process
+from helpers import MEASURED, ROOT, TINY, check_launcher_output
 
 from analysis import claims, collect, dominance, examples, figures, matching, power, report
 from lth_diet.__main__ import main
@@ -61,7 +62,7 @@ replicates: 1
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The run directory that tiny.yaml with one level leaves, without its training."""
+    """Run directory of tiny.yaml with one level, without training."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "tiny.yaml").write_text(TINY.format(arm="random"))
     run = RunDirectory(loading.load_config(folder / "tiny.yaml", [f"runs={folder}/runs", "prune.levels=1"]))
@@ -77,12 +78,12 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def prepare(place, monkeypatch, finished):
-    """Makes the folder that a case starts from; returns the case's arguments."""
+    """Prepare the working folder of a case and return its command."""
 
     def make(name):
-        case = copy.deepcopy(CASES[name])  # steps take it apart
+        case = copy.deepcopy(CASES[name])  # steps modify it
         if case.get("permissions") and not _permissions_matter(place):
-            pytest.skip("permissions bind no administrator")
+            pytest.skip("file permissions do not restrict this user")
         catalog.info.cache_clear()
         (place / "tiny.yaml").write_text(TINY.format(arm="random"))
         (place / "images.yaml").write_text(IMAGES)
@@ -110,7 +111,7 @@ def _permissions_matter(place):
 
 
 def tree(place):
-    """All that lies below a folder: kind, permissions and content by path."""
+    """Mode and content of everything below a folder, by path."""
 
     def content(path):
         if path.is_symlink():
@@ -127,7 +128,7 @@ def check(case, err):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_ends_with_2_after_one_sentence_and_changes_nothing(prepare, place, capfd, name):
+def test_bad_input_exits_with_2_after_one_sentence_and_changes_nothing(prepare, place, capfd, name):
     command, *arguments = prepare(name)
     before = tree(place)
     assert COMMANDS[command][0](arguments) == 2
@@ -138,31 +139,38 @@ def test_bad_input_ends_with_2_after_one_sentence_and_changes_nothing(prepare, p
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_so_does_the_real_command(prepare, place, name):
+def test_bad_input_exits_with_2_in_a_process(prepare, place, name):
     command, *arguments = prepare(name)
     before = tree(place)
     script, *rest = COMMANDS[command][1]
-    script = script if script == "-m" else ROOT / script
-    done = subprocess.run([sys.executable, script, *rest, *arguments], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    check(CASES[name], done.stderr)
+    process = Process([script if script == "-m" else ROOT / script, *rest, *arguments])
+    out, err = process.communicate()
+    assert (process.returncode, out) == (2, "")
+    check(CASES[name], err)
     assert tree(place) == before
 
 
+def test_bad_input_exits_with_2_in_a_new_interpreter(prepare, place):
+    command, *arguments = prepare(REAL[0])
+    script = ROOT / COMMANDS[command][1][0]
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    check(CASES[REAL[0]], done.stderr)
+
+
 @pytest.mark.parametrize("name", COMPOSER)
-def test_under_the_launcher_the_sentence_is_told_and_the_status_is_not_zero(prepare, place, name):
+def test_bad_input_is_reported_once_under_the_composer_launcher(prepare, place, name):
     command, *arguments = prepare(name)
     before = tree(place)
-    launcher = Path(sys.executable).with_name("composer")
-    command = [launcher, "-n", "2", ROOT / COMMANDS[command][1][0], *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert re.search(f"error: .*{CASES[name]['sentence']}", done.stdout + done.stderr)
+    process = Process(["composer", "-n", 2, ROOT / COMMANDS[command][1][0], *arguments])
+    out, err = process.communicate()
+    assert process.returncode != 0
+    check_launcher_output(err + out, CASES[name]["sentence"])
     assert tree(place) == before
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_what_is_made_to_exhaust_memory_or_time_is_refused_at_once(prepare, name):
+def test_input_made_to_exhaust_memory_or_time_is_rejected_quickly(prepare, name):
     command, *arguments = prepare(name)
     tracemalloc.start()
     begin = time.perf_counter()
@@ -175,6 +183,6 @@ def test_what_is_made_to_exhaust_memory_or_time_is_refused_at_once(prepare, name
 
 
 def test_every_step_is_used():
-    made = {name for name, step in vars(steps).items() if getattr(step, "__module__", None) == steps.__name__}
+    defined = {name for name, step in vars(steps).items() if getattr(step, "__module__", None) == steps.__name__}
     used = {next(iter(step)) for case in CASES.values() for step in case.get("given", [])}
-    assert used == {name for name in made if not name.startswith("_")}
+    assert used == {name for name in defined if not name.startswith("_")}

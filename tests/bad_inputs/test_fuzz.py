@@ -1,4 +1,4 @@
-"""Configurations that nobody would write are taken or refused in one sentence."""
+"""Fuzzing: any configuration is either accepted or rejected with one sentence."""
 
 import shutil
 import string
@@ -38,7 +38,7 @@ texts = st.sampled_from(ODD) | st.text(max_size=8) | st.sampled_from(sorted(FILE
 
 @st.composite
 def mutated(draw, names):
-    """A file of yamls/ after some accidents to its lines and characters."""
+    """A file of yamls/ after random changes to its lines or characters."""
     text = FILES[draw(st.sampled_from(names))]
     for _ in range(draw(st.integers(1, 5))):
         by_line = draw(st.booleans())
@@ -50,7 +50,7 @@ def mutated(draw, names):
     return text
 
 
-def is_taken_or_refused_in_one_sentence(path, overrides=(), read=loading.load_config):
+def check_accepted_or_rejected(path, overrides=(), read=loading.load_config):
     try:
         assert read(path, overrides)
     except UserError as error:
@@ -59,7 +59,7 @@ def is_taken_or_refused_in_one_sentence(path, overrides=(), read=loading.load_co
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where a file finds the base files."""
+    """A folder with the base files."""
     folder = tmp_path_factory.mktemp("fuzz")
     shutil.copytree(ROOT / "yamls/base", folder / "base")
     return folder
@@ -67,10 +67,10 @@ def folder(tmp_path_factory):
 
 @settings(max_examples=300)
 @given(text=mutated(sorted(FILES)))
-def test_any_file(folder, text):
+def test_any_configuration_file(folder, text):
     path = folder / "fuzz.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    is_taken_or_refused_in_one_sentence(path)
+    check_accepted_or_rejected(path)
 
 
 @settings(max_examples=300)
@@ -78,7 +78,7 @@ def test_any_file(folder, text):
 def test_any_sweep_file(folder, text):
     path = folder / "base/fuzz.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    is_taken_or_refused_in_one_sentence(path, read=Sweep)
+    check_accepted_or_rejected(path, read=Sweep)
 
 
 @settings(max_examples=300)
@@ -86,7 +86,7 @@ def test_any_sweep_file(folder, text):
 def test_any_bytes(folder, content):
     path = folder / "bytes.yaml"
     path.write_bytes(content)
-    is_taken_or_refused_in_one_sentence(path)
+    check_accepted_or_rejected(path)
 
 
 KEYS = (
@@ -97,4 +97,4 @@ KEYS = (
 @settings(max_examples=300)
 @given(st.lists(st.tuples(KEYS, st.sampled_from(["=", "", "=="]), texts).map("".join), max_size=4))
 def test_any_overrides(overrides):
-    is_taken_or_refused_in_one_sentence(ROOT / "yamls/digits_random.yaml", overrides)
+    check_accepted_or_rejected(ROOT / "yamls/digits_random.yaml", overrides)

@@ -22,7 +22,7 @@ def load(tiny, *overrides, arm="random"):
     return loading.load_config(tiny(arm), overrides)
 
 
-def test_a_file_is_merged_over_its_base_and_overrides_over_both(place):
+def test_a_file_overrides_its_base_and_overrides_override_both(place):
     (place / "base").mkdir()
     (place / "base/b.yaml").write_text(
         "dataset: {name: digits}\nmodel: {depth: 8}\ntrain: {steps: 50, batch_size: 64}\n"
@@ -34,27 +34,38 @@ def test_a_file_is_merged_over_its_base_and_overrides_over_both(place):
     assert loaded.pretrain.steps == 5
 
 
-def test_batches_are_a_number_with_or_without_unit(tiny):
+def test_steps_are_given_with_or_without_the_unit(tiny):
     assert load(tiny, "train.steps=20ba").train.steps == load(tiny, "train.steps=20").train.steps == 20
 
 
-def test_a_number_without_a_point_is_one(tiny):
+def test_scientific_notation_without_a_point_is_a_number(tiny):
     assert load(tiny, "train.weight_decay=5e-4").train.weight_decay == 5e-4
 
 
-FREE = ["replicates=7", "prune.levels=9", "runs=elsewhere", "experiment=other", "dataset.root=x", "intervals.log=7"]
+def test_the_repr_of_a_configuration_is_short(tiny):
+    assert repr(load(tiny)) == "Config(digits, random 128, t_r = 4)"
 
 
-@pytest.mark.parametrize("override", FREE)
-def test_what_does_not_change_a_result_does_not_change_the_id(tiny, override):
+NOT_IDENTITY = [
+    "replicates=7",
+    "prune.levels=9",
+    "runs=elsewhere",
+    "experiment=other",
+    "dataset.root=x",
+    "intervals.log=7",
+]
+
+
+@pytest.mark.parametrize("override", NOT_IDENTITY)
+def test_fields_without_effect_on_results_do_not_change_the_id(tiny, override):
     assert run_id(load(tiny, override)) == run_id(load(tiny))
 
 
-TOLD = ["seed=1", "threads=2", "train.lr=0.3", "pretrain.steps=5", "pretrain.subset.size=64", "precision=fp32"]
+IDENTITY = ["seed=1", "threads=2", "train.lr=0.3", "pretrain.steps=5", "pretrain.subset.size=64", "precision=fp32"]
 
 
-@pytest.mark.parametrize("override", [*TOLD, "prune.fraction=0.3", "model.width=3", "deterministic=true"])
-def test_what_changes_a_result_changes_the_id(tiny, override):
+@pytest.mark.parametrize("override", [*IDENTITY, "prune.fraction=0.3", "model.width=3", "deterministic=true"])
+def test_fields_that_change_results_change_the_id(tiny, override):
     assert run_id(load(tiny, override)) != run_id(load(tiny))
 
 
@@ -79,26 +90,26 @@ def test_fields_that_an_arm_ignores_do_not_change_its_id(tiny, arm, override):
 @pytest.mark.parametrize(
     "override", ["pretrain.subset.class_balanced=true", "pretrain.subset.offset=3", "scores.networks=3"]
 )
-def test_easy_and_hard_heed_scores_balance_and_offset(tiny, override):
-    ids = {run_id(load(tiny, *chosen, arm=arm)) for arm in ("easy", "hard") for chosen in ((), (override,))}
+def test_scores_balance_and_offset_change_the_ids_of_easy_and_hard(tiny, override):
+    ids = {run_id(load(tiny, *overrides, arm=arm)) for arm in ("easy", "hard") for overrides in ((), (override,))}
     assert len(ids) == 4
 
 
-def test_a_default_that_is_written_out_does_not_change_the_id(tiny):
+def test_an_explicit_default_does_not_change_the_id(tiny):
     written = ["train.momentum=0.9", "pretrain.subset.offset=0", "seed=42", "prune.fraction=0.2"]
     assert run_id(load(tiny, *written, arm="easy")) == run_id(load(tiny, arm="easy"))
 
 
-def test_an_image_folder_enters_by_its_content_and_not_by_its_place(tiny, place):
+def test_the_id_depends_on_the_content_of_an_image_folder_and_not_on_its_path(tiny, place):
     catalog.info.cache_clear()
     for name, sizes in (("a", None), ("b", None), ("c", {"train": 7, "test": 2})):
         write_image_folder(place / name, sizes)
-    few = ["dataset.name=image_folder", "train.batch_size=2", "pretrain.subset.size=4"]
-    ids = [run_id(load(tiny, *few, f"dataset.root={name}")) for name in "abc"]
+    settings = ["dataset.name=image_folder", "train.batch_size=2", "pretrain.subset.size=4"]
+    ids = [run_id(load(tiny, *settings, f"dataset.root={name}")) for name in "abc"]
     assert ids[0] == ids[1] != ids[2]
 
 
-# A run id names work that has been done: these must not change, whatever is added to the schema.
+# Run ids name finished runs: they must not change when keys are added to the schema.
 IDS = {
     "cifar100_all": "cifar100_all-8dc5322229",
     "cifar100_all_half": "cifar100_all-12d51972ca",
@@ -161,10 +172,10 @@ TABLE_1 = {
 
 
 @pytest.mark.parametrize("dataset", TABLE_1)
-def test_the_files_of_the_paper_hold_table_1(dataset):
+def test_the_yaml_files_match_table_1_of_the_paper(dataset):
     row = TABLE_1[dataset]
     arms = {"init": 0, "all": row["t"], "all_half": row["t"] // 2, "random": row["t"] // 2}
-    for arm, rewind_steps in arms.items():
+    for arm, rewind_step in arms.items():
         loaded = loading.load_config(ROOT / "yamls" / f"{dataset}_{arm}.yaml")
         train = loaded.train
         assert loaded.dataset.name == dataset
@@ -173,19 +184,19 @@ def test_the_files_of_the_paper_hold_table_1(dataset):
         assert (train.lr, train.momentum, train.weight_decay, train.gamma) == (0.1, 0.9, 1e-4, 0.1)
         assert loaded.pretrain.lr == row["pretrain"]
         assert (loaded.prune.fraction, loaded.prune.levels) == (0.2, 16 if dataset == "cinic10" else 20)
-        assert loaded.rewind_step == rewind_steps
+        assert loaded.rewind_step == rewind_step
         assert loaded.replicates == (0, 1, 2, 3)
         assert (loaded.scores.networks, loaded.scores.steps) == (10, 8000 if dataset == "cinic10" else 7800)
         assert loaded.arm == arm.removesuffix("_half")
 
 
-def test_the_head_of_every_file_names_its_own_command():
+def test_the_header_of_every_yaml_file_shows_its_command():
     for path in (ROOT / "yamls").glob("*.yaml"):
         assert f"recipes/imp.py -f yamls/{path.name}\n" in path.read_text()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "yamls").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_file_is_planned(path, place):
+def test_every_yaml_file_can_be_planned(path, place):
     loaded = loading.load_config(path)
     run = RunDirectory(loaded)
     scores = ScoresDirectory(loaded) if loaded.needs_scores else None
@@ -201,7 +212,7 @@ def test_every_file_is_planned(path, place):
 SIZES = {"cifar10": 12_800, "cifar100": 2048, "cinic10": 51_200, "cifar10_noise10": 2048, "cifar10_noise50": 3200}
 
 
-def test_the_files_of_subset_arms_have_the_sizes_of_the_paper():
+def test_the_yaml_files_have_the_subset_sizes_of_the_paper():
     for family, size in SIZES.items():
         for arm in ("random", "easy") if "noise" in family else ("random", "easy", "hard"):
             loaded = loading.load_config(ROOT / f"yamls/{family}_{arm}.yaml")
@@ -216,7 +227,7 @@ SHARED = ["arm=hard", "arm=all", "pretrain.steps=5", "pretrain.subset.size=64", 
 @pytest.mark.parametrize(
     "override", [*SHARED, "train.steps=20", "pretrain.lr=0.3", "train.milestones=[6, 10]", "train.gamma=0.3"]
 )
-def test_arms_with_equal_scoring_settings_share_one_artifact(tiny, override):
+def test_arms_with_equal_scoring_settings_share_one_scores_id(tiny, override):
     assert scores_id(load(tiny, override, arm="easy")) == scores_id(load(tiny, arm="easy"))
 
 
@@ -224,7 +235,7 @@ SCORED = ["scores.networks=3", "scores.steps=8", "pretrain.label_noise=0.1", "se
 
 
 @pytest.mark.parametrize("override", [*SCORED, "model.width=4", "train.milestones=[5]", "train.gamma=0.3"])
-def test_what_changes_the_scores_changes_their_id(tiny, override):
+def test_fields_that_change_the_scores_change_the_scores_id(tiny, override):
     drop = "train.milestones=[4]"
     assert scores_id(load(tiny, drop, override, arm="easy")) != scores_id(load(tiny, drop, arm="easy"))
 
@@ -245,7 +256,7 @@ def test_scores_ids_are_frozen():
     assert ids == SCORES_IDS
 
 
-def test_a_score_file_enters_the_id_by_its_content_and_replaces_the_scoring_settings(tiny, place):
+def test_the_id_depends_on_the_content_of_a_score_file_and_not_on_the_scoring_settings(tiny, place):
     for name, value in (("a", 0.5), ("b", 0.5), ("c", 0.7)):
         artifact.save_scores(
             place / name, np.full((1, 1442), value, np.float32), np.zeros(1442, int), "digits", "digits"
@@ -254,84 +265,84 @@ def test_a_score_file_enters_the_id_by_its_content_and_replaces_the_scoring_sett
     ids = [run_id(load(tiny, file, arm="easy")) for file in given]
     assert ids[0] == ids[1] != ids[2]
     assert run_id(load(tiny, given[0], "scores.networks=3", arm="easy")) == ids[0]
-    assert run_id(load(tiny, given[0])) == run_id(load(tiny)), "a random arm has no scores"
+    assert run_id(load(tiny, given[0])) == run_id(load(tiny)), "the random arm ignores scores"
     assert run_id(load(tiny, arm="easy")) not in ids
 
 
 BAD = {
-    "train.lrr=1": r"command line: train.lrr is not a known key; did you mean train.lr?",
-    "trian.lr=1": r"command line: trian is not a known key; did you mean train.lr",
-    "zzzzzz=1": r"zzzzzz is not a known key; known are arm, dataset",
-    "train.lr=fast": r"command line: train.lr: 'fast' is not allowed; allowed: a number",
-    "train.lr=true": r"train.lr: True is not allowed; allowed: a number",
-    "train.lr=.nan": r"train.lr: nan is not allowed; allowed: a finite number",
-    "train.lr=0": r"train.lr: 0 is not allowed; allowed: greater than 0",
-    "train=5": r"command line: train: 5 is not allowed; allowed: a section of keys below train:",
-    "train.batch_size=12.5": r"train.batch_size: 12.5 is not allowed; allowed: a valid integer",
-    "train.batch_size=9999": r"train.batch_size: 9999 is not allowed; allowed: up to the 1442 training images",
-    "train.steps=10ep": r"train.steps: '10ep' is not allowed; allowed: a number of batches, such as 400",
-    "train.steps=4": r"tiny.yaml: pretrain.steps: 4 is not allowed; allowed: 1 to 3 \(below train.steps\)",
-    "pretrain.steps=12": r"command line: pretrain.steps: 12 is not allowed; allowed: 1 to 11 \(below train.steps\)",
-    "pretrain.steps=0": r"pretrain.steps: 0 is not allowed; allowed: 1 to 11",
-    "train.milestones=[9, 6]": r"train.milestones: \[9, 6\] is not allowed; allowed: increasing steps",
-    "train.milestones=[x]": r"train.milestones.0: 'x' is not allowed",
-    "pretrain.subset.size=2000": r"pretrain.subset.size: 2000 is not allowed; allowed: 64 \(a batch\) to 1442",
-    "pretrain.subset.size=63": r"pretrain.subset.size: 63 is not allowed; allowed: 64 \(a batch\) to 1442",
-    "pretrain.subset=": r"pretrain.subset: None is not allowed; allowed: {size: M}, for arm: random",
-    "prune.fraction=0": r"prune.fraction: 0 is not allowed; allowed: greater than 0",
-    "prune.fraction=1.0": r"prune.fraction: 1.0 is not allowed; allowed: less than 1",
-    "prune.levels=-1": r"prune.levels: -1 is not allowed; allowed: greater than or equal to 0",
-    "model.depth=21": r"model.depth: 21 is not allowed; allowed: 6n \+ 2, such as 20, 32 or 56",
-    "dataset.name=imagenet": r"dataset.name: 'imagenet' is not allowed; allowed: 'cifar10', 'cifar100'",
-    "arm=medium": r"arm: 'medium' is not allowed; allowed: 'init', 'all', 'random', 'easy' or 'hard'",
-    "replicates=0": r"replicates: 0 is not allowed; allowed: a count of 1 to 1000, such as 4, or a list of different",
-    "replicates=300000000": r"replicates: 300000000 is not allowed; allowed: a count of 1 to 1000",
-    "seed=5000000000": r"seed: 5000000000 is not allowed; allowed: less than 4294967296",
-    "replicates=[1, 1]": r"replicates: \[1, 1\] is not allowed",
-    "seed=-1": r"seed: -1 is not allowed",
-    "parallelism=pipeline": r"parallelism: 'pipeline' is not allowed; allowed: 'replicates' or 'data'",
-    "train.lr": r"command line: 'train.lr' is not an override; allowed: key.sub=value",
+    "train.lrr=1": r"train.lrr on the command line is not a known key; did you mean train.lr?",
+    "trian.lr=1": r"trian on the command line is not a known key; did you mean train.lr",
+    "zzzzzz=1": r"zzzzzz on the command line is not a known key; known keys are arm, dataset",
+    "train.lr=fast": r"train.lr = 'fast' on the command line: must be a number",
+    "train.lr=true": r"train.lr = True on the command line: must be a number",
+    "train.lr=.nan": r"train.lr = nan on the command line: must be a finite number",
+    "train.lr=0": r"train.lr = 0 on the command line: must be greater than 0",
+    "train=5": r"train = 5 on the command line: must be a section of keys",
+    "train.batch_size=12.5": r"train.batch_size = 12.5 on the command line: must be a valid integer",
+    "train.batch_size=9999": r"train.batch_size = 9999 on the command line: must be at most 1442, the number of training images",
+    "train.steps=10ep": r"train.steps = '10ep' on the command line: must be a number of batches, such as 400",
+    "train.steps=4": r"pretrain.steps = 4 in .*tiny.yaml: must be between 1 and 3 \(less than train.steps\)",
+    "pretrain.steps=12": r"pretrain.steps = 12 on the command line: must be between 1 and 11 \(less than train.steps\)",
+    "pretrain.steps=0": r"pretrain.steps = 0 on the command line: must be between 1 and 11",
+    "train.milestones=[9, 6]": r"train.milestones = \[9, 6\] on the command line: must be increasing steps",
+    "train.milestones=[x]": r"train.milestones.0 = 'x' on the command line: must",
+    "pretrain.subset.size=2000": r"pretrain.subset.size = 2000 on the command line: must be between 64 \(one batch\) and 1442",
+    "pretrain.subset.size=63": r"pretrain.subset.size = 63 on the command line: must be between 64 \(one batch\) and 1442",
+    "pretrain.subset=": r"pretrain.subset = None on the command line: must be {size: M} for arm: random",
+    "prune.fraction=0": r"prune.fraction = 0 on the command line: must be greater than 0",
+    "prune.fraction=1.0": r"prune.fraction = 1.0 on the command line: must be less than 1",
+    "prune.levels=-1": r"prune.levels = -1 on the command line: must be greater than or equal to 0",
+    "model.depth=21": r"model.depth = 21 on the command line: must be 6n \+ 2, such as 20, 32 or 56",
+    "dataset.name=imagenet": r"dataset.name = 'imagenet' on the command line: must be 'cifar10', 'cifar100'",
+    "arm=medium": r"arm = 'medium' on the command line: must be 'init', 'all', 'random', 'easy' or 'hard'",
+    "replicates=0": r"replicates = 0 on the command line: must be a count between 1 and 1000, such as 4, or a list of distinct",
+    "replicates=300000000": r"replicates = 300000000 on the command line: must be a count between 1 and 1000",
+    "seed=5000000000": r"seed = 5000000000 on the command line: must be less than 4294967296",
+    "replicates=[1, 1]": r"replicates = \[1, 1\] on the command line: must",
+    "seed=-1": r"seed = -1 on the command line: must",
+    "parallelism=pipeline": r"parallelism = 'pipeline' on the command line: must be 'replicates' or 'data'",
+    "train.lr": r"command line: 'train.lr' is not an override; expected key.sub=value",
     "=3": r"command line: '=3' is not an override",
-    "train.lr=[": r"command line: train.lr: not YAML",
-    "dataset.name=image_folder": r"command line: dataset.root: 'data' is not allowed; data holds no folder train/",
+    "train.lr=[": r"train.lr on the command line: invalid YAML",
+    "dataset.name=image_folder": r"dataset.root = 'data' on the command line: data has no folder train/",
 }
 
 
 @pytest.mark.parametrize("override", BAD)
-def test_bad_input_is_one_sentence_with_file_key_value_and_what_is_allowed(tiny, override):
+def test_an_invalid_override_is_reported_with_key_value_place_and_expectation(tiny, override):
     with pytest.raises(UserError, match=BAD[override]) as error:
         load(tiny, override)
     assert "\n" not in str(error.value)
 
 
 BAD_FILES = {
-    "a: [1": r"bad.yaml: not YAML in line 1",
+    "a: [1": r"bad.yaml: invalid YAML in line 1",
     "- a list": r"bad.yaml: not a configuration",
     "": r"bad.yaml: not a configuration",
-    "arm: all\narm: init": r"bad.yaml: not YAML in line 1: the key 'arm' stands twice",
-    "arm: !!python/object/apply:os.mkdir [trap]": r"bad.yaml: not YAML in line 1",
+    "arm: all\narm: init": r"bad.yaml: invalid YAML in line 1: the key 'arm' is given twice",
+    "arm: !!python/object/apply:os.mkdir [trap]": r"bad.yaml: invalid YAML in line 1",
     "base: missing.yaml\narm: all": r"missing.yaml, the base of bad.yaml, cannot be read: No such file or directory",
-    "base: bad.yaml\narm: all": r"bad.yaml: base: 'bad.yaml' is not allowed; the files are each other's base",
-    "base: 3": r"bad.yaml: base: 3 is not allowed; allowed: a path",
-    "arm: all": r"bad.yaml: dataset is missing",
+    "base: bad.yaml\narm: all": r"base = 'bad.yaml' in bad.yaml: must not lead back to this file",
+    "base: 3": r"base = 3 in bad.yaml: must be a path",
+    "arm: all": r"dataset is missing in bad.yaml",
     "3: 4": r"bad.yaml: not a configuration",
-    "train.lr: 0.1": r"bad.yaml: train.lr is not a known key; write train: {lr: ...}",
+    "train.lr: 0.1": r"train.lr in bad.yaml is not a known key; write train: {lr: ...}",
 }
 
 
 @pytest.mark.parametrize("text", BAD_FILES)
-def test_a_bad_file_is_refused_by_name(place, text):
+def test_an_invalid_file_is_reported_by_name(place, text):
     (place / "bad.yaml").write_text(text)
     with pytest.raises(UserError, match=BAD_FILES[text]):
         loading.load_config("bad.yaml")
     assert not (place / "trap").exists()
 
 
-def test_a_missing_file_and_a_binary_file_are_refused_by_name(place):
+def test_missing_and_binary_files_are_reported_by_name(place):
     with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read: No such file or directory"):
         loading.load_config("nowhere.yaml")
     Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"binary\.yaml cannot be read: not text"):
+    with pytest.raises(UserError, match=r"binary\.yaml cannot be read: not a text file"):
         loading.load_config("binary.yaml")
 
 
@@ -346,7 +357,7 @@ KEYS = st.sampled_from(sorted(identity.DEFAULTS) + [key.rpartition(".")[0] for k
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=4))
-def test_any_value_of_any_key_is_taken_or_refused_in_one_sentence(tmp_path_factory, values):
+def test_any_value_of_any_key_is_accepted_or_rejected_with_one_sentence(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("fuzz") / "fuzz.yaml"
     path.write_text(TINY.format(arm="random"))
     try:

@@ -16,7 +16,7 @@ CLASSES = ("airplane", "truck")
 
 @pytest.fixture
 def official(place, monkeypatch):
-    """A small archive in the official layout; its bytes."""
+    """Bytes of a small archive in the official layout, whose MD5 counts as the official one."""
     random = np.random.default_rng(0)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
@@ -38,22 +38,23 @@ def official(place, monkeypatch):
 
 @pytest.fixture
 def server(official, monkeypatch):
-    """Serves the archive on loopback and breaks the connection half-way, the first `breaks` times."""
+    """Serve the archive on loopback, breaking the connection halfway for the first `breaks` requests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        asked = []  # noqa: RUF012
+        requested = []  # noqa: RUF012
         breaks = 2
-        ranges = True
+        supports_ranges = True
 
         def do_GET(self):
-            asked = self.headers.get("Range")
-            Handler.asked.append(asked)
-            begin = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and Handler.ranges else 0
-            rest = official[begin:]
-            self.send_response(206 if asked and Handler.ranges else 200)
+            requested = self.headers.get("Range")
+            Handler.requested.append(requested)
+            partial = requested and Handler.supports_ranges
+            start = int(requested.removeprefix("bytes=").removesuffix("-")) if partial else 0
+            rest = official[start:]
+            self.send_response(206 if partial else 200)
             self.send_header("Content-Length", str(len(rest)))
             self.end_headers()
-            if len(Handler.asked) <= Handler.breaks:
+            if len(Handler.requested) <= Handler.breaks:
                 rest = rest[: len(rest) // 2]
             self.wfile.write(rest)
 
@@ -68,39 +69,39 @@ def server(official, monkeypatch):
     httpd.server_close()
 
 
-def test_a_broken_download_goes_on_where_it_broke(server, official, place):
+def test_broken_download_resumes_where_it_stopped(server, official, place):
     path = cinic10.archive(place / "data")
     assert path.read_bytes() == official
-    first, second, third = server.asked
+    first, second, third = server.requested
     assert first is None
     assert 0 < int(second[6:-1]) < int(third[6:-1]) < len(official)
     assert not list((place / "data").glob("*.part"))
 
 
-def test_a_download_of_an_earlier_process_is_continued(server, official, place):
+def test_partial_download_of_an_earlier_process_is_resumed(server, official, place):
     server.breaks = 0
     (place / "data").mkdir()
     (place / "data/CINIC-10.tar.gz.part").write_bytes(official[:100])
     assert cinic10.archive(place / "data").read_bytes() == official
-    assert server.asked == ["bytes=100-"]
+    assert server.requested == ["bytes=100-"]
 
 
-def test_a_server_that_cannot_resume_sends_all_again(server, official, place):
-    server.ranges, server.breaks = False, 1
+def test_download_restarts_if_the_server_does_not_support_ranges(server, official, place):
+    server.supports_ranges, server.breaks = False, 1
     assert cinic10.archive(place / "data").read_bytes() == official
 
 
-@pytest.mark.parametrize("alter", [lambda b: b[:-10], lambda b: b[:50] + b"x" + b[51:]])
-def test_a_partial_or_altered_archive_is_refused_by_name(official, place, alter):
+@pytest.mark.parametrize("modify", [lambda b: b[:-10], lambda b: b[:50] + b"x" + b[51:]])
+def test_incomplete_or_modified_archive_raises_with_its_path(official, place, modify):
     (place / "data").mkdir()
-    (place / "data/CINIC-10.tar.gz").write_bytes(alter(official))
-    with pytest.raises(UserError, match=r"data/CINIC-10\.tar\.gz: partial or altered, its md5 is"):
+    (place / "data/CINIC-10.tar.gz").write_bytes(modify(official))
+    with pytest.raises(UserError, match=r"data/CINIC-10\.tar\.gz: incomplete or modified, its MD5 is"):
         catalog.load("cinic10", "data")
 
 
-def test_an_unreachable_source_is_one_sentence(official, place, monkeypatch):
+def test_unreachable_source_raises(official, place, monkeypatch):
     monkeypatch.setattr(cinic10, "URL", "http://127.0.0.1:9/CINIC-10.tar.gz")
-    with pytest.raises(UserError, match=r"data does not hold CINIC-10\.tar\.gz and .* cannot be downloaded"):
+    with pytest.raises(UserError, match=r"data': CINIC-10\.tar\.gz is missing and its download from .* failed"):
         cinic10.archive(place / "data")
 
 
@@ -118,13 +119,13 @@ def test_train_and_valid_are_merged_and_classes_are_numbered_by_name(official, p
     assert np.array_equal(data.train.images, expected)
 
 
-def test_the_sizes_are_those_of_the_official_data_set():
-    facts = catalog.info("cinic10", "data")
-    assert (facts.train_size, facts.test_size, facts.classes) == (180_000, 90_000, 10)
+def test_sizes_are_those_of_the_official_dataset():
+    info = catalog.info("cinic10", "data")
+    assert (info.train_size, info.test_size, info.classes) == (180_000, 90_000, 10)
 
 
-def hostile(*members):
-    """An archive of (name, type, content or target of a link)."""
+def make_archive(*members):
+    """Return the bytes of an archive with members (name, type, content or link target)."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, kind, content in members:
@@ -148,7 +149,7 @@ GOOD = [(f"{part}/ant/0.png", tarfile.REGTYPE, png()) for part in ("train", "val
 
 
 def load_as_official(place, monkeypatch, content):
-    """Loads an archive whose checksum counts as the official one; what then lies in the folder and above it."""
+    """Load an archive as if it were the official one and check that no files are created."""
     (place / "data").mkdir()
     (place / "data/CINIC-10.tar.gz").write_bytes(content)
     monkeypatch.setattr(cinic10, "MD5", hashlib.md5(content).hexdigest())
@@ -162,26 +163,26 @@ def load_as_official(place, monkeypatch, content):
 
 
 HARMLESS = {
-    "paths that lead out": [("../../trap.png", tarfile.REGTYPE, png()), ("/tmp/trap.png", tarfile.REGTYPE, png())],
+    "paths outside the folder": [("../../trap.png", tarfile.REGTYPE, png()), ("/tmp/trap.png", tarfile.REGTYPE, png())],
     "links": [
         ("train/ant/1.png", tarfile.SYMTYPE, "/etc/passwd"),
         ("train/ant/2.png", tarfile.LNKTYPE, "/etc/passwd"),
         ("train/bee", tarfile.SYMTYPE, "../../trap"),
     ],
     "devices": [("train/ant/1.png", tarfile.CHRTYPE, ""), ("train/ant/2.png", tarfile.FIFOTYPE, "")],
-    "a device of an image's name": [("train/ant/0.png", tarfile.CHRTYPE, "")],
-    "a link of an image's name": [("train/ant/0.png", tarfile.SYMTYPE, "/etc/passwd")],
+    "a device with the name of an image": [("train/ant/0.png", tarfile.CHRTYPE, "")],
+    "a link with the name of an image": [("train/ant/0.png", tarfile.SYMTYPE, "/etc/passwd")],
     "an image twice": [("train/ant/0.png", tarfile.REGTYPE, png())],
 }
 
 
 @pytest.mark.parametrize("case", HARMLESS)
-def test_of_a_hostile_archive_only_images_are_read_and_nothing_is_unpacked(place, monkeypatch, case):
-    data = load_as_official(place, monkeypatch, hostile(*GOOD, *HARMLESS[case]))
+def test_only_images_of_a_hostile_archive_are_read_and_nothing_is_unpacked(place, monkeypatch, case):
+    data = load_as_official(place, monkeypatch, make_archive(*GOOD, *HARMLESS[case]))
     assert data.train.images.shape == (2, 32, 32, 3) and (data.train.images == (255, 0, 0)).all()
 
 
-REFUSED = {
+REJECTED = {
     "an image of another size": png((31, 32)),
     "an image of one pixel": png((1, 1)),
     "text": b"hello",
@@ -190,17 +191,17 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_hostile_archive_with_other_than_its_images_is_refused(place, monkeypatch, case):
-    content = hostile(*GOOD, ("train/ant/1.png", tarfile.REGTYPE, REFUSED[case]))
-    with pytest.raises(UserError, match=r"CINIC-10\.tar\.gz: not the archive of CINIC-10 \("):
+@pytest.mark.parametrize("case", REJECTED)
+def test_archive_with_an_invalid_image_raises(place, monkeypatch, case):
+    content = make_archive(*GOOD, ("train/ant/1.png", tarfile.REGTYPE, REJECTED[case]))
+    with pytest.raises(UserError, match=r"CINIC-10\.tar\.gz: not the CINIC-10 archive \("):
         load_as_official(place, monkeypatch, content)
 
 
-NO_ARCHIVES = {"nothing": b"", "text": b"hello", "half": hostile(*GOOD)[:100], "no images": hostile()}
+INVALID_ARCHIVES = {"nothing": b"", "text": b"hello", "half": make_archive(*GOOD)[:100], "no images": make_archive()}
 
 
-@pytest.mark.parametrize("content", NO_ARCHIVES.values(), ids=NO_ARCHIVES)
-def test_what_is_no_whole_archive_is_refused(place, monkeypatch, content):
-    with pytest.raises(UserError, match=r"CINIC-10\.tar\.gz: not the archive of CINIC-10 \("):
+@pytest.mark.parametrize("content", INVALID_ARCHIVES.values(), ids=INVALID_ARCHIVES)
+def test_invalid_or_incomplete_archive_raises(place, monkeypatch, content):
+    with pytest.raises(UserError, match=r"CINIC-10\.tar\.gz: not the CINIC-10 archive \("):
         load_as_official(place, monkeypatch, content)

@@ -13,7 +13,7 @@ from lth_diet.data.loader import EvaluationLoader, Loader, crop
 def dataset(count=50, size=8, channels=3, name="cifar10"):
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (count, size, size, channels), dtype=np.uint8)
-    split = Split(images, np.arange(count))  # a label tells which image it is
+    split = Split(images, np.arange(count))  # labels identify images
     return Dataset(name, split, split, (0.5,) * channels, (0.25,) * channels, tuple(map(str, range(count))))
 
 
@@ -21,34 +21,34 @@ def loader(data=None, batch_size=7, order=1, augmentation=2):
     return Loader(data or dataset(), batch_size, order, augmentation)
 
 
-def naive_crop(images, padding, top, left, is_remote):
-    """Pixel by pixel."""
+def naive_crop(images, padding, top, left, flipped):
+    """Crop and flip pixel by pixel."""
     count, height, width, channels = images.shape
     out = np.zeros_like(images)
     for b, y, x, c in itertools.product(range(count), range(height), range(width), range(channels)):
-        across = width - 1 - x if is_remote[b] else x
-        row, column = y + top[b] - padding, across + left[b] - padding
+        column_in_window = width - 1 - x if flipped[b] else x
+        row, column = y + top[b] - padding, column_in_window + left[b] - padding
         if 0 <= row < height and 0 <= column < width:
             out[b, y, x, c] = images[b, row, column, c]
     return out
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 3), st.integers(0, 99))
-def test_crops_equal_a_naive_reference_pixel_by_pixel(count, height, width, padding, seed):
+def test_crop_equals_a_naive_reference(count, height, width, padding, seed):
     random = np.random.default_rng(seed)
     images = random.integers(1, 256, (count, height, width, 2), dtype=np.uint8)
     top, left = random.integers(0, 2 * padding + 1, (2, count))
-    is_remote = random.integers(0, 2, count).astype(bool)
-    arrays = (torch.from_numpy(a) for a in (top, left, is_remote))
+    flipped = random.integers(0, 2, count).astype(bool)
+    arrays = (torch.from_numpy(a) for a in (top, left, flipped))
     assert np.array_equal(
-        crop(torch.from_numpy(images), padding, *arrays).numpy(), naive_crop(images, padding, top, left, is_remote)
+        crop(torch.from_numpy(images), padding, *arrays).numpy(), naive_crop(images, padding, top, left, flipped)
     )
 
 
 @given(st.integers(1, 50), st.integers(0, 5), st.integers(0, 5))
-def test_each_pass_is_a_permutation_without_the_rest(batch_size, number, seed):
+def test_epoch_is_a_permutation_without_the_last_incomplete_batch(batch_size, epoch, seed):
     train = loader(batch_size=batch_size, order=seed)
-    steps = range(number * len(train), (number + 1) * len(train))
+    steps = range(epoch * len(train), (epoch + 1) * len(train))
     seen = np.concatenate([train.examples(step) for step in steps])
     assert len(seen) == len(train) * batch_size
     assert len(set(seen.tolist())) == len(seen)
@@ -57,13 +57,13 @@ def test_each_pass_is_a_permutation_without_the_rest(batch_size, number, seed):
         assert sorted(seen.tolist()) == list(range(50))
 
 
-def test_every_pass_has_another_order():
+def test_epochs_have_different_orders():
     train = loader(batch_size=50)
     assert not np.array_equal(train.examples(0), train.examples(1))
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=8), st.integers(0, 60))
-def test_the_batch_at_a_step_does_not_depend_on_what_came_before(before, step):
+def test_batch_at_a_step_does_not_depend_on_earlier_batches(before, step):
     used, fresh = loader(), loader()
     for earlier in before:
         used.batch(earlier)
@@ -72,7 +72,7 @@ def test_the_batch_at_a_step_does_not_depend_on_what_came_before(before, step):
 
 
 @given(st.integers(0, 40))
-def test_iteration_begins_at_the_clock_and_ends_with_the_pass(start):
+def test_iteration_starts_at_current_step_and_ends_with_the_epoch(start):
     train = loader()
     train.current_step = lambda: start
     batches = list(train)
@@ -82,11 +82,11 @@ def test_iteration_begins_at_the_clock_and_ends_with_the_pass(start):
         assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
 
 
-def test_batches_are_the_normalised_crops_of_the_images_they_name():
+def test_batch_has_the_normalized_crops_of_the_images_with_its_labels():
     data, train = dataset(), loader()
     images, labels = train.batch(5)
-    top, left, is_remote = train.augmentation(5)
-    cropped = naive_crop(data.train.images[labels.numpy()], 1, top, left, is_remote)
+    top, left, flipped = train.augmentation(5)
+    cropped = naive_crop(data.train.images[labels.numpy()], 1, top, left, flipped)
     expected = (torch.from_numpy(cropped).permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.25
     assert images.dtype == torch.float32 and images.shape == (7, 3, 8, 8)
     assert torch.allclose(images.double(), expected, atol=1e-5)
@@ -94,26 +94,26 @@ def test_batches_are_the_normalised_crops_of_the_images_they_name():
 
 
 @pytest.mark.parametrize(("size", "padding"), [(32, 4), (8, 1)])
-def test_padding_is_4_pixels_at_32_and_1_at_8(size, padding):
+def test_padding_is_an_eighth_of_the_image_size(size, padding):
     assert loader(dataset(size=size)).padding == padding
 
 
-def test_crops_and_mirrors_are_spread_evenly():
+def test_crops_and_flips_are_uniform():
     train = loader(dataset(size=32), batch_size=50)
-    tops, lefts, is_remote = (np.concatenate(a) for a in zip(*map(train.augmentation, range(200)), strict=True))
+    tops, lefts, flipped = (np.concatenate(a) for a in zip(*map(train.augmentation, range(200)), strict=True))
     for edges in (tops, lefts):
         counts = np.bincount(edges, minlength=9)
         assert len(counts) == 9 and np.all(np.abs(counts - 10_000 / 9) < 150)
-    assert abs(is_remote.mean() - 0.5) < 0.02
+    assert abs(flipped.mean() - 0.5) < 0.02
 
 
-def test_digits_are_not_mirrored():
+def test_digits_are_not_flipped():
     train = loader(dataset(channels=1, name="digits"))
     assert not any(train.augmentation(step)[2].any() for step in range(20))
 
 
 @given(st.sets(st.integers(0, 49), min_size=7, max_size=50))
-def test_a_restricted_loader_draws_from_its_indices_only_in_whole_passes(indices):
+def test_restricted_loader_uses_only_its_indices_once_per_epoch(indices):
     train = loader()
     train.indices = sorted(indices)
     seen = np.concatenate([train.examples(step) for step in range(len(train))])
@@ -121,7 +121,7 @@ def test_a_restricted_loader_draws_from_its_indices_only_in_whole_passes(indices
     assert set(seen.tolist()) <= indices and len(set(seen.tolist())) == len(seen)
 
 
-def test_indices_act_on_the_next_batch_of_an_iteration_under_way():
+def test_new_indices_take_effect_at_the_next_batch_of_a_running_iteration():
     train, free = loader(), loader()
     train.indices = range(14)
     iterator = iter(train)
@@ -130,12 +130,21 @@ def test_indices_act_on_the_next_batch_of_an_iteration_under_way():
     assert torch.equal(next(iterator)[1], free.batch(1)[1])
 
 
-def test_fewer_examples_than_a_batch_are_refused():
+def test_reprs_have_sizes_and_not_arrays():
+    data, train = dataset(), loader()
+    train.indices = range(14)
+    split = "Split(50 images of 8 x 8 x 3)"
+    assert repr(data) == f"Dataset('cifar10', train={split}, test={split}, 50 classes)"
+    assert repr(train) == "Loader(14 of 50 examples, batch_size=7, device='cpu')"
+    assert repr(EvaluationLoader(data, data.test)) == "EvaluationLoader(50 examples, batch_size=500, device='cpu')"
+
+
+def test_fewer_examples_than_a_batch_raise():
     with pytest.raises(ValueError, match="6 examples do not fill a batch of 7"):
         loader().indices = range(6)
 
 
-def test_evaluation_goes_through_all_images_in_order_without_augmentation():
+def test_evaluation_yields_all_images_in_order_without_augmentation():
     data = dataset()
     batches = list(EvaluationLoader(data, data.test, batch_size=16))
     assert [len(labels) for _, labels in batches] == [13, 13, 12, 12]
@@ -147,17 +156,17 @@ def test_evaluation_goes_through_all_images_in_order_without_augmentation():
 
 
 @given(st.integers(1, 4), st.integers(0, 30))
-def test_the_shares_of_the_ranks_are_together_the_batch_of_one_rank(ranks, step):
+def test_ranks_together_make_the_batch_of_one_rank(ranks, step):
     whole = Loader(dataset(), 12, 1, 2).batch(step)
     for rank in range(ranks):
         share = Loader(dataset(), 12, 1, 2, rank=rank, ranks=ranks)
         assert share.batch_size == 12 // ranks
-        for mine, all_of_it in zip(share.batch(step), whole, strict=True):
-            assert torch.equal(mine, all_of_it[rank::ranks])
+        for part, full in zip(share.batch(step), whole, strict=True):
+            assert torch.equal(part, full[rank::ranks])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_ranks_evaluate_each_image_once_in_as_many_batches(ranks):
+def test_ranks_evaluate_each_image_once_in_equally_many_batches(ranks):
     data = dataset()
     loaders = [EvaluationLoader(data, data.test, 16, rank=rank, ranks=ranks) for rank in range(ranks)]
     batches = [list(loader) for loader in loaders]
@@ -166,6 +175,6 @@ def test_ranks_evaluate_each_image_once_in_as_many_batches(ranks):
     assert sorted(labels.tolist()) == list(range(50))
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="a batch of 7 cannot be shared by 2 ranks"):
+def test_batch_size_not_divisible_by_ranks_raises():
+    with pytest.raises(ValueError, match="batch_size 7 is not divisible by 2 ranks"):
         Loader(dataset(), 7, 1, 2, ranks=2)

@@ -2,14 +2,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
-from lth_diet.data.subsets import easy, hard, random_subset
+from lth_diet.data.subsets import easy, hard, random_subset, save_indices
+from lth_diet.errors import UserError
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=80).map(np.array)
 
 
 @given(LABELS, st.data())
-def test_a_random_subset_has_the_size_asked_for_and_no_example_twice(labels, data):
+def test_random_subset_has_the_given_size_without_duplicates(labels, data):
     size = data.draw(st.integers(1, len(labels)))
     subset = random_subset(labels, size, seed=1)
     assert len(subset) == len(set(subset.tolist())) == size
@@ -18,7 +20,7 @@ def test_a_random_subset_has_the_size_asked_for_and_no_example_twice(labels, dat
 
 
 @given(st.integers(2, 6), st.integers(1, 60), st.integers(0, 9))
-def test_a_random_subset_of_equal_classes_has_at_least_size_by_classes_of_each(classes, size, seed):
+def test_random_subset_has_equal_shares_of_equally_large_classes(classes, size, seed):
     labels = np.repeat(np.arange(classes), 30)
     size = min(size, len(labels))
     counts = np.bincount(labels[random_subset(labels, size, seed)], minlength=classes)
@@ -27,21 +29,21 @@ def test_a_random_subset_of_equal_classes_has_at_least_size_by_classes_of_each(c
         assert counts.min() == counts.max()
 
 
-def test_the_subset_is_a_function_of_the_seed():
+def test_random_subset_depends_on_the_seed():
     labels = np.arange(100) % 10
     assert np.array_equal(random_subset(labels, 30, 5), random_subset(labels, 30, 5))
     assert not np.array_equal(random_subset(labels, 30, 5), random_subset(labels, 30, 6))
 
 
 @pytest.mark.parametrize("size", [0, 11])
-def test_a_size_that_cannot_be_is_refused(size):
-    with pytest.raises(ValueError, match="allowed: 1 to 10"):
+def test_random_subset_of_invalid_size_raises(size):
+    with pytest.raises(ValueError, match="expected 1 to 10"):
         random_subset(np.zeros(10, int), size, 0)
 
 
 @st.composite
 def scored(draw, ties=True):
-    """Scores and labels of some examples."""
+    """Draw scores and labels of some examples."""
     labels = draw(LABELS)
     values = st.integers(0, 9) if ties else st.integers(0, 10**6)
     scores = draw(st.lists(values, min_size=len(labels), max_size=len(labels), unique=not ties))
@@ -49,7 +51,7 @@ def scored(draw, ties=True):
 
 
 @given(scored(), st.data(), st.sampled_from([easy, hard]), st.booleans())
-def test_easy_and_hard_have_the_size_asked_for_and_no_example_twice(examples, data, choose, balanced):
+def test_easy_and_hard_have_the_given_size_without_duplicates(examples, data, choose, balanced):
     scores, labels = examples
     offset = data.draw(st.integers(0, len(labels) - 1))
     size = data.draw(st.integers(1, len(labels) - offset))
@@ -60,7 +62,7 @@ def test_easy_and_hard_have_the_size_asked_for_and_no_example_twice(examples, da
 
 
 @given(scored(), st.data())
-def test_easy_has_the_lowest_scores_and_hard_the_highest(examples, data):
+def test_easy_has_the_lowest_and_hard_the_highest_scores(examples, data):
     scores, labels = examples
     size = data.draw(st.integers(1, len(labels)))
     assert np.array_equal(np.sort(scores[easy(scores, labels, size)]), np.sort(scores)[:size])
@@ -68,7 +70,7 @@ def test_easy_has_the_lowest_scores_and_hard_the_highest(examples, data):
 
 
 @given(scored(), st.data(), st.sampled_from([easy, hard]), st.booleans())
-def test_a_smaller_subset_is_part_of_a_larger_one(examples, data, choose, balanced):
+def test_smaller_subset_is_contained_in_a_larger_one(examples, data, choose, balanced):
     scores, labels = examples
     size = data.draw(st.integers(1, len(labels)))
     smaller = data.draw(st.integers(1, size))
@@ -76,7 +78,7 @@ def test_a_smaller_subset_is_part_of_a_larger_one(examples, data, choose, balanc
 
 
 @given(scored(), st.data())
-def test_easy_and_hard_are_disjoint_as_long_as_both_fit(examples, data):
+def test_easy_and_hard_are_disjoint_up_to_half_the_examples(examples, data):
     scores, labels = examples
     size = data.draw(st.integers(0, len(labels) // 2))
     if size:
@@ -84,7 +86,7 @@ def test_easy_and_hard_are_disjoint_as_long_as_both_fit(examples, data):
 
 
 @given(st.integers(2, 6), st.data(), st.sampled_from([easy, hard]))
-def test_a_balanced_subset_has_as_many_of_each_class_to_within_one(classes, data, choose):
+def test_class_counts_of_a_balanced_subset_differ_by_at_most_one(classes, data, choose):
     labels = np.repeat(np.arange(classes), 12)
     scores = np.array(data.draw(st.lists(st.integers(0, 9), min_size=len(labels), max_size=len(labels))), np.float32)
     offset = data.draw(st.integers(0, len(labels) // 2))
@@ -95,15 +97,15 @@ def test_a_balanced_subset_has_as_many_of_each_class_to_within_one(classes, data
     counts = np.bincount(labels[subset], minlength=classes)
     assert counts.max() - counts.min() <= 1
     assert not set(subset) & set(skipped)
-    for label in range(classes):  # the easiest, or hardest, of every class that were not skipped
+    for label in range(classes):  # the easiest or hardest examples of each class that are not skipped
         direction = 1 if choose is easy else -1
-        own = np.sort(scores[np.setdiff1d(np.flatnonzero(labels == label), skipped)])[::direction]
-        mine = np.sort(scores[subset[labels[subset] == label]])[::direction]
-        assert np.array_equal(mine, own[: counts[label]])
+        in_class = np.sort(scores[np.setdiff1d(np.flatnonzero(labels == label), skipped)])[::direction]
+        chosen = np.sort(scores[subset[labels[subset] == label]])[::direction]
+        assert np.array_equal(chosen, in_class[: counts[label]])
 
 
 @given(scored(), st.data(), st.sampled_from([easy, hard]))
-def test_an_offset_skips_what_a_subset_of_its_size_would_take(examples, data, choose):
+def test_offset_skips_the_subset_of_that_size(examples, data, choose):
     scores, labels = examples
     offset = data.draw(st.integers(0, len(labels) - 1))
     size = data.draw(st.integers(1, len(labels) - offset))
@@ -113,7 +115,7 @@ def test_an_offset_skips_what_a_subset_of_its_size_would_take(examples, data, ch
 
 
 @given(scored(ties=False), st.data(), st.sampled_from([easy, hard]), st.booleans())
-def test_the_order_of_the_data_does_not_matter(examples, data, choose, balanced):
+def test_subset_does_not_depend_on_the_order_of_the_data(examples, data, choose, balanced):
     scores, labels = examples
     order = np.array(data.draw(st.permutations(range(len(labels)))))
     size = data.draw(st.integers(1, len(labels)))
@@ -121,16 +123,24 @@ def test_the_order_of_the_data_does_not_matter(examples, data, choose, balanced)
     assert set(permuted) == set(choose(scores, labels, size, balanced))
 
 
-def test_equal_scores_are_taken_by_position():
+def test_equal_scores_are_ordered_by_index():
     scores, labels = np.zeros(6, np.float32), np.zeros(6, int)
     assert easy(scores, labels, 2).tolist() == [0, 1]
     assert hard(scores, labels, 2).tolist() == [4, 5]
 
 
 @pytest.mark.parametrize("choose", [easy, hard])
-def test_what_cannot_be_chosen_is_refused(choose):
+def test_nan_scores_and_too_large_subsets_raise(choose):
     scores, labels = np.array([0.1, np.nan, 0.3], np.float32), np.zeros(3, int)
-    with pytest.raises(ValueError, match="not a number"):
+    with pytest.raises(ValueError, match="scores contain NaN"):
         choose(scores, labels, 1)
-    with pytest.raises(ValueError, match="a subset of 3 of 3 examples; allowed: 1 to 2"):
+    with pytest.raises(ValueError, match="subset size 3 for 3 examples; expected 1 to 2"):
         choose(np.zeros(3), labels, 3, offset=1)
+
+
+def test_saved_indices_cannot_be_replaced_by_others(place):
+    save_indices(place / "pretrain", np.array([1, 4]))
+    save_indices(place / "pretrain", np.array([1, 4]))
+    assert load_file(place / "pretrain/subset.safetensors")["indices"].tolist() == [1, 4]
+    with pytest.raises(UserError, match=r"pretrain/subset\.safetensors: pre-training started with other examples"):
+        save_indices(place / "pretrain", np.array([1, 5]))

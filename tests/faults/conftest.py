@@ -4,16 +4,14 @@ import shutil
 from collections import Counter
 
 import pytest
-from faults.commands import SMALL, Commands
-from faults.runs import check_mlflow
+from faults.runs import SMALL, check_mlflow
+from forks.client import server
 from helpers import TINY
 
 
 @pytest.fixture(scope="session")
 def commands():
-    made = Commands()
-    yield made
-    made.end()
+    return server()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from safetensors.numpy import load_file
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.tracking import store
 
+SMALL = ["prune.levels=1", "pretrain.label_noise=0.1", "replicates=1"]
+
 
 def bits(root):
     """Every tensor, and every measured number, below a folder."""

@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faults.commands import SMALL
-from faults.runs import bits, check_mlflow
+from faults.runs import SMALL, bits, check_mlflow
 from helpers import TINY, write_image_folder
 
 from lth_diet.__main__ import main
@@ -92,13 +91,13 @@ def test_a_run_whose_disk_is_full_again_and_again_ends_with_the_same_bits(
         if name == "/.config.json":
             assert (
                 sentence
-                == "error: runs: 'runs' cannot be written (No space left on device); allowed: a folder that can"
+                == "error: runs = 'runs': cannot be written (No space left on device); expected a writable folder"
             )
         elif "checkpoint" in name:
             assert re.search(rf"{Path(name).parent}/checkpoint-\d\.pt cannot be written \(", sentence)
-            assert sentence.endswith("; the same command goes on once there is room")
+            assert sentence.endswith("; rerun the same command to resume once there is room")
         else:
-            assert sentence.endswith(f"{name.replace('/.', '/')}; the same command goes on once there is room")
+            assert sentence.endswith(f"{name.replace('/.', '/')}; rerun the same command to resume once there is room")
         assert not list(Path("runs").rglob("*.part-*"))
         assert all(finished("runs")[path] == time for path, time in before.items()), "what was finished is kept"
         before = finished("runs")
@@ -150,7 +149,7 @@ def test_a_data_cache_that_finds_no_room_is_one_sentence_and_leaves_nothing(room
     command = ["recipes.score", "-f", tiny("easy"), "scores.networks=1"]
     status, output = rooms.run(*command, folder=place)
     assert status == 2
-    assert told(output).endswith("; allowed: a place with room, such as another one in LTH_DIET_CACHE")
+    assert told(output).endswith("; free some disk space or set LTH_DIET_CACHE to another folder")
     assert f"{cache}/digits: the cache of digits cannot be written (" in output
     assert not [path for path in Path(f"{rooms.root}{cache}").rglob("*") if path.suffix != ".lock"]
     assert not (place / "runs").exists()
@@ -189,7 +188,7 @@ def test_what_reads_works_where_nothing_can_be_written_and_what_writes_is_one_se
         ["recipes.score", "-f", "tiny.yaml", *SMALL],
     ):
         status, output = outcome(*command)
-        assert (status, output) == (2, f"error: runs: 'runs' {cannot}; allowed: a folder that can\n")
+        assert (status, output) == (2, f"error: runs = 'runs': {cannot}; expected a writable folder\n")
     for module, *arguments in (
         ["lth_diet.__main__", "export", f"runs/{run}/replicate_0", "1", "-o", "runs/ticket"],
         ["analysis.report", "--experiment", "tiny", "-o", "runs/report.html"],

@@ -1,7 +1,8 @@
-"""Two hundred levels in one process leave memory, open files and time a level as they are."""
+"""Memory, open files and time per level do not grow over many levels in one process."""
 
 import functools
 import gc
+import os
 
 import pandas as pd
 import psutil
@@ -15,7 +16,7 @@ from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.tracking import sync
 from lth_diet.training.progress import Progress
 
-LEVELS = 200
+LEVELS = 200 if "KILLS" in os.environ else 60  # 200 in `make faults`
 SETTLED = 20
 """Levels until caches and heap have their size."""
 SMALL = ["train.steps=3", "train.milestones=[2]", "pretrain.steps=1", "model.width=1", "prune.fraction=0.01"]
@@ -25,7 +26,7 @@ SMALL += [f"prune.levels={LEVELS - 1}", "intervals.checkpoint=2", "intervals.log
 # MLflow keeps what writes the artifacts of the last 1,024 runs: 34 objects each
 @pytest.mark.integration
 @pytest.mark.parametrize(("sync", "objects", "mebibytes"), [(None, 2, 5), (sync.sync_replicate, 50, 30)])
-def test_memory_open_files_and_time_a_level_stay(tiny, sync, objects, mebibytes):
+def test_memory_open_files_and_time_per_level_do_not_grow(tiny, sync, objects, mebibytes):
     run = RunDirectory(loading.load_config(tiny(), SMALL))
     run.create()
     torch.set_num_threads(run.config.threads)

@@ -15,33 +15,35 @@ from lth_diet.training.progress import Progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that tells what it is set to."""
+    """A clock that shows the time it is set to."""
     times = [100.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: times[0])
     return times
 
 
 def two_ranks(clock):
-    """Accounts of two ranks: one in the middle of level 1, one not begun."""
-    notices = {}
-    first = Progress(["replicate_0", "replicate_2"], 300, lambda notice: notices.update({0: notice}))
-    second = Progress(["replicate_1"], 200, lambda notice: notices.update({1: notice}))
+    """Statuses of two ranks: one in the middle of level 1, one that has not started."""
+    statuses = {}
+    first = Progress(["replicate_0", "replicate_2"], 300, lambda status: statuses.update({0: status}))
+    second = Progress(["replicate_1"], 200, lambda status: statuses.update({1: status}))
     first.report_accuracy("replicate_0", "level_0", 91.254, 100.0)
     first.start_phase("replicate_0", "level_1", 80.0)
     first.start_training(10, 110)
-    clock[0] += 5
+    clock[0] += 60  # the warm-up
+    first.step(20)
+    clock[0] += 4
     first.step(60)
-    return notices, first, second
+    return statuses, first, second
 
 
-def screen(notices, **console):
+def screen(statuses, **console):
     out = io.StringIO()
-    return out, Screen(lambda: notices, "run", Console(file=out, width=140, highlight=False, **console))
+    return out, Screen(lambda: statuses, "run", Console(file=out, width=140, highlight=False, **console))
 
 
-def test_plain_lines_tell_replicate_level_weights_step_pace_and_times_left(clock):
-    notices, first, _ = two_ranks(clock)
-    out, shown = screen(notices)
+def test_plain_lines_show_replicate_level_weights_step_rate_and_eta(clock):
+    statuses, first, _ = two_ranks(clock)
+    out, shown = screen(statuses)
     shown.refresh()
     shown.refresh()
     first.report_accuracy("replicate_0", "level_1", 90.0, 80.0)
@@ -54,9 +56,9 @@ def test_plain_lines_tell_replicate_level_weights_step_pace_and_times_left(clock
 
 
 def test_the_table_on_a_terminal_has_the_replicates_of_all_ranks(clock):
-    notices, _, second = two_ranks(clock)
+    statuses, _, second = two_ranks(clock)
     second.set_state("replicate_1", "failed")
-    out, shown = screen(notices, force_terminal=True, color_system=None)
+    out, shown = screen(statuses, force_terminal=True, color_system=None)
     with shown:
         pass
     lines = [re.sub("[ │┃]+", " ", line).strip() for line in out.getvalue().splitlines()]
@@ -66,35 +68,35 @@ def test_the_table_on_a_terminal_has_the_replicates_of_all_ranks(clock):
     assert "ETA of the run 0:00:25" in lines
 
 
-def test_messages_of_every_rank_are_shown_once_on_standard_error(clock, capsys):
-    notices, first, second = two_ranks(clock)
+def test_messages_of_all_ranks_are_printed_once_to_stderr(clock, capsys):
+    statuses, first, second = two_ranks(clock)
     second.log("warning: from rank 1")
     first.log("warning: from rank 1")
-    _, shown = screen(notices)
+    _, shown = screen(statuses)
     shown.refresh()
     first.log("from rank [0]")
     shown.refresh()
     assert capsys.readouterr().err == "warning: from rank 1\nfrom rank [0]\n"
 
 
-def test_a_rank_posts_at_intervals_and_at_the_end_of_a_phase(clock):
-    posts = []
-    progress = Progress(["replicate_0"], 20, posts.append)
+def test_a_rank_publishes_at_intervals_and_at_the_end_of_a_phase(clock):
+    published = []
+    progress = Progress(["replicate_0"], 20, published.append)
     progress.start_phase("replicate_0", "level_0", 100.0)
     progress.start_training(0, 20)
-    before = len(posts)
+    before = len(published)
     for step in range(1, 20):
         clock[0] += 0.1
         progress.step(step)
-    assert 2 <= len(posts) - before <= 4
+    assert 2 <= len(published) - before <= 4
     progress.step(20)
-    assert posts[-1]["rows"][0]["step"] == 20
-    assert posts[-1]["left"] == 0
+    assert published[-1]["rows"][0]["step"] == 20
+    assert published[-1]["left"] == 0
 
 
-def test_the_table_has_mean_and_standard_deviation_over_the_replicates_so_far(tiny):
+def test_the_table_of_results_has_mean_and_standard_deviation_over_finished_replicates(tiny):
     run = RunDirectory(loading.load_config(tiny(), ["replicates=3"]))
-    assert plan.table(run) == "no level is done yet"
+    assert plan.table(run) == "no level is finished yet"
     for index, accuracies in enumerate([[90.0, 80.0], [92.0]]):
         for level, accuracy in enumerate(accuracies):
             phase = run.replicate(index).level(level)
@@ -103,3 +105,63 @@ def test_the_table_has_mean_and_standard_deviation_over_the_replicates_so_far(ti
             phase.finish(MEASURED | measured)
     rows = [re.sub(" +", " ", line.strip()) for line in plan.table(run).splitlines()[1:]]
     assert rows == ["0 100.0 % 91.00 ± 1.41 % 2", "1 80.0 % 80.00 % 1"]
+
+
+def rates_of(clock, seconds_per_step, start=0):
+    """The rate after each step, of steps that take some seconds each."""
+    rates, progress = {}, Progress(["replicate_0"], 1000)
+    progress.start_phase("replicate_0", "level_0")
+    progress.start_training(start, 1000)
+    for step, seconds in enumerate(seconds_per_step, start + 1):
+        clock[0] += seconds
+        progress.step(step)
+        rates[step] = progress.rows["replicate_0"]["rate"]
+    return rates, progress
+
+
+def test_the_rate_is_unknown_during_the_warm_up_and_then_does_not_count_it(clock):
+    rates, _ = rates_of(clock, [40.0, 2.0, 2.0, 2.0, 2.0, *[0.1] * 100], start=300)
+    assert all(rates[step] is None for step in rates if step <= 305)
+    known = [rate for step, rate in rates.items() if step > 306 and rate is not None]
+    assert known and known == pytest.approx([10.0] * len(known))
+
+
+def test_the_rate_is_an_average_over_half_a_minute(clock):
+    rates, _ = rates_of(clock, [*[0.1] * 305, 3.0, *[0.1] * 20])
+    assert rates[306] == pytest.approx(10, rel=0.12), "one slow step hardly changes it"
+    rates, _ = rates_of(clock, [*[0.1] * 305, *[0.2] * 160])
+    assert rates[max(rates)] == pytest.approx(5, rel=0.01), "a lasting change is shown"
+
+
+def test_the_rate_of_the_last_phase_is_kept_during_the_warm_up_of_the_next(clock):
+    _, progress = rates_of(clock, [0.1] * 100)
+    progress.start_phase("replicate_0", "level_1")
+    assert progress.rows["replicate_0"]["rate"] is None
+    progress.start_training(100, 200)
+    clock[0] += 40
+    progress.step(101)
+    assert progress.rows["replicate_0"]["rate"] == pytest.approx(10)
+
+
+def test_a_rank_without_a_rate_counts_as_the_slowest_of_the_others(clock):
+    statuses, _, second = two_ranks(clock)
+    second.left = 400
+    second.start_phase("replicate_1", "level_0")
+    second.start_training(0, 110)
+    out, shown = screen(statuses, force_terminal=True, color_system=None)
+    with shown:
+        pass
+    assert "ETA of the run 0:00:40" in out.getvalue()
+
+
+def test_a_table_without_any_rate_has_no_eta(clock):
+    statuses = {}
+    progress = Progress(["replicate_0"], 300, lambda status: statuses.update({0: status}))
+    progress.start_phase("replicate_0", "level_0")
+    progress.start_training(0, 110)
+    clock[0] += 60
+    progress.step(1)
+    out, shown = screen(statuses, force_terminal=True, color_system=None)
+    with shown:
+        pass
+    assert "ETA of the run ?" in out.getvalue()

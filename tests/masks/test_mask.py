@@ -18,13 +18,13 @@ def mask_of(*values, shape=None):
     return Mask({"a": torch.tensor(values, dtype=torch.bool).reshape(shape or (len(values),))})
 
 
-def test_only_weights_of_conv2d_and_linear_are_prunable():
+def test_only_conv2d_and_linear_weights_are_prunable():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2), nn.Conv1d(2, 2, 1))
     assert list(prunable(network)) == ["0.weight", "2.weight"]
     assert list(prunable(nn.Linear(2, 2))) == ["weight"]
 
 
-def test_counts_follow_the_rule_over_all_levels_of_resnet_20():
+def test_each_level_of_resnet_20_prunes_exactly_20_percent_rounded_up():
     network = ResNet(20, 10)
     weights = {name: weight.detach() for name, weight in prunable(network).items()}
     mask, remaining = Mask.dense(network), 270_896
@@ -41,46 +41,48 @@ def test_counts_follow_the_rule_over_all_levels_of_resnet_20():
     st.data(),
 )
 def test_pruning_equals_a_naive_reference(values, fraction, data):
-    left = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+    remains = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
     cut = data.draw(st.integers(0, len(values)))
     weights = {"a": torch.tensor(values[:cut]), "b": torch.tensor(values[cut:])}
-    mask = Mask({"a": torch.tensor(left[:cut], dtype=torch.bool), "b": torch.tensor(left[cut:], dtype=torch.bool)})
+    mask = Mask(
+        {"a": torch.tensor(remains[:cut], dtype=torch.bool), "b": torch.tensor(remains[cut:], dtype=torch.bool)}
+    )
     pruned = prune_by_magnitude(weights, mask, fraction)
-    order = sorted((abs(v), i) for i, v in enumerate(values) if left[i])
-    goes = {i for _, i in order[: math.ceil(fractions.Fraction(str(fraction)) * len(order))]}
-    expected = [left[i] and i not in goes for i in range(len(values))]
+    order = sorted((abs(v), i) for i, v in enumerate(values) if remains[i])
+    smallest = {i for _, i in order[: math.ceil(fractions.Fraction(str(fraction)) * len(order))]}
+    expected = [remains[i] and i not in smallest for i in range(len(values))]
     assert torch.cat([pruned["a"], pruned["b"]]).tolist() == expected
 
 
-def test_what_is_pruned_stays_pruned_even_if_its_weight_is_large():
+def test_pruned_weights_stay_pruned_even_if_they_are_large():
     pruned = prune_by_magnitude({"a": torch.tensor([9.0, 1.0, 2.0])}, mask_of(False, True, True), 0.5)
     assert pruned == mask_of(False, False, True)
 
 
-def test_ties_go_by_position():
+def test_ties_are_broken_by_position():
     assert prune_by_magnitude({"a": torch.tensor([1.0, -1.0, 1.0, 1.0])}, mask_of(1, 1, 1, 1), 0.5) == mask_of(
         0, 0, 1, 1
     )
 
 
-def test_the_fraction_is_read_as_the_decimal_it_is_written_as():
+def test_fraction_is_taken_as_a_decimal_number():
     # 0.07 * 100 is 7.000000000000001 in binary floating point
     pruned = prune_by_magnitude({"a": torch.arange(100.0)}, mask_of(*[1] * 100), 0.07)
     assert pruned.remaining == 93
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.2])
-def test_a_fraction_out_of_range_is_refused(fraction):
+def test_fraction_out_of_range_raises(fraction):
     with pytest.raises(ValueError, match="between 0 and 1"):
         prune_by_magnitude({"a": torch.ones(1)}, mask_of(1), fraction)
 
 
-def test_a_weight_that_is_not_a_number_is_refused():
-    with pytest.raises(ValueError, match="NaN"):
+def test_nan_weight_raises():
+    with pytest.raises(ValueError, match="a remaining weight is NaN"):
         prune_by_magnitude({"a": torch.tensor([1.0, float("nan")])}, mask_of(1, 1), 0.5)
 
 
-def test_density_and_table_tell_what_is_left():
+def test_density_and_table_count_remaining_weights():
     mask = Mask({"a": torch.tensor([[True, False], [True, True]]), "b": torch.zeros(4, dtype=torch.bool)})
     assert (mask.remaining, mask.total, mask.density) == (3, 8, 3 / 8)
     assert mask.table().to_dict("records") == [
@@ -89,8 +91,12 @@ def test_density_and_table_tell_what_is_left():
     ]
 
 
+def test_repr_has_the_numbers_of_tensors_and_weights():
+    assert repr(Mask.dense(ResNet(20, 10))) == "Mask(22 tensors, 270,896 of 270,896 weights remain)"
+
+
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=4))
-def test_a_saved_mask_is_loaded_as_it_was(tmp_path_factory, values):
+def test_saved_mask_is_loaded_unchanged(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("mask") / "mask.safetensors"
     mask = Mask({f"z{9 - i}": torch.tensor(v) for i, v in enumerate(values)})
     mask.save(path, {"level": "3"})
@@ -98,12 +104,12 @@ def test_a_saved_mask_is_loaded_as_it_was(tmp_path_factory, values):
     assert list(Mask.load(path)) == list(mask)
 
 
-def test_equal_masks_are_equal_files():
+def test_equal_masks_give_equal_files():
     mask = Mask.dense(ResNet(8, 10, width=2))
     assert len({mask.to_bytes({"level": "3", "a": "b"}) for _ in range(50)}) == 1
 
 
-def test_masks_differ_by_value_name_and_order():
+def test_masks_with_other_values_names_or_order_are_not_equal():
     a, b = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
     assert Mask({"a": a}) == Mask({"a": a.clone()})
     assert Mask({"a": a}) != Mask({"a": b})
@@ -112,7 +118,7 @@ def test_masks_differ_by_value_name_and_order():
 
 
 @pytest.mark.parametrize("content", [b"", b"not a mask", None])
-def test_a_file_that_is_no_mask_is_refused_by_name(place, content):
+def test_file_that_is_not_a_mask_raises_with_its_path(place, content):
     path = place / "mask.safetensors"
     if content is None:
         from safetensors.torch import save_file
@@ -124,24 +130,24 @@ def test_a_file_that_is_no_mask_is_refused_by_name(place, content):
         Mask.load(path)
 
 
-def test_a_mask_of_another_network_is_refused_with_the_tensor_named():
+def test_mask_of_another_network_raises_with_the_name_of_the_tensor():
     network = ResNet(8, 10, width=4)
     Mask.dense(network).validate(network)
     with pytest.raises(ValueError, match=r"fc\.weight.*shape"):
         Mask.dense(ResNet(8, 11, width=4)).validate(network)
-    with pytest.raises(ValueError, match=r"has extra\.weight, which is no prunable weight"):
+    with pytest.raises(ValueError, match=r"has extra\.weight, which is not a prunable weight"):
         Mask({**Mask.dense(network), "extra.weight": torch.ones(1, dtype=torch.bool)}).validate(network)
     fewer = {name: tensor for name, tensor in Mask.dense(network).items() if name != "fc.weight"}
-    with pytest.raises(ValueError, match=r"fc\.weight, which the mask lacks"):
+    with pytest.raises(ValueError, match=r"fc\.weight, which is missing from the mask"):
         Mask(fewer).validate(network)
 
 
-def test_a_mask_that_is_not_boolean_is_refused():
-    with pytest.raises(ValueError, match="a is torch.float32"):
+def test_mask_that_is_not_boolean_raises():
+    with pytest.raises(ValueError, match="a has dtype torch.float32"):
         Mask({"a": torch.ones(2)})
 
 
-def test_a_mask_is_the_same_whatever_the_memory_order_of_the_weights():
+def test_pruning_does_not_depend_on_the_memory_format_of_the_weights():
     weight = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 3, 3, 3)))
     dense = Mask({"a": torch.ones(weight.shape, dtype=torch.bool)})
     last = weight.contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ from lth_diet.networks.resnet import ResNet
     ("depth", "classes", "parameters", "weights", "tensors"),
     [(20, 10, 272_474, 270_896, 22), (32, 100, 472_756, 470_192, 34), (56, 10, 855_770, 851_504, 58)],
 )
-def test_parameter_and_prunable_counts_are_those_of_the_paper(depth, classes, parameters, weights, tensors):
+def test_numbers_of_parameters_and_prunable_weights_match_the_paper(depth, classes, parameters, weights, tensors):
     network = ResNet(depth, classes)
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert len(prunable(network)) == tensors
@@ -19,22 +19,22 @@ def test_parameter_and_prunable_counts_are_those_of_the_paper(depth, classes, pa
 
 
 @pytest.mark.parametrize(("size", "channels"), [(8, 1), (32, 3), (28, 1)])
-def test_any_image_size_and_channel_count_will_do(size, channels):
+def test_network_accepts_any_image_size_and_number_of_channels(size, channels):
     network = ResNet(8, classes=7, width=4, channels=channels)
     assert network(torch.zeros(2, channels, size, size)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("depth", [2, 9, 21])
-def test_a_depth_that_is_not_6n_plus_2_is_refused(depth):
+def test_depth_that_is_not_6n_plus_2_raises(depth):
     with pytest.raises(ValueError, match="6n \\+ 2"):
         ResNet(depth, 10)
 
 
-def test_the_width_factor_scales_every_stage():
+def test_width_scales_the_last_stage():
     assert ResNet(20, 10, width=4).fc.in_features == 16
 
 
-def test_initialisation_has_the_distributions_of_the_paper():
+def test_initialization_has_the_distributions_of_the_paper():
     network = ResNet(56, 100, width=32)
     initialize(network, seed=1)
     for module in network.modules():
@@ -48,17 +48,17 @@ def test_initialisation_has_the_distributions_of_the_paper():
     assert 0 < float(network.fc.bias.abs().max()) <= network.fc.in_features**-0.5
 
 
-def test_initialisation_is_a_function_of_the_seed_and_not_of_global_state():
+def test_initialization_depends_on_the_seed_and_not_on_global_state():
     networks = []
-    for seed, noise in ((1, 0), (1, 1), (2, 0)):
-        torch.manual_seed(noise)
+    for seed, global_seed in ((1, 0), (1, 1), (2, 0)):
+        torch.manual_seed(global_seed)
         networks.append(build_classifier(8, 10, width=4, seed=seed).module.state_dict())
     same = [torch.equal(networks[0][name], networks[1][name]) for name in networks[0]]
     assert all(same)
     assert not torch.equal(networks[0]["conv1.weight"], networks[2]["conv1.weight"])
 
 
-def test_the_classifier_has_no_training_metrics_and_is_channels_last():
+def test_classifier_has_no_training_metrics_and_is_channels_last():
     model = build_classifier(8, 10, width=4)
     assert model.get_metrics(is_train=True) == {}
     assert model.module.stages[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)

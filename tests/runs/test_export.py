@@ -24,7 +24,7 @@ def replicate(tiny):
     return run.replicate(0)
 
 
-def test_a_ticket_is_loaded_in_plain_pytorch(replicate, place, capsys):
+def test_a_ticket_loads_in_plain_pytorch(replicate, place, capsys):
     assert main(["export", str(replicate.path), "1", "-o", "ticket"]) == 0
     assert "ResNet-8 width 2 on digits, arm random, level 1, 80.0 % of weights" in capsys.readouterr().out
     card = json.loads((place / "ticket/card.json").read_text())
@@ -32,15 +32,17 @@ def test_a_ticket_is_loaded_in_plain_pytorch(replicate, place, capsys):
     network.load_state_dict(load_file("ticket/rewind_point.safetensors"))
     mask = load_file("ticket/mask.safetensors")
     trained = load_file("ticket/weights.safetensors")
-    assert all(torch.equal(trained[name] != 0, left & (trained[name] != 0)) for name, left in mask.items())
-    assert sum(int(left.sum()) for left in mask.values()) == sum(layer["remaining"] for layer in card["layers"])
+    assert all(torch.equal(trained[name] != 0, remaining & (trained[name] != 0)) for name, remaining in mask.items())
+    assert sum(int(remaining.sum()) for remaining in mask.values()) == sum(
+        layer["remaining"] for layer in card["layers"]
+    )
     assert (card["arm"], card["subset_size"], card["level"], card["replicate"]) == ("random", 128, 1, 0)
     assert card["test_accuracy_percent"] == replicate.level(1).result()["test_accuracy_percent"]
     for name, digest in card["sha256"].items():
         assert hashlib.sha256((place / "ticket" / name).read_bytes()).hexdigest() == digest
 
 
-def test_the_table_of_a_level_is_shown(replicate):
+def test_show_prints_the_layers_of_a_level(replicate):
     done = subprocess.run(
         [sys.executable, "-m", "lth_diet", "show", str(replicate.path), "1"], capture_output=True, text=True
     )
@@ -52,13 +54,13 @@ def test_the_table_of_a_level_is_shown(replicate):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{replicate}", "7"], "level 7 is not done; allowed: 0, 1"),
-        (["{replicate}/..", "1"], "not a replicate's directory"),
-        (["nowhere", "1"], "not a replicate's directory"),
-        (["{replicate}", "1", "-o", "."], "exists already"),
+        (["{replicate}", "7"], "level 7 is not finished; finished levels: 0, 1"),
+        (["{replicate}/..", "1"], "not a replicate directory"),
+        (["nowhere", "1"], "not a replicate directory"),
+        (["{replicate}", "1", "-o", "."], "already exists"),
     ],
 )
-def test_bad_input_is_one_sentence(replicate, capsys, arguments, sentence):
+def test_bad_input_is_reported_in_one_sentence(replicate, capsys, arguments, sentence):
     arguments = [argument.format(replicate=replicate.path) for argument in arguments]
     output = [] if "-o" in arguments else ["-o", "ticket"]
     assert main(["export", *arguments, *output]) == 2

@@ -1,4 +1,4 @@
-"""The store is fsspec's in memory; test_s3.py has a real one, and processes that are killed."""
+"""RunStore, ObjectStore and StoreLease on an in-memory store; test_s3.py has a real server and killed processes."""
 
 import copy
 import os
@@ -27,7 +27,7 @@ SMALL = ["prune.levels=1", "replicates=1"]
 
 @pytest.fixture
 def memory():
-    """The store's objects, by path."""
+    """Objects of the store, by path."""
     filesystem = fsspec.filesystem("memory")
     filesystem.store.clear()
     filesystem.pseudo_dirs[:] = [""]
@@ -36,7 +36,7 @@ def memory():
 
 @pytest.fixture
 def node(place, monkeypatch, memory):
-    """Makes this process one of another node, whose cache is its own; gives the folder `unit` of the runs there."""
+    """Moves this process to another node with its own cache; returns the folder `unit` of the runs there."""
     monkeypatch.setattr(file_locks, "LEASE_SECONDS", 0.6)
 
     def become(name):
@@ -64,14 +64,14 @@ def objects(memory, folder="unit"):
     return {name: content.decode() for name, content in found.items() if not name.startswith(".")}
 
 
-def test_what_a_node_leaves_is_what_the_next_one_begins_with(node):
+def test_a_node_starts_from_what_the_previous_one_uploaded(node):
     with node("one").lock(0) as _, pytest.raises(AttributeError):
-        raise AttributeError  # a failure lets go
+        raise AttributeError  # an exception releases the lock
     first = node("one")
     with first.lock(0):
         write(first.path, **{"a.txt": "1", "b/c.txt": "2"})
         first.upload()
-        write(first.path, **{"a.txt": "not pushed"})
+        write(first.path, **{"a.txt": "not uploaded"})
     second = node("two")
     assert second.path != first.path
     with second.lock(0):
@@ -80,19 +80,27 @@ def test_what_a_node_leaves_is_what_the_next_one_begins_with(node):
         write(second.path, **{"b/c.txt": "3"})
         second.upload()
     with node("one").lock(0):
-        assert files(first.path) == {"b/c.txt": "3"}, "the store is what counts"
+        assert files(first.path) == {"b/c.txt": "3"}, "the store is the source of truth"
 
 
-def test_only_what_changed_is_sent_and_fetched(node, monkeypatch):
-    moved = []
+def test_repr_shows_url_mirror_and_lock(node, place):
+    store = node("one")
+    assert repr(store) == f"RunStore({URL}/unit, mirror in {store.path})"
+    with store.lock(0):
+        assert repr(store) == f"RunStore({URL}/unit, mirror in {store.path}, locked)"
+    assert repr(run_store.open_run_store("runs") / "unit") == "RunStore(runs/unit)"
+
+
+def test_only_changed_files_are_uploaded_and_downloaded(node, monkeypatch):
+    transfers = []
     for method in ("upload", "download"):
         original = getattr(object_store.ObjectStore, method)
 
-        def noted(self, *args, method=method, original=original):
-            moved.append((method, next(arg for arg in args if isinstance(arg, str))))
+        def recorded(self, *args, method=method, original=original):
+            transfers.append((method, next(arg for arg in args if isinstance(arg, str))))
             original(self, *args)
 
-        monkeypatch.setattr(object_store.ObjectStore, method, noted)
+        monkeypatch.setattr(object_store.ObjectStore, method, recorded)
     one, two = node("one"), node("two")
     with one.lock(0):
         write(one.path, a="1", b="2")
@@ -102,11 +110,11 @@ def test_only_what_changed_is_sent_and_fetched(node, monkeypatch):
         write(one.path, b="22")
         one.upload()
     two.pull()
-    assert [name for method, name in moved if method == "upload"] == ["unit/a", "unit/b", "unit/b"]
-    assert [name for method, name in moved if method == "download"] == ["unit/a", "unit/b", "unit/b"]
+    assert [name for method, name in transfers if method == "upload"] == ["unit/a", "unit/b", "unit/b"]
+    assert [name for method, name in transfers if method == "download"] == ["unit/a", "unit/b", "unit/b"]
 
 
-def test_a_file_that_names_others_is_sent_after_them_and_removed_before_them(node, monkeypatch):
+def test_manifests_are_uploaded_after_the_files_they_refer_to(node, monkeypatch):
     one = node("one")
     calls = []
     for name in ("upload", "delete"):
@@ -126,96 +134,96 @@ def test_a_file_that_names_others_is_sent_after_them_and_removed_before_them(nod
     assert [call for call in last if call[0] == "upload"][-1] == ("upload", "unit/level_0/result.json")
 
 
-def test_folders_that_are_held_by_themselves_and_hidden_files_are_left_alone(node, memory):
+def test_hidden_files_and_separately_locked_folders_are_not_uploaded(node, memory):
     one = node("one")
     with one.lock(0):
         write(one.path, **{"config.json": "{}", "replicate_0/x": "mine", ".part": "", "network_3/x": "mine"})
         one.upload()
     assert objects(memory) == {"config.json": "{}"}
     with (one / "replicate_0").lock(0) as _:
-        assert files(one.path / "replicate_0") == {}, "there is nothing of it on the store"
+        assert files(one.path / "replicate_0") == {}, "it was never uploaded"
 
 
-def test_an_object_whose_name_leads_elsewhere_is_not_fetched(node, monkeypatch):
+def test_an_object_whose_name_leaves_its_folder_is_not_downloaded(node, monkeypatch):
     one = node("one")
     names = ["../x", ".hidden", "a/../../x", "/x", "fine"]
     monkeypatch.setattr(object_store.ObjectStore, "list", lambda self, folder: dict.fromkeys(names, "1"))
-    fetched = []
-    monkeypatch.setattr(object_store.ObjectStore, "download", lambda self, name, path: fetched.append(name))
+    downloaded = []
+    monkeypatch.setattr(object_store.ObjectStore, "download", lambda self, name, path: downloaded.append(name))
     one.pull()
-    assert fetched == ["unit/fine"]
-    fetched.clear()
+    assert downloaded == ["unit/fine"]
+    downloaded.clear()
     object_store.pull(URL, one.path)
-    assert fetched == ["fine"]
+    assert downloaded == ["fine"]
 
 
-def test_the_holder_on_another_node_is_named_and_waited_for(node):
+def test_the_error_names_the_holder_on_another_node(node):
     with node("one").lock(0):
         for timeout in (0, 0.1):
-            other, named = node("two"), rf"{URL}/unit is .* another process \(process \d+ on .+\)"
-            with pytest.raises(LockedError, match=named), other.lock(timeout):
+            other, sentence = node("two"), rf"{URL}/unit is .* another process \(process \d+ on .+\)"
+            with pytest.raises(LockedError, match=sentence), other.lock(timeout):
                 pass
     with node("two").lock(0):
         pass
 
 
 @pytest.fixture
-def ended(monkeypatch):
-    """Folders whose hold was lost, where the process would have ended."""
-    told = []
+def exits(monkeypatch):
+    """Folders whose lock was lost, for each of which the process would have exited."""
+    folders = []
 
-    def end(folder, reason):
-        told.append(folder)
+    def exit_without_lock(folder, reason):
+        folders.append(folder)
         raise SystemExit
 
-    monkeypatch.setattr(file_locks, "exit_without_lock", end)
-    return told
+    monkeypatch.setattr(file_locks, "exit_without_lock", exit_without_lock)
+    return folders
 
 
-def dead(place, monkeypatch):
-    """Holds a folder as a process does that was stopped or killed."""
-    hold = place.lock(0)
+def lock_without_renewal(folder, monkeypatch):
+    """Lock a folder like a process that was suspended or killed; returns the lock."""
+    lock = folder.lock(0)
     with monkeypatch.context() as patch:
         patch.setattr(store_lease.StoreLease, "_renew", lambda self: None)
-        hold.__enter__()
-    return hold
+        lock.__enter__()
+    return lock
 
 
-def test_a_dead_holder_is_succeeded_and_if_it_was_only_stopped_it_ends(node, monkeypatch, ended, memory):
+def test_a_lock_without_renewal_is_taken_over_and_its_suspended_holder_exits(node, monkeypatch, exits, memory):
     one, two = node("one"), node("two")
-    hold = dead(one, monkeypatch)
+    lock = lock_without_renewal(one, monkeypatch)
     with two.lock(0.1):
         write(two.path, a="two")
         two.upload()
         write(one.path, a="one")
         with pytest.raises(SystemExit):
             one.upload()
-        assert ended == [str(one)]
+        assert exits == [str(one)]
         assert objects(memory) == {"a": "two"}
-        hold.__exit__(None, None, None)
+        lock.__exit__(None, None, None)
         two.upload()
     with node("three").lock(0):
         pass
 
 
-def test_a_dead_holder_of_the_same_node_is_succeeded_at_once(node, monkeypatch, memory):
-    hold = dead(node("one"), monkeypatch)
+def test_the_lock_of_a_dead_process_on_the_same_node_is_taken_over_at_once(node, monkeypatch, memory):
+    lock = lock_without_renewal(node("one"), monkeypatch)
     stale = copy.copy(memory)
-    hold.__exit__(None, None, None)
+    lock.__exit__(None, None, None)
     memory.update(stale)
     with node("one").lock(0):
         pass
 
 
-def test_of_those_who_succeed_a_dead_holder_at_a_time_one_does(node, monkeypatch):
-    hold = dead(node("dead"), monkeypatch)
-    inside, most, begin = [], [], threading.Barrier(6)
+def test_only_one_of_several_nodes_takes_over_a_lock(node, monkeypatch):
+    lock = lock_without_renewal(node("dead"), monkeypatch)
+    inside, counts, begin = [], [], threading.Barrier(6)
 
-    def contend(place):
+    def contend(folder):
         begin.wait()
-        with place.lock(-1):
+        with folder.lock(-1):
             inside.append(1)
-            most.append(len(inside))
+            counts.append(len(inside))
             inside.pop()
 
     threads = [threading.Thread(target=contend, args=(node(f"node{n}"),)) for n in range(6)]
@@ -223,29 +231,29 @@ def test_of_those_who_succeed_a_dead_holder_at_a_time_one_does(node, monkeypatch
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert most == [1] * 6
-    hold.__exit__(None, None, None)
+    assert counts == [1] * 6
+    lock.__exit__(None, None, None)
 
 
-def test_a_holder_that_cannot_renew_ends_when_others_may_take_over(node, monkeypatch, ended):
+def test_a_holder_that_cannot_renew_its_lease_exits_before_it_expires(node, monkeypatch, exits):
     one = node("one")
     failed = threading.Event()
 
     def unreachable(self, folder):
         failed.set()
-        raise OSError(5, "it cannot be reached", "memory://")
+        raise OSError(5, "the object store cannot be reached", "memory://")
 
     with one.lock(0), monkeypatch.context() as patch:
         patch.setattr(object_store.ObjectStore, "list", unreachable)
         patch.setattr(threading, "excepthook", lambda args: None)
         assert failed.wait(10)
         for _ in range(100):
-            if not ended:
+            if not exits:
                 threading.Event().wait(0.05)
-    assert ended == [str(one)]
+    assert exits == [str(one)]
 
 
-def test_an_outage_is_waited_out_once_the_store_was_reached(node, monkeypatch, memory):
+def test_calls_are_retried_once_the_store_has_been_reached(node, monkeypatch, memory):
     one = node("one")
     times = iter(range(3))
     original = type(fsspec.filesystem("memory")).put_file
@@ -263,35 +271,35 @@ def test_an_outage_is_waited_out_once_the_store_was_reached(node, monkeypatch, m
     assert objects(memory) == {"a": "1"}
 
 
-def test_a_store_that_creates_over_what_is_there_is_refused(node, monkeypatch):
+def test_a_store_without_conditional_writes_is_rejected(node, monkeypatch):
     node("one").check()
     monkeypatch.setattr(object_store.ObjectStore, "create", lambda self, name, content: True)
-    with pytest.raises(UserError, match="creates an object over another"):
+    with pytest.raises(UserError, match="this store overwrites existing objects"):
         node("one").check()
 
 
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("nope://bucket/x", "runs: 'nope://bucket/x' cannot be used (Protocol not known: nope); allowed: a folder"),
-        ("s3://key:secret@bucket/x", "runs: a URL with an @ is not allowed; credentials come from the environment"),
+        ("nope://bucket/x", "runs = 'nope://bucket/x': cannot be used (Protocol not known: nope); expected a folder"),
+        ("s3://key:secret@bucket/x", "runs: a URL must not contain @; set credentials in the environment"),
     ],
 )
-def test_a_url_that_cannot_be_used_is_one_sentence_without_secrets(node, url, sentence):
-    with pytest.raises(UserError) as told:
+def test_an_unusable_url_is_reported_without_secrets(node, url, sentence):
+    with pytest.raises(UserError) as raised:
         run_store.open_run_store(url)
-    assert str(told.value).startswith(sentence) and "secret" not in str(told.value)
+    assert str(raised.value).startswith(sentence) and "secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (PermissionError("AKIA123 is forbidden"), "access is denied; credentials come from the environment"),
-        (FileNotFoundError("x"), "there is no such bucket"),
-        (RuntimeError("AKIA123"), r"it cannot be reached \(RuntimeError\)"),
+        (PermissionError("AKIA123 is forbidden"), "access denied; set credentials in the environment"),
+        (FileNotFoundError("x"), "no such bucket"),
+        (RuntimeError("AKIA123"), r"the object store cannot be reached \(RuntimeError\)"),
     ],
 )
-def test_a_store_that_fails_is_told_without_its_words(node, monkeypatch, error, sentence):
+def test_an_error_of_the_store_is_reported_without_its_message(node, monkeypatch, error, sentence):
     def fail(*args, **kwargs):
         raise error
 
@@ -299,16 +307,16 @@ def test_a_store_that_fails_is_told_without_its_words(node, monkeypatch, error, 
     monkeypatch.setattr(file_locks, "LEASE_SECONDS", 0)
     for name in ("find", "pipe_file"):
         monkeypatch.setattr(type(fsspec.filesystem("memory")), name, fail)
-    with pytest.raises(OSError, match=sentence) as told:
+    with pytest.raises(OSError, match=sentence) as raised:
         one.refresh_index()
-    assert "AKIA" not in str(told.value)
-    with pytest.raises(UserError, match=f"runs: '{URL}' cannot be written .{sentence}") as told:
+    assert "AKIA" not in str(raised.value)
+    with pytest.raises(UserError, match=f"runs = '{URL}': cannot be written .{sentence}") as raised:
         one.check()
-    assert "AKIA" not in str(told.value)
+    assert "AKIA" not in str(raised.value)
 
 
 def train(path, *overrides, runs=URL):
-    """What a launch does, in this process."""
+    """Train a run in this process, as a launch does."""
     loaded = loading.load_config(path, [*SMALL, f"runs={runs}", *overrides])
     run, progress = RunDirectory(loaded), Progress(["replicate_0", "network_0", "network_1"], 0)
     run.create()
@@ -321,54 +329,56 @@ def train(path, *overrides, runs=URL):
     return run.path.parent
 
 
-def states(memory, monkeypatch, work):
-    """What is on the store after each thing that happens to it, but renewals."""
-    found = []
+def record_snapshots(memory, monkeypatch, work):
+    """Contents of the store after each of its changes, except renewals."""
+    snapshots = []
     for name in ("upload", "delete", "create"):
         original = getattr(object_store.ObjectStore, name)
 
-        def noted(self, *args, original=original):
+        def recorded(self, *args, original=original):
             result = original(self, *args)
-            found.append({path: bytes(file.getvalue()) for path, file in [*memory.items()]})
+            snapshots.append({path: bytes(file.getvalue()) for path, file in [*memory.items()]})
             return result
 
-        monkeypatch.setattr(object_store.ObjectStore, name, noted)
+        monkeypatch.setattr(object_store.ObjectStore, name, recorded)
     with monkeypatch.context() as patch:
         patch.setattr(file_locks, "LEASE_SECONDS", 60)
         work()
-    return found
+    return snapshots
 
 
-def chosen(left):
-    """Every ninth state, and those in which a phase has just been done; all of them in `make faults`."""
-    done = [{name for name in state if name.endswith("result.json")} for state in left]
-    new = {number for number in range(1, len(left)) if done[number] - done[number - 1]}
+def select(snapshots):
+    """Indices of every ninth snapshot and of those right after a phase was done; of all of them in `make faults`."""
+    done = [{name for name in snapshot if name.endswith("result.json")} for snapshot in snapshots]
+    new = {number for number in range(1, len(snapshots)) if done[number] - done[number - 1]}
     assert len(new) == 5, "two networks, pre-training, two levels"
-    return [number for number in range(len(left)) if "KILLS" in os.environ or number % 9 == 0 or number in new]
+    return [number for number in range(len(snapshots)) if "KILLS" in os.environ or number % 9 == 0 or number in new]
 
 
-def test_a_run_killed_between_any_two_uploads_ends_elsewhere_with_the_same_bits(node, memory, monkeypatch, tiny, place):
+def test_a_run_killed_between_any_two_uploads_resumes_on_another_node_bit_identically(
+    node, memory, monkeypatch, tiny, place
+):
     path = tiny("easy")
     expected = bits(train(path, runs=place / "local"))
     node("first")
     with monkeypatch.context() as patch:
-        left = states(memory, patch, lambda: train(path))
-    assert len(left) > 20
+        snapshots = record_snapshots(memory, patch, lambda: train(path))
+    assert len(snapshots) > 20
     monkeypatch.setattr(file_locks, "LEASE_SECONDS", 0.3)
-    for number in chosen(left):
+    for number in select(snapshots):
         memory.clear()
         filesystem = fsspec.filesystem("memory")
-        for name, content in left[number].items():
+        for name, content in snapshots[number].items():
             filesystem.pipe_file(name, content)
         node(f"node{number}")
         monkeypatch.setattr(file_locks, "LEASE_SECONDS", 0.3)
         train(path)
         object_store.pull(URL, Path(f"pulled{number}"))
-        assert bits(f"pulled{number}") == expected, f"after {number} of {len(left)}"
+        assert bits(f"pulled{number}") == expected, f"after {number} of {len(snapshots)}"
         assert not [name for name in memory if "checkpoint" in name]
 
 
-def test_what_others_have_done_is_seen_without_their_weights(node, tiny, memory):
+def test_progress_on_other_nodes_is_seen_without_their_weights(node, tiny, memory):
     path = tiny("init")
     node("first")
     done = train(path)
@@ -383,7 +393,7 @@ def test_what_others_have_done_is_seen_without_their_weights(node, tiny, memory)
     assert not replicate.level(0).done
 
 
-def test_a_failure_is_seen_elsewhere_until_the_next_attempt(node, tiny):
+def test_a_failure_is_seen_on_other_nodes_until_the_next_attempt(node, tiny):
     path = tiny("init")
     node("first")
     run = RunDirectory(loading.load_config(path, [*SMALL, f"runs={URL}"]))
@@ -398,24 +408,24 @@ def test_a_failure_is_seen_elsewhere_until_the_next_attempt(node, tiny):
     assert not RunDirectory(loading.load_config(path, [*SMALL, f"runs={URL}"])).replicate(0).failed
 
 
-def test_the_configuration_of_another_run_in_the_same_place_is_refused_on_every_node(node, tiny, memory):
+def test_a_different_configuration_in_the_same_directory_is_rejected_on_every_node(node, tiny, memory):
     path = tiny("init")
     node("first")
     run = RunDirectory(loading.load_config(path, [*SMALL, f"runs={URL}"]))
     run.create()
-    about = file_locks.read_json(run.path / "config.json")
-    about["identity"]["train.lr"] = 0.7
-    file_locks.write_json(run.path / "config.json", about)
+    content = file_locks.read_json(run.path / "config.json")
+    content["identity"]["train.lr"] = 0.7
+    file_locks.write_json(run.path / "config.json", content)
     with run.store.lock(0) as _:
         pass
-    file_locks.write_json(run.path / "config.json", about)
+    file_locks.write_json(run.path / "config.json", content)
     run.store.upload_file("config.json")
     node("second")
-    with pytest.raises(UserError, match=r"was made by another configuration: train\.lr: 0\.7 there"):
+    with pytest.raises(UserError, match=r"was created with a different configuration: train\.lr is 0\.7 there"):
         RunDirectory(loading.load_config(path, [*SMALL, f"runs={URL}"]))
 
 
-def test_scores_that_were_not_drawn_are_drawn_by_another_node(node, tiny, memory):
+def test_missing_pictures_of_scores_are_drawn_by_another_node(node, tiny, memory):
     loaded = loading.load_config(tiny("easy"), [*SMALL, f"runs={URL}"])
     for name in ("first", "second"):
         node(name)

@@ -1,4 +1,4 @@
-"""Runs on a real S3 server, by processes that are killed, with caches of their own as nodes have."""
+"""Runs on a real S3 server, with killed processes and a separate cache for each simulated node."""
 
 import os
 import re
@@ -24,8 +24,8 @@ LONGER = ["prune.levels=1", "replicates=1", "train.steps=200", "intervals.checkp
 
 @pytest.fixture
 def node(place, monkeypatch, empty_store):
-    """Lets the processes that are started be those of another node: its own cache and MLflow store, short leases."""
-    (place / "sitecustomize.py").write_text("from lth_diet import phases\nphases.LEASE_SECONDS = 3.0\n")
+    """Moves new processes to another node with its own cache and MLflow store; leases are short."""
+    (place / "sitecustomize.py").write_text("from lth_diet import files\nfiles.LEASE_SECONDS = 3.0\n")
     monkeypatch.setenv("PYTHONPATH", f"{place}:{ROOT}")
     monkeypatch.setattr(files, "LEASE_SECONDS", 3.0)
 
@@ -39,7 +39,7 @@ def node(place, monkeypatch, empty_store):
 
 @pytest.fixture
 def begin():
-    """Starts a recipe, which is killed if the test has not ended it."""
+    """Starts a recipe, and kills it at the end of the test if it still runs."""
     started = []
 
     def begin(*arguments):
@@ -52,9 +52,9 @@ def begin():
         process.communicate()
 
 
-def wait_for(found, process, seconds=120):
+def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
-    while not found():
+    while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -66,7 +66,7 @@ def pulled(url, folder="pulled"):
     return bits(folder)
 
 
-def there(url, pattern):
+def matching_objects(url, pattern):
     store = run_store.open_run_store(url)._store
     return [name for name in store.list("") if re.search(pattern, name)]
 
@@ -77,11 +77,11 @@ def local(path, *overrides):
     return bits("local")
 
 
-def killed_on_one_node_and_run_on_another(s3, node, begin, name, command):
-    """Kills a command once the store has an object of that name; what the same command says on another node."""
+def kill_and_rerun_on_another_node(s3, node, begin, name, command):
+    """Kills a command once the store has an object of that name; returns the output of its rerun on another node."""
     node("one")
     process = begin(*command, f"runs={s3}")
-    wait_for(lambda: there(s3, name), process)
+    wait_for(lambda: matching_objects(s3, name), process)
     process.kill()
     process.communicate()
     node("two")
@@ -90,33 +90,33 @@ def killed_on_one_node_and_run_on_another(s3, node, begin, name, command):
     return out + err
 
 
-def test_a_run_killed_in_a_level_and_continued_by_another_node_ends_with_the_bits_of_a_local_run(s3, node, begin, tiny):
+def test_a_run_killed_in_a_level_and_resumed_on_another_node_is_bit_identical_to_a_local_run(s3, node, begin, tiny):
     command = [tiny("random"), *LONGER]
     expected = local(*command)
-    output = killed_on_one_node_and_run_on_another(s3, node, begin, "level_1/checkpoint.json", command)
+    output = kill_and_rerun_on_another_node(s3, node, begin, "level_1/checkpoint.json", command)
     assert pulled(s3) == expected
-    assert not there(s3, "checkpoint")
+    assert not matching_objects(s3, "checkpoint")
     assert all(secret not in output for secret in KEYS.values())
 
 
-def test_of_two_nodes_that_train_the_same_replicate_one_says_who_holds_it(s3, node, begin, tiny):
+def test_the_second_of_two_nodes_with_the_same_replicate_names_the_first(s3, node, begin, tiny):
     path = tiny("random")
     longer = [*LONGER, "train.steps=6000"]
     node("one")
     process = begin(path, *longer, f"runs={s3}")
-    wait_for(lambda: there(s3, "checkpoint.json"), process)
+    wait_for(lambda: matching_objects(s3, "checkpoint.json"), process)
     node("two")
     code, out, err = run(path, *longer, f"runs={s3}")
     assert code == 1
     assert re.search(rf"{s3}/.*/replicate_0 is being trained by another process \(process {process.pid} on ", out + err)
 
 
-def test_a_process_that_was_stopped_until_another_node_took_over_ends_and_harms_nothing(s3, node, begin, tiny):
+def test_a_suspended_process_exits_after_another_node_took_over_and_leaves_the_results_intact(s3, node, begin, tiny):
     path = tiny("random")
     expected = local(path, *LONGER)
     node("one")
     process = begin(path, *LONGER, f"runs={s3}")
-    wait_for(lambda: there(s3, "level_0/checkpoint.json"), process)
+    wait_for(lambda: matching_objects(s3, "level_0/checkpoint.json"), process)
     process.send_signal(signal.SIGSTOP)
     node("two")
     code, out, err = run(path, *LONGER, f"runs={s3}")
@@ -127,7 +127,7 @@ def test_a_process_that_was_stopped_until_another_node_took_over_ends_and_harms_
     assert pulled(s3) == expected
 
 
-def test_scores_are_made_by_two_nodes_together_and_used_by_both(s3, node, begin, tiny):
+def test_two_nodes_compute_scores_together_and_both_use_them(s3, node, begin, tiny):
     path = tiny("easy")
     settings = ["prune.levels=1", "scores.networks=4", "scores.steps=60"]
     expected = local(path, *settings, "replicates=2")
@@ -141,24 +141,28 @@ def test_scores_are_made_by_two_nodes_together_and_used_by_both(s3, node, begin,
     assert pulled(s3) == expected
 
 
-def test_scores_of_a_process_that_was_killed_are_finished_elsewhere(s3, node, begin, tiny):
+def test_scores_of_a_killed_process_are_finished_on_another_node(s3, node, begin, tiny):
     settings = ["prune.levels=0", "scores.networks=2", "scores.steps=300", "intervals.checkpoint=20"]
     command = [tiny("easy"), *settings]
     expected = local(*command)
-    killed_on_one_node_and_run_on_another(s3, node, begin, "network_1/checkpoint.json", command)
+    kill_and_rerun_on_another_node(s3, node, begin, "network_1/checkpoint.json", command)
     assert pulled(s3) == expected
 
 
 @pytest.mark.parametrize(
     ("environment", "url", "sentence"),
     [
-        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "s3://bucket/x", "it cannot be reached (EndpointConnectionError)"),
-        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, "s3://bucket/x", "access is denied; credentials come from"),
-        (READER, "s3://bucket/x", "access is denied; credentials come from the environment"),
-        ({}, "s3://nothere/x", "there is no such bucket"),
+        (
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
+            "s3://bucket/x",
+            "the object store cannot be reached (EndpointConnectionError)",
+        ),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, "s3://bucket/x", "access denied; set credentials in"),
+        (READER, "s3://bucket/x", "access denied; set credentials in the environment"),
+        ({}, "s3://nothere/x", "no such bucket"),
     ],
 )
-def test_a_bucket_that_cannot_be_used_is_one_sentence_before_anything_starts(
+def test_an_unusable_bucket_is_reported_in_one_sentence_before_training_starts(
     s3,
     node,
     tiny,
@@ -178,7 +182,7 @@ def test_a_bucket_that_cannot_be_used_is_one_sentence_before_anything_starts(
     assert "secret" not in err and not (place / "runs").exists()
 
 
-def test_a_plan_and_a_copy_are_had_from_what_another_node_did(s3, node, tiny):
+def test_plan_and_pull_see_what_another_node_did(s3, node, tiny):
     path = tiny("random")
     small = ["prune.levels=1", "replicates=1"]
     node("one")
@@ -192,7 +196,7 @@ def test_a_plan_and_a_copy_are_had_from_what_another_node_did(s3, node, tiny):
     assert code == 0 and "done" in out
 
 
-def test_ranks_that_train_a_replicate_together_go_on_from_what_another_node_left(s3, node, tiny):
+def test_data_parallel_ranks_resume_from_another_node(s3, node, tiny):
     path = tiny("init")
     settings = ["parallelism=data", "replicates=1"]
     code, out, err = run(path, *settings, "runs=local", "prune.levels=1", ranks=2)
@@ -204,7 +208,7 @@ def test_ranks_that_train_a_replicate_together_go_on_from_what_another_node_left
     assert pulled(s3) == bits("local")
 
 
-def test_a_sweep_of_runs_on_a_store_leaves_the_bits_of_local_runs_and_its_logs(s3, node, tiny, place):
+def test_a_sweep_on_an_object_store_is_bit_identical_to_local_runs_and_uploads_its_logs(s3, node, tiny, place):
     tiny("init", "base.yaml")
     (place / "grid.yaml").write_text("base: base.yaml\narms: [{arm: [init, easy]}]\ngpus_per_run: 0\n")
     settings = ["prune.levels=0", "replicates=1"]

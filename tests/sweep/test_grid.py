@@ -27,7 +27,7 @@ experiment: "0x1F"
 
 @pytest.fixture
 def grid(grid):
-    """Writes another sweep file: seven runs; its path."""
+    """Write a sweep file of seven runs and return its path."""
     return lambda text=GRID, name="grid.yaml": grid(text, name)
 
 
@@ -52,56 +52,56 @@ SHOWN |= {"figure7_cifar10": [(family, family.sizes) for family in NOISY]}
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_a_figures_sweep_has_exactly_the_arms_that_the_figure_shows(name):
+def test_the_sweep_of_a_figure_has_exactly_the_arms_that_the_figure_shows(name):
     there = arms_of(SWEEPS / f"{name}.yaml")
     assert len(there) == len(set(there))
     assert set(there) == set().union(*(family_arms(family, sizes) for family, sizes in SHOWN[name]))
 
 
 @pytest.mark.parametrize("dataset", paper.NAMES)
-def test_the_sweeps_of_a_data_set_have_the_published_arms_and_the_one_that_was_published_as_a_copy(dataset):
+def test_the_sweeps_of_a_dataset_have_the_published_arms_and_the_one_published_as_a_copy(dataset):
     published = collect.published()
     there = set().union(*(arms_of(path) for path in SWEEPS.glob(f"*_{dataset}.yaml")))
     copied = {paper.SAME_RUNS} if dataset == "cifar10" else set()
-    assert there == set(arms.of(published[published.dataset == dataset])) | copied
+    assert there == set(arms.curves_by_arm(published[published.dataset == dataset])) | copied
     assert len(arms_of(SWEEPS / "figure5_cifar10.yaml")) == 27
 
 
-def test_every_sweep_file_is_of_a_figure_or_the_digits():
+def test_every_sweep_file_belongs_to_a_figure_or_the_digits():
     assert {path.stem for path in SWEEPS.iterdir()} == {*SHOWN, "digits"}
 
 
-def test_every_arm_of_yamls_is_a_run_of_a_sweep():
+def test_every_configuration_in_yamls_is_a_run_of_a_sweep():
     swept = set().union(*(Sweep(path).runs for path in SWEEPS.iterdir()))
     alone = {run_name(loading.load_config(path)) for path in (ROOT / "yamls").glob("*.yaml")}
     assert alone <= swept
     assert {name for name in alone if "digits" in name} == Sweep(SWEEPS / "digits.yaml").runs.keys()
 
 
-def test_a_run_is_what_its_arguments_tell_a_recipe(grid):
+def test_the_arguments_of_a_run_reproduce_its_configuration(grid):
     swept = Sweep(grid(), ["seed=3", "retries=0", "runs=else where"])
     assert len(swept.points) == 7 and swept.settings.retries == 0
     for point in swept.points:
         flag, path, *overrides = point.arguments
-        told = loading.load_config(path, overrides)
-        assert (flag, told) == ("-f", point.run.config)
-        assert told.experiment == "0x1F" and told.seed == 3 and told.prune.levels == 1
+        config = loading.load_config(path, overrides)
+        assert (flag, config) == ("-f", point.run.config)
+        assert config.experiment == "0x1F" and config.seed == 3 and config.prune.levels == 1
 
 
-def test_the_sweep_file_of_the_readme_is_one(place):
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+def test_the_sweep_file_in_the_documentation_is_valid(place):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(), flags=re.S)
     (place / "readme.yaml").write_text(block.replace("..", str(ROOT / "yamls")))
     swept = Sweep(place / "readme.yaml")
     assert len(swept.runs) == 1 + 4 and swept.settings.gpus_per_run == 0.5
 
 
-def test_a_run_of_two_grids_is_there_once(grid):
+def test_a_run_of_two_grids_is_listed_once(grid):
     text = GRID.replace("arms:", "arms:\n  - {arm: [easy, init], pretrain.steps: 2ba}")
     assert len(Sweep(grid(text)).runs) == 7
     assert len(Sweep(grid(text)).work()) == 1 + 7
 
 
-def test_the_scores_come_first_and_only_what_chooses_by_them_needs_them(grid):
+def test_scores_come_first_and_only_easy_and_hard_arms_need_them(grid):
     work = Sweep(grid()).work()
     assert [each.recipe for each in work] == ["score"] + ["imp"] * 7
     needing = {each.config.arm for each in work if each.needs == work[0].name}
@@ -116,7 +116,7 @@ def finish(run, *phases):
         phase.finish({**MEASURED, "steps": 8, "seconds": 0.4})
 
 
-def test_the_plan_tells_what_is_finished_half_done_and_missing_and_changes_nothing(grid, place, capsys):
+def test_the_plan_shows_what_is_finished_partial_and_missing_and_changes_nothing(grid, place, capsys):
     path = grid()
     points = {point.run.config.arm_description: point.run for point in Sweep(path).points}
     for words in ("init", "random 128, t_r = 4"):
@@ -132,7 +132,7 @@ def test_the_plan_tells_what_is_finished_half_done_and_missing_and_changes_nothi
     assert {p: p.stat().st_mtime_ns for p in place.rglob("*")} == before
     header, columns, *rows = capsys.readouterr().out.splitlines()
     assert header.endswith("runs: 7, replicates: 7, sets of scores: 1; in runs")
-    place_of = {word: columns.index(word) + len(word) for word in ("finished", "half done", "missing", "steps left")}
+    place_of = {word: columns.index(word) + len(word) for word in ("finished", "partial", "missing", "steps left")}
 
     def count(words, column):
         (row,) = (row for row in rows if f" {words}  " in row)
@@ -144,18 +144,18 @@ def test_the_plan_tells_what_is_finished_half_done_and_missing_and_changes_nothi
     assert [count("2 networks, for 4 runs", column) for column in place_of] == ["", "", "1", "12"]
     assert rows[-2] == f"left: {2 + 1 + 5 * 3} trainings, {12 + 3 + 3 * 22 + 2 * 20} steps"
     hours = 121 * 0.05 / 3600
-    assert rows[-1].startswith(f"time: {hours / 4:,.1f} GPU-hours at 50.0 ms a step (median of ")
+    assert rows[-1].startswith(f"time: {hours / 4:,.1f} GPU-hours at 50.0 ms per step (median of ")
     assert rows[-1].endswith("hours with 4 at a time")
 
 
-def test_finished_scores_and_finished_pretraining_leave_nothing_to_wait_for(grid):
+def test_runs_with_finished_pretraining_need_no_scores(grid):
     path = grid()
     for run in Sweep(path).runs.values():
         finish(run, run.replicate(0).pretrain)
     assert {each.recipe for each in Sweep(path).work()} == {"imp"}
 
 
-def test_the_plan_tells_which_other_sweeps_have_a_run(grid):
+def test_the_plan_shows_which_other_sweeps_have_a_run(grid):
     other = "base: base.yaml\narms: [{arm: init}, {arm: hard, pretrain.steps: 4ba}]\n"
     path = grid()
     grid(other, "other.yaml")
@@ -166,26 +166,26 @@ def test_the_plan_tells_which_other_sweeps_have_a_run(grid):
         "hard",
         "init",
     ]
-    assert "shared: 2 of 7 runs with other sweeps" in plan(swept, common)
+    assert "shared: 2 of 7 runs, with other sweeps in " in plan(swept, common)
 
 
-def test_figure_2_after_figure_4_leaves_nothing():
+def test_nothing_of_figure_2_is_left_after_figure_4():
     small = ["dataset.name=digits", "prune.levels=0", "replicates=1", "pretrain.subset.size=128"]
     for run in Sweep(SWEEPS / "figure4_cifar10.yaml", small).runs.values():
         finish(run, run.replicate(0).pretrain, run.replicate(0).level(0))
     assert [each for each in Sweep(SWEEPS / "figure2_cifar10.yaml", small).work() if not each.done] == []
 
 
-def test_a_fraction_of_a_gpu_makes_room_for_several_runs():
+def test_several_runs_share_a_gpu_by_fractions():
     settings = Settings(base="x", arms=[{"arm": "init"}])
     assert settings.slots(8, 2, 1, 1) == 2
-    assert settings.slots(8, 2, 1, 0.4) == 4, "a run lies on one GPU"
+    assert settings.slots(8, 2, 1, 0.4) == 4, "a run uses one GPU, not parts of two"
     assert settings.slots(8, 2, 3, 0.25) == 2
     assert settings.slots(8, 0, 2, 0) == 4
     assert settings.slots(8, 0, 1, 1) == 0
 
 
-def test_bad_input_is_found_before_ray_or_torch_is_imported(grid):
+def test_invalid_input_is_reported_before_ray_or_torch_is_imported(grid):
     script = (
         "import sys; from recipes import sweep; code = sweep.main(sys.argv[1:])\n"
         "assert not {'ray', 'torch', 'composer', 'mlflow'} & set(sys.modules), 'imported'; sys.exit(code)"
@@ -195,7 +195,7 @@ def test_bad_input_is_found_before_ray_or_torch_is_imported(grid):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
 
-def test_only_the_cluster_imports_ray():
+def test_only_the_scheduler_imports_ray():
     importing = [
         path.name
         for folder in ("lth_diet", "recipes", "analysis")

@@ -21,7 +21,7 @@ LONGER = ["train.steps=400", "intervals.checkpoint=10"]
 
 @pytest.fixture
 def launcher(place, monkeypatch):
-    """Puts a shell script in the place of `composer`."""
+    """Replace `composer` with a shell script."""
 
     def write(script):
         (place / "bin").mkdir()
@@ -38,7 +38,7 @@ def start(*arguments):
 
 
 def wait_for(found, process, seconds=300):
-    """What `found` returns, once it is true."""
+    """Wait until `found` returns something true, and return it."""
     end = time.monotonic() + seconds
     while not (value := found()):
         assert process.poll() is None, process.communicate()
@@ -48,7 +48,7 @@ def wait_for(found, process, seconds=300):
 
 
 def trainers(place):
-    """The launchers and ranks that run below a folder."""
+    """Launchers and ranks that run in a folder."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -60,12 +60,14 @@ def trainers(place):
 
 
 @pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 2", 2), ("exit 247", -9), ("kill -TERM $$", -15)])
-def test_an_attempt_returns_its_status_or_the_signal_that_ended_it_or_its_rank(launcher, place, script, status):
+def test_an_attempt_returns_the_exit_status_or_the_signal_that_killed_the_launcher_or_its_rank(
+    launcher, place, script, status
+):
     launcher(script)
     assert scheduler._run_attempt(["-n", "1"], str(place), {}, RunStore(place), "log") == status
 
 
-def test_an_attempt_logs_where_and_what_it_ran_and_all_that_was_printed(launcher, place):
+def test_an_attempt_logs_its_host_its_command_and_all_output(launcher, place):
     launcher('echo "$WORD in $PWD"; echo wrong >&2')
     scheduler._run_attempt(["-n", "1", "a b"], str(place), {"WORD": "here"}, RunStore(place), "log")
     head, *lines, tail = (place / "log").read_text().splitlines()
@@ -74,11 +76,11 @@ def test_an_attempt_logs_where_and_what_it_ran_and_all_that_was_printed(launcher
     assert re.fullmatch(r"status 0 after \d+\.\d s", tail)
 
 
-def test_an_attempt_that_is_cancelled_ends_the_launcher_and_its_rank(launcher, place, monkeypatch):
+def test_a_canceled_attempt_kills_the_launcher_and_its_rank(launcher, place, monkeypatch):
     launcher("sleep 300 & echo $! > pid; wait")
 
     def cancel(seconds):
-        if (place / "pid").exists():
+        if (place / "pid").exists() and (place / "pid").read_text():
             raise KeyboardInterrupt
 
     monkeypatch.setattr(scheduler.time, "sleep", cancel)
@@ -91,7 +93,7 @@ def test_an_attempt_that_is_cancelled_ends_the_launcher_and_its_rank(launcher, p
 
 
 @pytest.mark.parametrize("killed", ["worker", "raylet"])
-def test_a_launcher_ends_with_a_worker_or_raylet_that_is_killed(launcher, place, killed):
+def test_a_launcher_ends_when_its_worker_or_raylet_is_killed(launcher, place, killed):
     python = sys.executable
     launcher("echo $$ > pid; exec sleep 300")
     code = f"import sys; from lth_diet.sweep import scheduler; sys.executable = {str(place / 'bin/python')!r}\n"
@@ -108,7 +110,7 @@ def test_a_launcher_ends_with_a_worker_or_raylet_that_is_killed(launcher, place,
     raylet.wait(30)
 
 
-def test_scores_start_first_a_job_a_network_and_then_the_longest(grid):
+def test_scores_start_first_with_one_job_per_network_and_then_the_longest(grid):
     work = Sweep(grid(), ["replicates=1", "scores.networks=3"]).work()
     jobs = scheduler.jobs_from(work[::-1], 2)
     assert [job.name.rpartition("/")[2] for job in jobs[:2]] == ["process_0", "process_1"]
@@ -118,16 +120,16 @@ def test_scores_start_first_a_job_a_network_and_then_the_longest(grid):
     assert [job.name for job in scheduler.jobs_from(work[:1], 1)] == [work[0].name]
 
 
-def test_only_what_another_attempt_may_mend_is_a_crash(jobs):
+def test_a_failure_that_another_attempt_would_repeat_is_not_a_crash(jobs):
     score, replicate = jobs[0], jobs[1]
     assert scheduler._crash(replicate, -9) == "killed by signal 9"
     assert scheduler._crash(replicate, 2) == "" and scheduler._crash(replicate, 0) == ""
-    assert scheduler._crash(replicate, 1), "no failed.json: another process held it, or it did not come that far"
+    assert scheduler._crash(replicate, 1), "no failed.json: locked by another process, or it failed earlier"
     replicate.work.folder.record_failure("the loss is nan")
     assert scheduler._crash(replicate, 1) == "" and scheduler._crash(score, 1) == ""
 
 
-def test_the_reason_of_a_failure_is_the_last_error_of_its_log(jobs, place):
+def test_the_reason_for_a_failure_is_the_last_error_in_its_log(jobs, place):
     jobs[0].logs.append(place / "log")
     (place / "log").write_bytes(b"error: first\nerror: the loss is \x1b[31m nan\nReport: x\n\xff")
     assert scheduler._reason(jobs[0], 1) == "the loss is \\x1b[31m nan"
@@ -135,7 +137,7 @@ def test_the_reason_of_a_failure_is_the_last_error_of_its_log(jobs, place):
     assert scheduler._reason(jobs[0], 3) == "exit status 3"
 
 
-def test_a_sweep_that_is_finished_starts_nothing(grid, capsys):
+def test_a_finished_sweep_starts_nothing(grid, capsys):
     sweep = Sweep(grid(), ["prune.levels=0"])
     for run in sweep.runs.values():
         run.create()
@@ -149,7 +151,7 @@ def test_a_sweep_that_is_finished_starts_nothing(grid, capsys):
 
 
 @pytest.mark.integration
-def test_an_interrupted_sweep_leaves_no_process_and_the_same_command_goes_on(grid, place):
+def test_an_interrupted_sweep_leaves_no_process_and_is_resumed_by_a_rerun(grid, place):
     path = grid("base: base.yaml\narms: [{arm: init}]\nprune: {levels: 1}\ngpus_per_run: 0\nreplicates: 2\n")
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start(path, "cpus=2", *LONGER)
@@ -157,7 +159,7 @@ def test_an_interrupted_sweep_leaves_no_process_and_the_same_command_goes_on(gri
         process.send_signal(number)
         out, err = process.communicate(timeout=300)
         assert process.returncode == 130, out + err
-        assert err == "interrupted: 0 of 2 are done; the same command goes on\n"
+        assert err == "interrupted: 0 of 2 are done; rerun the same command to resume\n"
         assert trainers(place) == []
     process = start(path, "cpus=2", *LONGER)
     out, err = process.communicate(timeout=600)
@@ -167,7 +169,7 @@ def test_an_interrupted_sweep_leaves_no_process_and_the_same_command_goes_on(gri
 
 
 @pytest.mark.integration
-def test_a_crash_is_tried_again_and_a_failure_is_told_once_and_stops_no_other(grid, place):
+def test_a_crash_is_retried_and_a_failure_is_reported_and_does_not_stop_other_runs(grid, place):
     path = grid(
         "base: base.yaml\narms: [{arm: init, train.lr: [0.1, 1e30]}]\nprune: {levels: 0}\ngpus_per_run: 0\nretries: 1\n"
     )
@@ -176,21 +178,21 @@ def test_a_crash_is_tried_again_and_a_failure_is_told_once_and_stops_no_other(gr
         launched.kill()
     out, err = process.communicate(timeout=600)
     assert process.returncode == 1, out + err
-    assert out.count("killed by signal 9; starts again, from the last step saved; log: ") == 1
+    assert out.count("killed by signal 9; restarts from its last checkpoint; log: ") == 1
     assert "0 running, 1 done, 1 failed, 0 waiting" in out
     assert out.count("the loss is") == 2, "when it happens and at the end"
     assert len(list(Path("runs/sweep-logs").glob("*/*/attempt_*.log"))) == 3
 
 
 @pytest.mark.integration
-def test_a_run_that_no_node_has_room_for_is_refused(grid):
+def test_a_run_too_large_for_any_node_is_rejected(grid):
     process = start(grid(), "cpus=1", "cpus_per_run=2")
     _, err = process.communicate(timeout=600)
     assert process.returncode == 2
     assert "cpus_per_run: 2 are more than any node has" in err and "Traceback" not in err
 
 
-def test_the_cluster_file_is_one_for_ray_up():
+def test_the_cluster_file_is_valid_for_ray_up():
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     cluster = yaml.safe_load((ROOT / "yamls/clusters/aws.yaml").read_text())
@@ -198,4 +200,4 @@ def test_the_cluster_file_is_one_for_ray_up():
     with pytest.raises(ValidationError, match="clustername"):
         validate_config(prepare_config({**cluster, "clustername": "x"}))
     assert cluster["available_node_types"]["gpus"]["min_workers"] == cluster["max_workers"]
-    assert "ray up -y yamls/clusters/aws.yaml" in (ROOT / "README.md").read_text()
+    assert "ray up -y yamls/clusters/aws.yaml" in (ROOT / "docs/sweeps.md").read_text()

@@ -77,7 +77,7 @@ def check(experiment, path):
         results = [phase.result() for _, phase in replicate.levels()]
         status, params, metrics, artifacts = runs[name]
         assert status == "FINISHED" and artifacts == {"config.json", "accuracy.png"}
-        assert params == {key: str(value) for key, value in replicate.about["identity"].items()}
+        assert params == {key: str(value) for key, value in replicate.run_config["identity"].items()}
         for metric in ("test_accuracy_percent", "weights_remaining_percent"):
             assert metrics[metric] == [(result["level"], result[metric]) for result in results]
         directory.append(name)

@@ -35,7 +35,7 @@ def phase(place):
 
 @pytest.fixture
 def train(phase, tiny):
-    """Trains a small classifier through `training.train`."""
+    """Trains a small classifier through `trainer.train`."""
 
     def run(schedule, algorithms=(), overrides=(), model=None, sync=lambda: None):
         settings = loading.load_config(tiny(), overrides)
@@ -88,6 +88,40 @@ def test_a_resumed_training_ends_with_the_same_bits_curve_and_learning_rates(tra
     assert [{**row, "timestamp": 0} for row in phase.curve()] == curve
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("seconds", "syncs"), [(0, 5), (60, 0)])
+def test_mlflow_is_updated_at_checkpoints_and_at_most_once_per_interval(train, monkeypatch, seconds, syncs):
+    monkeypatch.setattr(callbacks, "SYNC_SECONDS", seconds)
+    calls = []
+    train(trainer.Schedule(0, 6, 0.1), overrides=["intervals.checkpoint=1"], sync=lambda: calls.append(1))
+    assert len(calls) == syncs
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [("callbacks", "_Recorder"), ("optimizers", "SGD"), ("schedulers", "MultiStepLR"), ("algorithms", "Rewind")],
+)
+def test_a_checkpoint_that_lacks_a_state_is_an_error(train, phase, monkeypatch, section, name):
+    class Killed(Exception):
+        pass
+
+    def kill():
+        raise Killed
+
+    monkeypatch.setattr(callbacks, "SYNC_SECONDS", 0)
+    arguments = trainer.Schedule(0, 8, 0.1, (5,)), [Rewind(2)], ["intervals.checkpoint=3"]
+    with pytest.raises(Killed):
+        train(*arguments, sync=kill)
+    path, step = phase.checkpoint()
+    content = torch.load(path, weights_only=False)
+    states = dict(content["state"][section])
+    states["Renamed"] = states.pop(name)
+    content["state"][section] = list(states.items()) if section == "algorithms" else states
+    torch.save(content, path)
+    phase.commit_checkpoint(step)
+    with pytest.raises(errors.TrainingError, match=f"does not restore the training .{name} is not in the state_dict"):
+        train(*arguments)
 
 
 def test_the_curve_has_mean_loss_learning_rate_and_evaluations_at_their_intervals(train, phase):

@@ -1,32 +1,21 @@
-"""Runs commands that may meet a fault; beside mounts of its own, if it is started by `unshare -rm`.
-
-A server that has imported everything forks a process a command. Reads a JSON object a line and answers with the exit
-status (negative: the signal that ended it) on a line. {"run": [...]} is a command of the system. {"module", "arguments",
-"environment", "folder", "output"} calls the module's main, with "fault" one of
+"""Moments at which a process can be made to end itself, and disks that can be made full.
 
 {"moment", "call", "signal"}    the process ends itself the `call`-th time that a moment of MOMENTS comes
 {"opens", "disk"}               when a file whose path ends so is opened, that disk is full from then on; null: SIGKILL
 """
 
 import contextlib
-import importlib
-import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 from composer.utils import checkpoint
 from mlflow import MlflowClient
 
-from analysis import report  # noqa: F401
-from lth_diet import files, imp, scoring  # noqa: F401
+from lth_diet import files, imp
 from lth_diet.data import catalog, loader
-from lth_diet.launch import command_line  # noqa: F401
-from lth_diet.tracking import sync  # noqa: F401
 from lth_diet.training import callbacks
 
 
@@ -131,42 +120,8 @@ def at_opening(name, disk):
 
 
 def arm(fault):
+    callbacks.SYNC_SECONDS = 0.0
     if "moment" in fault:
         MOMENTS[fault["moment"]](Fault(fault["call"], signal.Signals[fault["signal"]]))
     else:
         at_opening(fault["opens"], fault["disk"])
-
-
-def command(told):
-    os.environ.update(told["environment"])
-    os.chdir(told["folder"])
-    output = os.open(told["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    if told["fault"]:
-        arm(told["fault"])
-    try:
-        return importlib.import_module(told["module"]).main(told["arguments"])
-    except BaseException:
-        traceback.print_exc()
-        return 70
-
-
-def main():
-    callbacks.SYNC_SECONDS = 0.0
-    for line in sys.stdin:
-        told = json.loads(line)
-        if "run" in told:
-            status = subprocess.run(told["run"], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
-        elif child := os.fork():
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        else:
-            status = command(told)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        print(status, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,71 @@
+"""Ranks of a launch, and how they report invalid input under the launcher."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import COMPOSER, ROOT, check_launcher_output
+
+from lth_diet.launch.processes import ProcessInfo
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize(
+    ("size", "shares"), [(1, [[0, 1, 2, 3, 4]]), (2, [[0, 2, 4], [1, 3]]), (4, [[0, 4], [1], [2], [3]])]
+)
+def test_replicates_are_sharded_over_ranks(size, shares):
+    ranks = [ProcessInfo(rank, size, rank, "127.0.0.1", 0) for rank in range(size)]
+    assert [rank.shard(range(5)) for rank in ranks] == shares
+
+
+def test_a_detached_rank_is_a_single_process_world_with_one_device(monkeypatch):
+    for key in VARIABLES:
+        monkeypatch.setenv(key, "3")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    ProcessInfo.from_environment().detach()
+    values = {
+        key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    }
+    assert values == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": None}
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+@pytest.fixture
+def launch(tiny, place):
+    """Runs imp.py on two ranks with overrides, after some code; returns the exit status and all output."""
+
+    def run(code, *overrides):
+        (place / "recipe.py").write_text(
+            f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom recipes import imp\n"
+            f"arguments, rank = sys.argv[1:], os.environ['RANK']\n{code}\nsys.exit(imp.main(arguments))\n"
+        )
+        command = [COMPOSER, "-n", "2", "recipe.py", "-f", str(tiny()), "replicates=2", *overrides]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+        return done.returncode, done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("slow", ["0", "1"])
+def test_invalid_input_of_all_ranks_is_reported_once_whichever_rank_is_slow(launch, slow):
+    code, output = launch(f"time.sleep(3 * (rank == '{slow}'))", "train.lr=fast")
+    assert code != 0
+    check_launcher_output(output, "train.lr = 'fast' on the command line: must be a number")
+
+
+def test_invalid_input_of_a_later_rank_alone_is_reported(launch):
+    code, output = launch("arguments += ['train.lr=fast'] * (rank == '1')")
+    assert code != 0
+    assert output.count("error: train.lr = 'fast' on the command line: must be a number") == 1
+    assert "Traceback" not in output
+
+
+def test_invalid_input_without_a_launcher_is_the_last_line(tiny):
+    command = [sys.executable, ROOT / "recipes/imp.py", "-f", str(tiny()), "train.lr=fast"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch("error: train.lr = 'fast' on the command line: must be a number.*\n", done.stdout)

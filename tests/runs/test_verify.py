@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import MEASURED
+
+from lth_diet.__main__ import main
+from lth_diet.config import loading
+from lth_diet.runs.run_directory import RunDirectory
+from lth_diet.runs.scores_directory import ScoresDirectory
+from lth_diet.scores import artifact
+
+
+@pytest.fixture
+def finished(tiny):
+    """A run of two levels and its scores, as training leaves them, but without training."""
+    config = loading.load_config(tiny("easy"), ["prune.levels=1"])
+    run, scores = RunDirectory(config), ScoresDirectory(config)
+    run.create()
+    scores.create()
+    replicate = run.replicate(0)
+    for phase in (replicate.pretrain, replicate.level(0), replicate.level(1), *scores.networks()):
+        phase.write("curve.jsonl", b"{}")
+        phase.write("weights.safetensors", b"weights")
+        phase.finish(MEASURED)
+    artifact.save_scores(scores.path, np.zeros((2, 3), np.float32), np.zeros(3, int), "digits", "digits")
+    return run, scores
+
+
+def test_intact_runs_pass(finished, capsys):
+    assert main(["verify", "runs"]) == 0
+    assert capsys.readouterr().out == "1 runs and 1 sets of scores: all finished files are intact\n"
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip, lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink])
+@pytest.mark.parametrize("name", ["weights.safetensors", "curve.jsonl"])
+def test_each_damaged_file_is_named_with_the_phases_to_delete(finished, capsys, damage, name):
+    run, _ = finished
+    replicate = run.replicate(0)
+    damage(replicate.level(0).path / name)
+    assert main(["verify", "runs"]) == 1
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{replicate.level(0).path / name}: damaged or missing; delete {replicate.level(0).path}, ")
+    assert f"{replicate.level(1).path}, then rerun the training command to recompute them" in first
+    assert last.endswith("1 files are damaged")
+    assert main(["verify", str(run.path)]) == 1
+
+
+def test_damaged_results_configurations_and_scores_are_found(finished, capsys):
+    run, scores = finished
+    damaged = [
+        run.replicate(0).pretrain.path / "result.json",
+        run.path / "config.json",
+        scores.network(1).path / "weights.safetensors",
+        scores.path / "scores.safetensors",
+    ]
+    for path in damaged:
+        flip(path)
+    assert main(["verify", "runs"]) == 1
+    out = capsys.readouterr().out
+    for path in damaged:
+        assert f"{path}: damaged or missing; " in out
+    assert out.endswith("4 files are damaged\n")
