@@ -10,10 +10,10 @@ WORKDIR /lth_diet
 COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
 
-COPY pyproject.toml .
+COPY pyproject.toml README.md ./
 COPY lth_diet lth_diet
 COPY analysis analysis
-RUN pip install --no-cache-dir --no-deps -e .
+RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
 COPY recipes recipes
 COPY yamls yamls
 

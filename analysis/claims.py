@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis import arms, collect, dominance, paper
-from analysis.arms import Arm, Curve
-from analysis.dominance import Comparison, compare
-from analysis.paper import Family
 from lth_diet.errors import Parser, UserError
+
+from . import arms, collect, dominance, paper
+from .arms import Arm, Curve
+from .dominance import Comparison, compare
+from .paper import Family
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,10 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from analysis.arms import Arm
 from lth_diet.errors import Parser, UserError, print_error
-from lth_diet.tracking.store import tracking_uri, without_secrets
+from lth_diet.tracking.mlflow_store import tracking_uri, without_secrets
+
+from .arms import Arm
 
 COLUMNS = {
     "dataset": str,

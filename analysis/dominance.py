@@ -35,9 +35,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import arms, collect
-from analysis.arms import Arm, Curve
-from analysis.difference import (
+from lth_diet.errors import Parser, UserError
+
+from . import arms, collect
+from .arms import Arm, Curve
+from .difference import (
     MAX_REPLICATES,
     Difference,
     bounds,
@@ -48,7 +50,6 @@ from analysis.difference import (
     verdict,
     welch,
 )
-from lth_diet.errors import Parser, UserError
 
 MARGIN = 0.3
 LEVELS = (3, 12)

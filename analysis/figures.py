@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from analysis import arms, collect, paper
-from analysis.arms import Arm, Curve
-from analysis.paper import Family
 from lth_diet.errors import Parser, UserError
+
+from . import arms, collect, paper
+from .arms import Arm, Curve
+from .paper import Family
 
 NUMBERS = (2, 3, 4, 5, 6, 7)
 LEVELS_DRAWN = (8, 10, 12)

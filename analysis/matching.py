@@ -23,14 +23,15 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from analysis import arms, collect, dominance, figures, paper
-from analysis.arms import Arm, Curve
-from analysis.dominance import Comparison
-from analysis.figures import Results
-from analysis.paper import Family
 from lth_diet.config.schema import Dataset
 from lth_diet.data import catalog
 from lth_diet.errors import Parser, UserError
+
+from . import arms, collect, dominance, figures, paper
+from .arms import Arm, Curve
+from .dominance import Comparison
+from .figures import Results
+from .paper import Family
 
 
 @dataclasses.dataclass(frozen=True)

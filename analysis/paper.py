@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
-from analysis.arms import Arm
+from .arms import Arm
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cinic10": "CINIC-10"}
 

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis import arms, collect, difference, dominance, paper
-from analysis.difference import Difference
 from lth_diet.errors import Parser, UserError
+
+from . import arms, collect, difference, dominance, paper
+from .difference import Difference
 
 LEVELS_CORRELATION = 0.5
 PAIRS_CORRELATION = 0.5

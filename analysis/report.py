@@ -27,15 +27,16 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from analysis import claims, collect, dominance, figures, matching, paper
-from analysis.arms import Arm, Curve
-from analysis.claims import Claim, Finding
-from analysis.figures import Panel, Results
-from lth_diet.config.identity import DEFAULTS
+from lth_diet.config.run_ids import DEFAULTS
 from lth_diet.errors import Parser, UserError
 from lth_diet.files import write_atomically
 from lth_diet.runs import run_directory
-from lth_diet.tracking.store import tracking_uri as default_tracking_uri
+from lth_diet.tracking.mlflow_store import tracking_uri as default_tracking_uri
+
+from . import claims, collect, dominance, figures, matching, paper
+from .arms import Arm, Curve
+from .claims import Claim, Finding
+from .figures import Panel, Results
 
 _MAX_MATRIX_ARMS = 10  # a larger matrix does not fit on a phone
 _MAX_VERDICT_ARMS = 6  # with more arms in a family, only the claims of the paper get a verdict each

@@ -1,10 +1,11 @@
-"""Commands on finished and running runs.
+"""Commands beside the recipes: on runs, and on the configuration.
 
 python -m lth_diet verify runs                                      check every file against its checksum
 python -m lth_diet show runs/<run>/replicate_0 8                    weights remaining in each layer at a level
 python -m lth_diet export runs/<run>/replicate_0 8 -o ticket        mask and weights as files for plain PyTorch
 python -m lth_diet sync runs                                        bring MLflow up to date with the run directories
 python -m lth_diet pull s3://bucket/prefix runs                     copy runs from an object store
+python -m lth_diet keys                                             every key of a configuration and of a sweep file
 """
 
 import argparse
@@ -58,6 +59,8 @@ def _parser() -> Parser:
     command.add_argument("url", help="URL of a folder of runs, or of one run directory")
     command.add_argument("folder", type=Path, help="destination, created if it does not exist")
     command.set_defaults(command=_pull)
+
+    commands.add_parser("keys", help="every key of a configuration and of a sweep file").set_defaults(command=_keys)
     return parser
 
 
@@ -79,7 +82,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     from lth_diet.masks.mask import Mask
-    from lth_diet.runs.export import find_finished_level
+    from lth_diet.runs.export_ticket import find_finished_level
 
     _, phase = find_finished_level(arguments.replicate, arguments.level)
     mask = Mask.load(phase.verified("mask.safetensors"))
@@ -89,7 +92,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from lth_diet.runs.export import export_ticket
+    from lth_diet.runs.export_ticket import export_ticket
 
     card = export_ticket(arguments.replicate, arguments.level, arguments.output)
     print(
@@ -122,6 +125,15 @@ def _pull(arguments: argparse.Namespace) -> int:
     from lth_diet.runs.object_store import pull
 
     print(f"{arguments.folder}: {pull(arguments.url, arguments.folder)} files")
+    return 0
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from lth_diet.config.keys import table
+    from lth_diet.config.schema import Config
+    from lth_diet.sweep.grid import Settings
+
+    print(f"Keys of a configuration:\n\n{table(Config)}\n\nKeys of a sweep file:\n\n{table(Settings)}")
     return 0
 
 

@@ -9,8 +9,6 @@ from typing import NoReturn
 
 from safetensors import SafetensorError
 
-_CORRUPT = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
-
 
 class UserError(Exception):
     """Invalid input. The message is one sentence that says what is wrong, where, and what to do.
@@ -64,7 +62,7 @@ def raise_if_corrupt(path: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected {what}") from None
-    except (*_CORRUPT, SafetensorError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
         raise UserError(f"{path} is damaged; expected {what}") from None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from filelock import LeaseCompromise, SoftFileLease, Timeout
+from filelock import SoftFileLease, Timeout
 
 from lth_diet.errors import UserError, add_path_to_errors
 
@@ -43,7 +43,10 @@ def lock(folder: Path, timeout: float) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / ".lease"
     lease = SoftFileLease(
-        path, lease_duration=LEASE_SECONDS, heartbeat_interval=LEASE_SECONDS / 12, on_compromise=_on_compromise
+        path,
+        lease_duration=LEASE_SECONDS,
+        heartbeat_interval=LEASE_SECONDS / 12,
+        on_compromise=lambda compromise: exit_without_lock(str(path.parent), compromise.reason),
     )
     start, renewed_at = time.monotonic(), _renewed_at(path)
 
@@ -63,10 +66,6 @@ def _renewed_at(lease: Path) -> int | None:
     with contextlib.suppress(OSError):
         return lease.stat().st_mtime_ns
     return None
-
-
-def _on_compromise(compromise: LeaseCompromise) -> None:
-    exit_without_lock(str(Path(compromise.lock_file).parent), compromise.reason)
 
 
 def exit_without_lock(folder: str, reason: str) -> NoReturn:

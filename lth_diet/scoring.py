@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as save_tensors
 from torch import nn
 
-from lth_diet.config.identity import scores_identity
+from lth_diet.config.run_ids import scores_identity
 from lth_diet.config.schema import Config
 from lth_diet.data import catalog, seeds
 from lth_diet.data.loader import EvaluationLoader
@@ -46,6 +46,7 @@ class Scoring:
     def __init__(self, config: Config, progress: Progress, track: Callable[[], None], order: Sequence[int]):
         self.config = config
         self.folder = ScoresDirectory(config)
+        self.builder = Builder(config, "all")
         self.progress = progress
         self.track = track
         self.order = order
@@ -67,8 +68,7 @@ class Scoring:
                     self.clean_up(number)
                 self.combine()
             elif not self.has_pictures:
-                labels = Builder(self.config, "all").noisy_data.train.labels
-                self.save_pictures(self.folder.load(labels), labels)
+                self.save_pictures(self.folder.load(self.labels))
             self.folder.store.upload()
         self.track()  # sends what an earlier launch could not send
 
@@ -122,15 +122,13 @@ class Scoring:
 
     def combine(self) -> None:
         """Write the scores of all networks as one artifact."""
-        builder = Builder(self.config, "all")
         networks = self.folder.networks()
         values = np.stack([load_file(network.verified("el2n.safetensors"))["el2n"] for network in networks])
-        labels = builder.noisy_data.train.labels
-        self.save_pictures(Scores(values, {}), labels)
+        self.save_pictures(Scores(values, {}))
         artifact.save_scores(
             self.folder.path,
             values,
-            labels,
+            self.labels,
             self.config.dataset.name,
             catalog.info(self.config.dataset.name, self.config.dataset.root).fingerprint,
             label_noise=self.config.pretrain.label_noise,
@@ -145,6 +143,11 @@ class Scoring:
         )
 
     @property
+    def labels(self) -> np.ndarray:
+        """Labels of the training examples, with the configured label noise."""
+        return self.builder.noisy_data.train.labels
+
+    @property
     def has_pictures(self) -> bool:
         """Whether the pictures and statistics of the scores are complete."""
         try:
@@ -152,9 +155,9 @@ class Scoring:
         except UserError:
             return False
 
-    def save_pictures(self, scores: Scores, labels: np.ndarray) -> None:
+    def save_pictures(self, scores: Scores) -> None:
         """Write the pictures and statistics of the scores; an error in drawing is only a warning."""
-        examples = ScoredExamples(Builder(self.config, "all").data, labels, scores)
+        examples = ScoredExamples(self.builder.data, self.labels, scores)
         with self.progress.warn_on_error("cannot draw the pictures of the scores"):
             save_scores_pictures(self.folder.path / "examples", examples)
 

@@ -9,6 +9,7 @@ Rerun the same command to resume. At the end a report of the experiment is writt
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lth_diet.launch import command_line
 from lth_diet.runs.run_directory import RunDirectory
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(run: RunDirectory) -> None:
+    sys.path.append(str(Path(__file__).parents[1]))  # of analysis, where only lth_diet is installed
     from analysis.report import write_run_report  # slow (MLflow): imported after the input is validated
 
     write_run_report(run)

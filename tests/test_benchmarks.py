@@ -48,6 +48,7 @@ def test_scaling_measures_every_level(place):
     assert set(found["replicates"]) == {"1", "2", "4"} and set(found["batch"]) == {"10000", "50000", "180000"}
 
 
+@pytest.mark.faults  # it kills a node
 def test_scheduling_counts_attempts_and_compares_all_three_sweeps(grid, place):
     path = grid("base: base.yaml\narms: [{arm: init}]\nprune: {levels: 0}\ngpus_per_run: 0\nreplicates: 2\n")
     found = figures(place, "scheduling", "-f", str(path))

@@ -129,17 +129,20 @@ def test_configuration_and_plans_import_nothing_heavy(tiny, grid):
 
 
 @pytest.mark.integration
-def test_a_wheel_has_every_module(tmp_path):
+def test_a_wheel_has_every_module_and_analysis_below_it(tmp_path):
     source, site = tmp_path / "source", tmp_path / "site"
     source.mkdir()
-    shutil.copy(ROOT / "pyproject.toml", source)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
     for folder in ("lth_diet", "analysis"):
         shutil.copytree(ROOT / folder, source / folder)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
     subprocess.run(build, check=True)
     (wheel,) = tmp_path.glob(f"lth_diet-{lth_diet.__version__}-*.whl")
     zipfile.ZipFile(wheel).extractall(site)
-    modules = [name_of(path) for folder in ("lth_diet", "analysis") for path in (ROOT / folder).rglob("*.py")]
+    assert {path.name for path in site.iterdir()} == {"lth_diet", f"lth_diet-{lth_diet.__version__}.dist-info"}
+    modules = [name_of(path) for path in MODULES]
+    modules += [f"lth_diet.analysis.{path.stem}" for path in (ROOT / "analysis").glob("*.py")]
     code = f"""
 import importlib, sys
 sys.path.insert(0, {str(site)!r})
@@ -148,9 +151,11 @@ for name in {modules}:
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (site / "analysis/report.html").exists() and list((site / "analysis/reference").glob("*.csv"))
+    published = [sys.executable, "-m", "lth_diet.analysis.claims", "--published"]
+    done = subprocess.run(published, cwd=site, capture_output=True, text=True)
+    assert done.returncode == 0 and "| CIFAR-10 |" in done.stdout, done.stderr
 
 
 def test_a_cluster_gets_the_packages_that_are_named_like_local_results():
     excluded = yaml.safe_load((ROOT / "yamls/clusters/aws.yaml").read_text())["rsync_exclude"]
-    assert {"/runs", "/data"} <= set(excluded) and not {"runs", "data"} & set(excluded)
+    assert {"/runs", "/data", "/shared"} <= set(excluded) and not {"runs", "data"} & set(excluded)

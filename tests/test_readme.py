@@ -15,9 +15,14 @@ from pathlib import Path
 import pytest
 from forks.client import Process
 from helpers import ROOT, write_image_folder
+from safetensors.numpy import load_file
+
+from lth_diet.config import loading
+from lth_diet.config.run_ids import run_name
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+EXTENDING = PAGES[ROOT / "docs/extending.md"]
 PROGRAMS = ("make", "composer", "python", "for", "docker", ".", "git")
 COMMANDS = [
     line.strip().partition("     #")[0].strip()
@@ -60,6 +65,7 @@ RUNS = {
     "git clone <this repository> lth_diet": None,
     "docker compose up -d": None,  # test_server.py, natively
     "docker compose run --rm trainer -n 4 recipes/imp.py -f yamls/cifar100_all.yaml": None,
+    "composer -n 2 recipes/imp.py -f yamls/digits_easy.yaml scores.file=distance/scores.safetensors": None,  # below
     "python -m lth_diet sync runs": "",
     "python -m lth_diet verify runs": "",
     "python -m analysis.report --experiment digits -o report.html": "--levels 0 1",
@@ -133,6 +139,25 @@ def test_the_algorithms_run_in_a_trainer_as_the_readme_shows(capsys):
     assert "0.weight" in capsys.readouterr().out
 
 
+def test_scores_from_a_file_select_the_subset(clone):
+    (block,) = re.findall(r"```python\n(from pathlib.*?)```", EXTENDING, flags=re.S)
+    names = {}
+    exec(block, names)
+    (command,) = [command for command in COMMANDS if "scores.file=distance" in command]
+    run(f"{command.replace('composer -n 2', 'python')} {DIGITS} {SUBSET} replicates=1")
+    (path,) = Path("runs").glob("digits_easy-*/replicate_0/pretrain/subset.safetensors")
+    farthest = names["distance"][load_file(path)["indices"]].max()
+    assert (names["distance"] <= farthest).sum() == 128 and len(list(Path("runs").rglob("network_*"))) == 0
+
+
+def test_the_example_algorithm_runs_after_the_readme_example():
+    names = {}
+    for text, start in ((README, "import torch"), (EXTENDING, "from composer import")):
+        (block,) = re.findall(rf"```python\n({start}.*?)```", text, flags=re.S)
+        exec(block, names)
+    assert max(float(parameter.abs().max()) for parameter in names["network"].parameters()) == pytest.approx(0.1)
+
+
 @pytest.mark.integration
 def test_make_ui_serves_the_store(clone):
     for name in ("Makefile", "requirements.txt", "pyproject.toml"):
@@ -175,9 +200,17 @@ def test_the_map_names_every_module():
 
 
 def test_the_readme_names_every_requirement():
-    required = re.findall(r"^([A-Za-z0-9-]+)", (ROOT / "requirements.in").read_text(), flags=re.M)
-    assert len(required) > 10
+    text = (ROOT / "pyproject.toml").read_text()
+    lists = re.findall(r"^(?:dependencies|dev) = \[(.*?)^\]", text, flags=re.M | re.S)
+    required = re.findall(r'^    "([A-Za-z0-9-]+)', "".join(lists), flags=re.M)
+    assert len(lists) == 2 and len(required) > 20
     assert [name for name in required if name.removesuffix("-bin") not in README] == []
+
+
+def test_run_directories_in_the_pages_have_todays_run_ids():
+    names = {name for text in PAGES.values() for name in re.findall(r"\b[a-z0-9]+_[a-z]+-[0-9a-f]{10}\b", text)}
+    today = {run_name(loading.load_config(path)) for path in (ROOT / "yamls").glob("*.yaml")}
+    assert names and names <= today
 
 
 def test_the_pictures_exist():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from lth_diet.masks.mask import Mask
 from lth_diet.runs.phase_directory import PhaseDirectory
-from lth_diet.tracking import store
+from lth_diet.tracking import mlflow_store
 
 
 def bits(root):
@@ -31,7 +31,7 @@ def bits(root):
 
 def test_two_ranks_match_one_process_bit_for_bit_and_a_rerun_computes_nothing(tiny):
     path = tiny()
-    code, out, err = run(path, "replicates=2", ranks=2)
+    code, out, err = run(path, "replicates=2", ranks=2, fork=False)
     assert code == 0, err
     assert "replicate 0  level 2    64.0 % of weights  test accuracy" in out
     assert "weights remaining" in out and out.count("\n    2             64.0 %") == 1
@@ -48,7 +48,7 @@ def test_two_ranks_match_one_process_bit_for_bit_and_a_rerun_computes_nothing(ti
     assert "steps/s" not in again
     assert {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*.safetensors")} == before
 
-    client = MlflowClient(store.tracking_uri())
+    client = MlflowClient(mlflow_store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     parents = client.search_runs([experiment], "tags.phase = 'all'")
     assert sorted(parent.data.tags["replicate"] for parent in parents) == ["0", "1"]
@@ -77,7 +77,7 @@ def test_a_run_killed_within_a_level_and_resumed_is_bit_identical(tiny):
     assert bits("runs") == bits("whole")
     assert Mask.load(level / "mask.safetensors").density < 1
 
-    client = MlflowClient(store.tracking_uri())
+    client = MlflowClient(mlflow_store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     children = client.search_runs([experiment], "tags.phase = 'level_1'")
     assert len(children) == 1
@@ -122,7 +122,7 @@ def test_a_rerun_sends_what_mlflow_missed(tiny, monkeypatch, place):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
     code, _, err = run(path, "prune.levels=0")
     assert code == 0 and err == ""
-    client = MlflowClient(store.tracking_uri())
+    client = MlflowClient(mlflow_store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     (parent,) = client.search_runs([experiment], "tags.phase = 'all'")
     assert parent.info.status == "FINISHED" and "test_accuracy_percent" in parent.data.metrics
@@ -174,7 +174,7 @@ def test_scores_needed_by_two_launches_of_two_ranks_are_computed_once(tiny):
         name: tensors for folder in Path("alone").iterdir() if folder.is_dir() for name, tensors in bits(folder).items()
     }
 
-    client = MlflowClient(store.tracking_uri())
+    client = MlflowClient(mlflow_store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     (parent,) = client.search_runs([experiment], "tags.phase = 'scores'")
     history = client.get_metric_history(parent.info.run_id, "test_accuracy_percent")

@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 from lth_diet.config import loading
-from lth_diet.config.identity import scores_identity
+from lth_diet.config.run_ids import scores_identity
 from lth_diet.data import catalog, dataset, label_noise, seeds
 from lth_diet.data.loader import EvaluationLoader
 from lth_diet.errors import UserError
@@ -35,7 +35,6 @@ def make_scoring(tiny):
 
 def test_probabilities_equal_those_of_single_images_in_evaluation_mode(make_scoring):
     builder = Builder(make_scoring().config, "network_0")
-    assert repr(builder) == "Builder(digits, easy, scope='network_0')"
     network, data = builder.build_network().module, builder.data
     network.train()
     outputs = probabilities(network, builder.build_evaluation_loader(data.train))

@@ -1,4 +1,4 @@
-"""Composer Algorithms that work in any Trainer and need Composer only."""
+"""Composer Algorithms that work in any Trainer and depend only on Composer."""
 
 from lth_diet.algorithms.apply_mask import ApplyMask
 from lth_diet.algorithms.rewind import Rewind

@@ -29,8 +29,9 @@ class Rewind(Algorithm):
         to: Step t_r in batches, as an int or a time string such as ``"400ba"``. Must be at least 0.
         state: State to start from, with the names of the bare network (see `ApplyMask`). None saves the state of the
             first run at ``to``.
-        step_schedulers_every_batch: Whether schedulers are stepped every batch. Must be the value that the Trainer
-            uses, whose default for PyTorch schedulers is False.
+        step_schedulers_every_batch: Whether schedulers are stepped every batch (True) or every epoch (False). Must be
+            the value that the Trainer uses; otherwise the learning rate is rewound to a wrong step. The Trainer's
+            default for PyTorch schedulers is False: pass ``step_schedulers_every_batch`` to the Trainer, too.
 
     Raises:
         ValueError: If ``to`` is not a number of batches.

@@ -48,7 +48,8 @@ def _text(value: str) -> str:
     return value
 
 
-Steps = Annotated[int, BeforeValidator(_steps), Field(lt=MAX_NUMBER)]
+STEPS = BeforeValidator(_steps)
+Steps = Annotated[int, STEPS, Field(lt=MAX_NUMBER)]
 Interval = Annotated[Steps, Field(gt=0)]
 Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
 Positive = Annotated[Real, Field(gt=0)]
@@ -61,7 +62,7 @@ Text = Annotated[str, Field(strict=True, min_length=1), AfterValidator(_text)]
 class Section(BaseModel):
     """A section of a configuration: immutable, and without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def resnet_depth(value: Any) -> int:

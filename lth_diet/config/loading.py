@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from lth_diet.config.fields import CONTROL_CHARACTERS, Section
-from lth_diet.config.identity import DEFAULTS
+from lth_diet.config.run_ids import DEFAULTS
 from lth_diet.config.schema import Config
 from lth_diet.config.yaml_files import MAX_DEPTH, ends_in_comment, parse, quote, read_tree
 from lth_diet.data import catalog
@@ -110,6 +110,9 @@ def _to_user_error(error: dict, origin: dict[str, str], path: str) -> UserError:
         if key.split(".")[0] in Config.model_fields:  # else it is a key of a sweep file
             also = f", to its base file, or as {key}=... on the command line"
         return UserError(f"{key} is missing in {path}; add it to this file{also}")
+    if error["type"] == "invalid_key":
+        section = key.rpartition(".")[0]
+        return UserError(f"the key {quote(error['input'])} of {section} {_location(origin, path, key)} must be text")
     expected = {"model_type": "a section of keys", "tuple_type": "a list", "bool_type": "true or false"}
     if error["type"] in expected:
         problem = f"must be {expected[error['type']]}"

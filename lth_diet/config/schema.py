@@ -1,6 +1,6 @@
 """The schema of a configuration: its sections and keys, with their types, ranges and defaults.
 
-The text below a key states its meaning, unit and range; a step is one batch.
+The text below a key is its meaning in `python -m lth_diet keys` and docs/configuration.md. A step is one batch.
 """
 
 from typing import Annotated, Literal
@@ -30,8 +30,7 @@ class Dataset(Section):
     name: Literal["cifar10", "cifar100", "cinic10", "image_folder", "digits"]
     """Dataset: cifar10, cifar100, cinic10, digits (8 x 8 pixels, needs no download), or image_folder."""
     root: Text = "data"
-    """Folder of the dataset, and where it is downloaded. Not part of the run id, but an image
-    folder's file names and sizes are."""
+    """Folder of the dataset, where downloads go. The run id depends on names and sizes of files in an image folder."""
 
 
 class Model(Section):
@@ -40,7 +39,7 @@ class Model(Section):
     depth: Annotated[int, BeforeValidator(resnet_depth)]
     """Number of layers: 6n + 2, from 8 to 1202, such as 20, 32 or 56."""
     width: Annotated[Count, Field(le=1024)] = 16
-    """Channels of the first stage, 1 to 1024; the second and third stages have two and four times as many."""
+    """Channels of the first stage; the second and third stages have two and four times as many."""
 
 
 class Subset(Section):
@@ -51,7 +50,7 @@ class Subset(Section):
     class_balanced: Annotated[bool, Field(strict=True)] = False
     """Whether easy and hard subsets have equally many examples per class; random ones always do (paper, section 3)."""
     offset: Index = 0
-    """Number of easiest (arm easy) or hardest (arm hard) examples to skip, 0 or more."""
+    """Number of easiest (arm easy) or hardest (arm hard) examples to skip."""
 
 
 class Pretrain(Section):
@@ -60,48 +59,48 @@ class Pretrain(Section):
     steps: Steps = 0
     """t_r, the rewind step: batches of pre-training, from 1 to train.steps - 1; they count towards train.steps."""
     lr: Positive = 0.4
-    """Learning rate of pre-training, greater than 0; constant."""
+    """Learning rate of pre-training; constant."""
     subset: Subset | None = None
     """Subset of the training examples; required by the arms random, easy and hard, ignored by the others."""
     label_noise: Annotated[Real, Field(ge=0, le=1)] = 0.0
-    """Fraction of the training labels, 0 to 1, resampled uniformly over all classes for pre-training and scoring."""
+    """Fraction of the training labels resampled uniformly over all classes for pre-training and scoring."""
 
 
 class Train(Section):
     """Training of each level with SGD. Batch size, momentum and weight decay also apply to pre-training."""
 
     steps: Interval
-    """T, the last step, in batches, greater than 0: each level trains from t_r to T."""
+    """T, the last step: each level trains from step t_r to step T."""
     batch_size: Count
     """Images per batch, from 1 to the number of training images; with parallelism: data, a multiple of the ranks."""
     lr: Positive = 0.1
-    """Initial learning rate of a level, greater than 0."""
+    """Initial learning rate of a level."""
     momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.9
-    """Momentum of SGD, at least 0 and less than 1."""
+    """Momentum of SGD."""
     weight_decay: NotNegative = 1e-4
-    """Weight decay of SGD (L2 penalty), 0 or more."""
+    """Weight decay of SGD (L2 penalty on all parameters)."""
     milestones: tuple[Steps, ...] = ()
     """Steps, counted from 0 and increasing, at which the learning rate is multiplied by gamma."""
     gamma: Positive = 0.1
-    """Factor of the learning rate at each milestone, greater than 0."""
+    """Factor of the learning rate at each milestone."""
 
 
 class Prune(Section):
     """Iterative pruning by global weight magnitude."""
 
     fraction: Annotated[Real, Field(gt=0, lt=1)] = 0.2
-    """Fraction of the remaining weights that each pruning removes, between 0 and 1, exclusive."""
+    """Fraction of the remaining weights that each pruning removes."""
     levels: Index = 20
-    """N, the number of prunings, 0 or more; there are N + 1 trainings. Not part of the run id."""
+    """N, the number of prunings; there are N + 1 trainings. Not part of the run id."""
 
 
 class Scores(Section):
     """EL2N scores, for the arms easy and hard: networks train as in `train`, without pre-training."""
 
     networks: Count = 10
-    """K, the number of networks to average over, each with its own initialization; 1 or more."""
+    """K, the number of networks to average over, each with its own initialization."""
     steps: Interval = 7800
-    """t, the number of batches each network trains before it is evaluated, greater than 0."""
+    """t, the number of batches that each network trains before it is evaluated."""
     file: Text | None = None
     """Path of a scores.safetensors to use instead of computing scores. The run id depends on its content."""
 
@@ -110,9 +109,9 @@ class Intervals(Section):
     """How often to log, save and evaluate. Not part of the run id."""
 
     log: Interval = 100
-    """Batches between rows of the training curve, greater than 0."""
+    """Batches between rows of the training curve."""
     checkpoint: Interval = 1000
-    """Batches between checkpoints, greater than 0: at most this much training is repeated after a crash."""
+    """Batches between checkpoints: at most this much training is repeated after a crash."""
     evaluate: Steps = 0
     """Batches between evaluations on the test set during a phase; 0 evaluates only at its end."""
 
@@ -134,9 +133,9 @@ class Config(Section):
     replicates: Annotated[tuple[int, ...], BeforeValidator(replicate_indices)] = (0, 1, 2, 3)
     """Independent repetitions: a count, 1 to 1000, or a list of distinct indices, 0 or more. Not part of the run id."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 42
-    """Seed from which all random numbers are derived, 0 to 2^32 - 1."""
+    """Seed from which all random numbers are derived."""
     threads: Annotated[Count, Field(le=1024)] = 1
-    """CPU threads per process, 1 to 1024. Part of the run id, because it changes rounding."""
+    """CPU threads per process. Part of the run id, because it changes rounding."""
     parallelism: Literal["replicates", "data"] = "replicates"
     """replicates: each rank trains its own replicates. data: all ranks train each replicate together (DDP)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -109,10 +109,7 @@ def read(path: Path, parts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, li
     """
     try:
         with tarfile.open(path, "r:gz") as tar:
-            names = sorted(
-                {member.name for member in tar if _is_image_of(member, parts)},
-                key=lambda name: (parts.index(_split_path(name)[0]), *_split_path(name)[1:]),
-            )
+            names = sorted({member.name for member in tar if _is_image_of(member, parts)}, key=_split_path)
         if not names:
             raise ValueError(f"no images of {' or '.join(parts)}")
         positions = {name: index for index, name in enumerate(names)}

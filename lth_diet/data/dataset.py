@@ -7,11 +7,9 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """Sizes and fingerprint of a dataset, known before it is decoded."""
+    """What is known of a dataset before it is decoded."""
 
     train_size: int
-    test_size: int
-    classes: int
     fingerprint: str
 
 
@@ -23,7 +21,7 @@ class Split:
     labels: np.ndarray
 
     def __repr__(self) -> str:
-        return f"Split({len(self.images):,} images of {' x '.join(map(str, self.images.shape[1:]))})"
+        return f"Split({' x '.join(map(str, self.images.shape))})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +37,6 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
-
-    def __repr__(self) -> str:
-        return f"Dataset({self.name!r}, train={self.train}, test={self.test}, {len(self.class_names)} classes)"
-
-    def with_labels(self, labels: np.ndarray) -> "Dataset":
-        """Return the same images with other training labels, int64 of shape (N,)."""
-        return dataclasses.replace(self, train=Split(self.train.images, labels))
 
     @property
     def flip(self) -> bool:

@@ -1,7 +1,8 @@
 """Loaders that make batches on the device from uint8 images.
 
-The order depends on (seed, epoch) and the augmentation on (seed, step). The batch at a step is a pure function of the
-seeds, the step and the indices in use, so training resumes at any step without replaying earlier batches.
+The data order depends on (order seed, epoch) and the augmentation on (augmentation seed, step). The batch at a step is
+a pure function of the seeds, the step and the indices in use, so training resumes at any step without replaying earlier
+batches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,8 +47,8 @@ class Loader:
     Args:
         dataset: Its training split is copied to `device` (on the CPU it stays memory-mapped from the cache).
         batch_size: Images per batch, over all ranks.
-        order_seed: Seed of the order of examples.
-        augmentation_seed: Seed of crops and flips.
+        order_seed: Seed of the data order, purpose "order" in `lth_diet.data.seeds`.
+        augmentation_seed: Seed of crops and flips, purpose "augmentation".
         device: Device on which batches are made.
         rank, ranks: Index of this rank and number of ranks. Each rank makes every `ranks`-th image of a batch.
 

@@ -2,6 +2,9 @@
 
 A stream depends only on the configured seed, its scope and its purpose. Replicate r therefore has the same
 initialization, data order and augmentation in every arm, which makes comparisons between arms paired.
+
+`Builder` in `training/builders.py` derives the seeds of "init", "order" and "augmentation", `IMP.subset_algorithms`
+that of "subset", and `noisy_labels` in `data/label_noise.py` that of "noise".
 """
 
 import hashlib
@@ -15,7 +18,7 @@ def derive_seed(seed: int, scope: int | str, purpose: str) -> int:
     Args:
         seed: Seed of the configuration.
         scope: Index of a replicate, "network_<k>" for a scoring network, or "all" for streams that all share.
-        purpose: "init", "order", "augmentation" or "subset"; "noise" for scope "all".
+        purpose: "init", "order" (of the training examples), "augmentation" or "subset"; "noise" for scope "all".
     """
     return int.from_bytes(hashlib.sha256(f"{seed}/{scope}/{purpose}".encode()).digest()[:8], "little")
 

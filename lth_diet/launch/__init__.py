@@ -1,4 +1,4 @@
 """Launches a recipe: command line, validation, processes, progress on the screen.
 
-May import everything below sweep.
+May import the packages listed earlier in the map of CONTRIBUTING.md: all but sweep.
 """

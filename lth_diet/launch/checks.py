@@ -57,14 +57,10 @@ def check_environment(config: Config) -> None:
     if config.needs_scores and (config.scores.file is not None or ScoresDirectory(config).done):
         labels = noisy_labels(data.train.labels, config.pretrain.label_noise, len(data.class_names), config.seed)
         load_arm_scores(config, labels)
-    _check_machine(config)
-
-
-def _check_machine(config: Config) -> None:
     if config.precision == "bf16":
         import torch
 
         if not torch.cuda.is_available():
             raise UserError("precision = 'bf16': must be auto or fp32 without a GPU")
     if config.compile and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
-        raise UserError("compile = True: must be False without a C++ compiler in CXX or the PATH")
+        raise UserError("compile = true: must be false without a C++ compiler in CXX or the PATH")

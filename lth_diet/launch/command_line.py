@@ -59,9 +59,9 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
     except (UserError, OSError) as error:
         return report_invalid_input(error)
     board = _start(config, process)
-    replicates = run.replicates() if config.parallelism == "data" else process.shard(run.replicates())
+    together, failed = config.parallelism == "data", False
+    replicates = run.replicates() if together else process.shard(run.replicates())
     with _screen(board, run.path.name):
-        together, failed = config.parallelism == "data", False
         if not together:
             process.detach()
         if scores:
@@ -138,9 +138,9 @@ def _print_results(run: RunDirectory) -> None:
     for replicate in run.replicates():
         if replicate.failed:
             print(f"replicate {replicate.index} failed: see {replicate.path / 'failed.json'}")
-    from lth_diet.tracking import store
+    from lth_diet.tracking import mlflow_store
 
-    print(f"compare in MLflow: {store.describe_store()}", flush=True)
+    print(f"compare in MLflow: {mlflow_store.describe_store()}", flush=True)
 
 
 def _silence_libraries() -> None:

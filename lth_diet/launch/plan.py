@@ -5,26 +5,26 @@ import json
 
 import pandas as pd
 
-from lth_diet.config.identity import run_id
+from lth_diet.config.run_ids import run_id
 from lth_diet.errors import UserError
 from lth_diet.files import read_json
 from lth_diet.launch.text import humanize
 from lth_diet.runs.phase_directory import PhaseDirectory
-from lth_diet.runs.remaining import phases_of, resume_step, scoring_steps_left, steps_left
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
+from lth_diet.runs.work_left import phases_of, resume_step, scoring_phases, steps_left
 
 
 def plan_scores(folder: ScoresDirectory) -> str:
     """Describe what scoring would run: its networks, their steps and what is done."""
-    last = folder.config.scores.steps
+    phases = scoring_phases(folder)
     noise = f", {100 * folder.config.pretrain.label_noise:g} % label noise" * (folder.config.pretrain.label_noise > 0)
-    lines = [f"{folder.path}: EL2N scores by {len(folder.networks())} {folder.config.model_name}{noise}"]
+    lines = [f"{folder.path}: EL2N scores by {len(phases)} {folder.config.model_name}{noise}"]
     if folder.done:
         return f"{lines[0]}  done"
-    for network in folder.networks():
-        lines.append(f"  {humanize(network.name):<10} steps 0 to {last}  {_state(network, 0)}")
-    return "\n".join([*lines, f"scores: {scoring_steps_left(folder):,} steps to train"])
+    for network, first, last in phases:
+        lines.append(f"  {humanize(network.name):<10} steps {first} to {last}  {_state(network, first)}")
+    return "\n".join([*lines, f"scores: {steps_left(phases):,} steps to train"])
 
 
 def _state(phase: PhaseDirectory, first: int) -> str:
@@ -41,14 +41,16 @@ def plan(run: RunDirectory, scores: ScoresDirectory | None = None) -> str:
     """
     lines = [plan_scores(scores)] if scores else []
     lines += [f"{run.path}: {run.config.model_name}, arm {run.config.arm}, run id {run_id(run.config)}"]
+    total = steps_left(scoring_phases(scores)) if scores else 0
     for replicate in run.replicates():
-        lines.append(f"replicate {replicate.index}: {steps_left(run, replicate):,} steps to train")
-        for number, (phase, first, last) in enumerate(phases_of(run, replicate)):
+        phases = phases_of(run, replicate)
+        left = steps_left(phases)
+        total += left
+        lines.append(f"replicate {replicate.index}: {left:,} steps to train")
+        for number, (phase, first, last) in enumerate(phases):
             weights = 100 * (1 - run.config.prune.fraction) ** max(number - 1, 0)
             state = _state(phase, first)
             lines.append(f"  {humanize(phase.name):<9} {weights:>5.1f} % of weights  steps {first} to {last}  {state}")
-    total = sum(steps_left(run, replicate) for replicate in run.replicates())
-    total += scoring_steps_left(scores) if scores else 0
     return "\n".join([*lines, f"total: {total:,} steps to train"])
 
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lth_diet.errors import UserError, print_error
 
@@ -104,18 +104,25 @@ class ProcessInfo:
         for key in ("MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(key, None)
 
+    def init_process_group(self, **world: Any) -> None:
+        """Initialize a process group, which Composer then uses, on this rank's device."""
+        import torch
+        from torch import distributed
+
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank)
+            backend = "nccl"
+        distributed.init_process_group(backend, **world)
+
     @contextlib.contextmanager
     def as_single_process(self) -> Iterator[None]:
         """Make this process a single-process world on its own device inside the context."""
-        import torch
         from torch import distributed
 
         one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         before = {key: os.environ.get(key) for key in one}
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(self.local_rank)
-        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        self.init_process_group(store=distributed.HashStore(), rank=0, world_size=1)
         os.environ.update(one)
         try:
             yield

@@ -4,15 +4,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from lth_diet.launch.text import duration, humanize
+from lth_diet.launch.text import duration, humanize, progress_table
 from lth_diet.training.progress import Status
+
+_LINE_INTERVAL = 10.0  # seconds between two plain lines of the same replicate or network
 
 
 class Screen:
@@ -22,13 +22,10 @@ class Screen:
         read: Returns the status of each rank.
         title: Title of the table.
         console: Where to print; standard output by default.
-        every: Seconds between two plain lines of the same replicate or network.
     """
 
-    def __init__(
-        self, read: Callable[[], dict[int, Status]], title: str, console: Console | None = None, every: float = 10.0
-    ):
-        self.read, self.title, self.every = read, title, every
+    def __init__(self, read: Callable[[], dict[int, Status]], title: str, console: Console | None = None):
+        self.read, self.title = read, title
         self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -43,7 +40,7 @@ class Screen:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
         self.refresh()
@@ -74,7 +71,7 @@ class Screen:
             self.console.print(f"{_line(name, phase, weights)}  test accuracy {accuracy:.2f} %")
         self._results[name] = len(results)
         now = time.monotonic()
-        if row["state"] == "training" and row.get("rate") and now - self._lines.get(name, 0) >= self.every:
+        if row["state"] == "training" and row.get("rate") and now - self._lines.get(name, 0) >= _LINE_INTERVAL:
             self._lines[name] = now
             pace = f"step {row['step']}/{row['last']}  {row['rate']:.1f} steps/s"
             level_left = duration(row["last"] - row["step"], row["rate"])
@@ -82,12 +79,8 @@ class Screen:
             self.console.print(f"{line}  {pace}  ETA phase {level_left}, run {duration(left, row['rate'])}")
 
     def _table(self, rows: list[tuple[Status, int]]) -> Group:
-        table = Table(title=self.title, title_justify="left", expand=False)
-        for name, side in (
-            ("", "left"), ("phase", "left"), ("weights", "right"), ("step", "right"), ("steps/s", "right"),
-            ("ETA phase", "right"), ("test accuracy so far, %", "left"),
-        ):  # fmt: skip
-            table.add_column(name, justify=side, no_wrap=name != "test accuracy so far, %")
+        table = progress_table(self.title, ["", "phase"], ["weights", "step", "steps/s", "ETA phase"])
+        table.add_column("test accuracy so far, %")
         for row, _ in sorted(rows, key=lambda pair: _sort_key(pair[0]["name"])):
             name = humanize(row["name"])
             accuracies = " ".join(f"{accuracy:.1f}" for _, accuracy in row.get("results", {}).values())

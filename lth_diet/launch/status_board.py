@@ -23,14 +23,8 @@ class StatusBoard:
         if process.world_size > 1:
             from torch.distributed import TCPStore
 
-            self.store = TCPStore(
-                process.address,
-                process.port,
-                process.world_size,
-                process.rank == 0,
-                timeout=_TIMEOUT,
-                wait_for_workers=False,
-            )
+            host, port, ranks = process.address, process.port, process.world_size
+            self.store = TCPStore(host, port, ranks, process.rank == 0, timeout=_TIMEOUT, wait_for_workers=False)
 
     def publish(self, status: Any) -> None:
         """Replace the status of this rank with a new one, any JSON value."""
@@ -47,18 +41,13 @@ class StatusBoard:
         return {rank: json.loads(text) for rank, text in texts.items()}
 
     def init_process_group(self) -> None:
-        """Initialize the process group of all ranks, which Composer then uses."""
-        import torch
-        from torch import distributed
+        """Initialize the process group of all ranks."""
+        from torch.distributed import PrefixStore
 
         if self.process.world_size > 1:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(self.process.local_rank)
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            world = distributed.PrefixStore("world", self.store)
-            distributed.init_process_group(
-                backend, store=world, rank=self.process.rank, world_size=self.process.world_size, timeout=_TIMEOUT
-            )
+            world = PrefixStore("world", self.store)
+            rank, ranks = self.process.rank, self.process.world_size
+            self.process.init_process_group(store=world, rank=rank, world_size=ranks, timeout=_TIMEOUT)
 
     def barrier(self) -> None:
         """Wait until every rank has arrived. Rank 0, which hosts the store, leaves last.

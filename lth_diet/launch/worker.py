@@ -12,7 +12,7 @@ from lth_diet.files import LockedError
 from lth_diet.launch.processes import ProcessInfo
 from lth_diet.launch.status_board import StatusBoard
 from lth_diet.launch.tracker import Tracker
-from lth_diet.runs import remaining
+from lth_diet.runs import work_left
 from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.training.progress import Progress
@@ -38,7 +38,7 @@ def compute_scores(
     networks = range(folder.config.scores.networks)
     mine = process.shard(networks)
     others = [number for number in networks if number not in mine]
-    steps = remaining.scoring_steps_left(folder) * len(mine) // len(networks)
+    steps = work_left.steps_left(work_left.scoring_phases(folder)) * len(mine) // len(networks)
     progress = Progress([replicate.name for replicate in replicates], steps, board.publish)
     track = Tracker(lambda: sync.sync_scores(folder.path), folder.path.parents[1], progress)
     try:
@@ -66,7 +66,7 @@ def train_replicates(
     from lth_diet.imp import IMP
     from lth_diet.tracking import sync
 
-    steps = sum(remaining.steps_left(run, replicate) for replicate in replicates)
+    steps = sum(work_left.steps_left(work_left.phases_of(run, replicate)) for replicate in replicates)
     is_writer = process.rank == 0 or run.config.parallelism == "replicates"
     names = [replicate.name for replicate in replicates]
     progress = Progress(names, steps, board.publish if is_writer else lambda status: None)

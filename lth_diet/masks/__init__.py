@@ -1,4 +1,4 @@
-"""Masks, which say which weights remain, and pruning rules.
+"""Masks (which weights remain) and pruning rules.
 
 May import errors.
 """

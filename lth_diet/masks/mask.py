@@ -1,4 +1,7 @@
-"""Mask: which weights remain, with counts, comparison, saving and loading."""
+"""Mask: which weights remain, with counts, comparison, saving and loading.
+
+`lth_diet.algorithms.ApplyMask` applies a mask during training.
+"""
 
 import json
 import re

@@ -16,9 +16,16 @@ def initialize(network: nn.Module, seed: int) -> None:
 
     Weights of Conv2d and Linear are Kaiming normal (fan-in) and their biases are uniform in ±1/sqrt(fan-in), which is
     PyTorch's default. BatchNorm weights are uniform in [0, 1), BatchNorm biases are zero.
+
+    Raises:
+        ValueError: If a parameter is not covered by these rules. It would differ between the replicates of a pair.
     """
     random = torch.Generator().manual_seed(seed)
     for module in network.modules():
+        seeded = {"weight", "bias"} if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d) else set()
+        for name, _ in module.named_parameters(recurse=False):
+            if name not in seeded:
+                raise ValueError(f"initialize does not seed {name} of {type(module).__name__}; add a rule for it")
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, generator=random)
             if module.bias is not None:

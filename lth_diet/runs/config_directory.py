@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lth_diet.config.identity import DEFAULTS
+from lth_diet.config.run_ids import DEFAULTS
 from lth_diet.config.schema import Config
 from lth_diet.errors import UserError
 from lth_diet.files import read_json, write_json
@@ -48,6 +48,9 @@ class ConfigDirectory:
         existing = self._read_existing()
         if existing is not None:
             self._check(existing)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
 
     def create(self) -> None:
         """Create the directory and write its config.json."""

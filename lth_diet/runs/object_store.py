@@ -46,9 +46,6 @@ class ObjectStore:
             raise UserError(f"runs = {url!r}: cannot be used ({error}); {expected}") from None
         self._reached = False
 
-    def __repr__(self) -> str:
-        return f"ObjectStore({self.url})"
-
     def list(self, folder: str) -> Versions:
         """List all objects below a folder, by their names relative to it."""
         root = self._path(folder)

@@ -45,7 +45,7 @@ class PhaseDirectory:
         self.upload = upload
 
     def __repr__(self) -> str:
-        return f"PhaseDirectory({self.path}, {'done' if self.done else 'not done'})"
+        return f"{type(self).__name__}({str(self.path)!r})"
 
     @property
     def name(self) -> str:

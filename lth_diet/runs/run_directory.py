@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lth_diet.config.identity import run_id, run_identity, run_name
+from lth_diet.config.run_ids import run_id, run_identity, run_name
 from lth_diet.config.schema import Config
 from lth_diet.errors import UserError
 from lth_diet.files import remove_partial_files, write_json
@@ -62,11 +62,6 @@ class RunDirectory(ConfigDirectory):
             "planned_levels": config.prune.levels,
         }
         super().__init__(config, open_run_store(config.runs) / run_name(config), content)
-
-    def __repr__(self) -> str:
-        replicates = self.replicates()
-        done = sum(replicate.finished(self.config.prune.levels) for replicate in replicates)
-        return f"RunDirectory({self.path}, {done} of {len(replicates)} replicates done)"
 
     def replicate(self, index: int) -> "ReplicateDirectory":
         return ReplicateDirectory(self.store / f"replicate_{index}")
@@ -105,8 +100,7 @@ class ReplicateDirectory:
         self.index = _number_in_name(self.path)
 
     def __repr__(self) -> str:
-        done = len(list(self.path.glob("level_*/result.json")))
-        return f"ReplicateDirectory({self.path}, {done} levels done{', failed' if self.failed else ''})"
+        return f"{type(self).__name__}({str(self.path)!r})"
 
     @property
     def name(self) -> str:

@@ -58,10 +58,6 @@ class RunStore:
         """URL or path, as the user knows it."""
         return f"{self._store.url}/{self._name}".rstrip("/") if self._store else str(self.path)
 
-    def __repr__(self) -> str:
-        mirror = f", mirror in {self.path}" if self._store else ""
-        return f"RunStore({self}{mirror}{', locked' if self._lease else ''})"
-
     def resolve(self) -> "RunStore":
         """The same store with an absolute path."""
         return RunStore(self.path.resolve(), self._store, self._name)

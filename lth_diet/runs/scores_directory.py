@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lth_diet.config.identity import scores_id, scores_identity
+from lth_diet.config.run_ids import scores_id, scores_identity
 from lth_diet.config.schema import Config
 from lth_diet.errors import UserError
 from lth_diet.runs.config_directory import ConfigDirectory, with_defaults
@@ -38,11 +38,6 @@ class ScoresDirectory(ConfigDirectory):
             "experiment": config.experiment_name,
         }
         super().__init__(config, open_run_store(config.runs) / "scores" / scores_id(config), content)
-
-    def __repr__(self) -> str:
-        networks = self.networks()
-        done = f"{sum(network.done for network in networks)} of {len(networks)} networks done"
-        return f"ScoresDirectory({self.path}, {'done' if self.done else done})"
 
     def network_store(self, number: int) -> RunStore:
         """The directory of a scoring network, which is locked separately."""

@@ -67,7 +67,7 @@ class StoreLease:
             elif timeout == 0 or (0 <= timeout < now - start and seen != first):
                 raise LockedError(
                     f"{self.title} is being trained by another process (process {owner['process']} on "
-                    f"{owner['host']}); wait for it to finish, or stop it"
+                    f"{owner['host']}); wait for it, or stop it"
                 )
             time.sleep(files.LEASE_SECONDS / 60)
             before, seen = seen, self._read_newest()

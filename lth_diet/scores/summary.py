@@ -25,12 +25,8 @@ class ScoredExamples:
     """
 
     data: Dataset
-    labels: np.ndarray
+    labels: np.ndarray = dataclasses.field(repr=False)
     scores: Scores | None = None
-
-    def __repr__(self) -> str:
-        examples, mislabeled = len(self.labels), int(self.mislabeled.sum())
-        return f"ScoredExamples({self.data.name}, {examples:,} examples, {mislabeled:,} mislabeled, {self.scores})"
 
     @property
     def mislabeled(self) -> np.ndarray:

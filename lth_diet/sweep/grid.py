@@ -23,13 +23,12 @@ from pydantic import BeforeValidator, Field
 
 from lth_diet.config import loading, yaml_files
 from lth_diet.config.fields import Count, Index, Positive, Real, Section, Text
-from lth_diet.config.identity import flatten
 from lth_diet.config.loading import nested, parse_override
+from lth_diet.config.run_ids import flatten
 from lth_diet.config.schema import Config
 from lth_diet.config.yaml_files import quote
 from lth_diet.errors import UserError
-from lth_diet.runs import remaining
-from lth_diet.runs.phase_directory import PhaseDirectory
+from lth_diet.runs import work_left
 from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory, missing_scores
 
@@ -57,19 +56,21 @@ class Settings(Section):
     """Keys of the sweep. All other keys of a sweep file belong to the configurations of its runs."""
 
     base: Text
+    """Configuration that every run starts from, relative to the sweep file."""
     arms: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_entries)]
+    """List of grids. In a grid, a list of values is an axis."""
     gpus_per_run: Annotated[Real, Field(ge=0, le=1)] | None = None
-    """A fraction lets several small networks share a GPU. None: 1, or 0 on a machine without GPU."""
+    """GPUs per process; a fraction lets small networks share one. Default: 1, or 0 on a machine without GPU."""
     cpus_per_run: Annotated[Count, Field(le=1024)] | None = None
-    """None: `threads`."""
+    """CPU cores per process. Default: `threads`."""
     gpus: Index | None = None
-    """GPUs of this machine to use and to plan for. None: all."""
+    """GPUs of this machine to use and to plan for. Default: all."""
     cpus: Count | None = None
-    """CPU cores of this machine to use and to plan for. None: all."""
+    """CPU cores of this machine to use and to plan for. Default: all."""
     retries: Annotated[Index, Field(le=100)] = 3
     """How many times a process is restarted after it crashed or its node was lost."""
     step_ms: Positive | None = None
-    """Milliseconds per step, for the plan. None: measured in finished trainings."""
+    """Milliseconds per step, for the plan. Default: measured in finished trainings."""
 
     def slots(self, cpus: float, gpus: float, cpus_each: float, gpus_each: float) -> int:
         """Return the number of processes that fit on a machine.
@@ -118,7 +119,7 @@ class Work:
     recipe: str
     arguments: tuple[str, ...]
     folder: ReplicateDirectory | ScoresDirectory
-    phases: tuple[tuple[PhaseDirectory, int, int], ...]
+    phases: work_left.Phases
     config: Config
     needs: str | None = None
 
@@ -142,8 +143,7 @@ class Work:
     @functools.cached_property
     def steps_left(self) -> int:
         """Steps left from the last checkpoints, counted on first access."""
-        left = (last - remaining.resume_step(phase, first) for phase, first, last in self.phases if not phase.done)
-        return 0 if self.done else sum(left)
+        return 0 if self.done else work_left.steps_left(self.phases)
 
 
 class Sweep:
@@ -181,9 +181,6 @@ class Sweep:
                 found.setdefault((point.run.path, point.run.config.replicates), point)
         self.points: tuple[SweepRun, ...] = tuple(found.values())
 
-    def __repr__(self) -> str:
-        return f"Sweep({self.path}, {len(self.points)} runs)"
-
     def _point(self, common: dict[str, Any], entry: str, values: dict[str, Any], overrides: list[str]) -> SweepRun:
         layers = [(str(self.path), common)]
         layers += [(f"{entry} in {self.path}", nested(key, value)) for key, value in values.items()]
@@ -207,12 +204,12 @@ class Sweep:
             run, folder = point.run, missing_scores(point.run)
             needs = f"scores/{folder.path.name}" if folder else None
             if folder:
-                phases = tuple((network, 0, run.config.scores.steps) for network in folder.networks())
+                phases = work_left.scoring_phases(folder)
                 scores.setdefault(needs, Work(needs, "score", point.arguments, folder, phases, run.config))
             for replicate in run.replicates():
                 name = f"{run.path.name}/{replicate.name}"
                 arguments = (*point.arguments, f"replicates=[{replicate.index}]")
-                phases = tuple(remaining.phases_of(run, replicate))
+                phases = work_left.phases_of(run, replicate)
                 replicates.setdefault(name, Work(name, "imp", arguments, replicate, phases, run.config, needs))
         return [*scores.values(), *replicates.values()]
 

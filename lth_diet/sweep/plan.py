@@ -1,5 +1,6 @@
 """The plan of a sweep: what is finished, partial and missing, and how long the rest takes."""
 
+import contextlib
 import statistics
 from collections.abc import Iterable, Mapping
 
@@ -10,15 +11,11 @@ from lth_diet.sweep.grid import MAX_RUNS, Settings, Sweep, Work
 def shared_runs(sweep: Sweep, overrides: Iterable[str]) -> dict[str, list[str]]:
     """Return the other sweep files of the same folder that contain each run, under the same overrides."""
     others: dict[str, list[str]] = {name: [] for name in sweep.runs}
-    for path in sorted(sweep.path.parent.glob("*.yaml")):
-        if path.resolve() == sweep.path.resolve():
-            continue
-        try:
-            there = Sweep(path, overrides).runs
-        except UserError:  # an invalid file does not matter here
-            continue
-        for name in others.keys() & there.keys():
-            others[name].append(path.stem)
+    paths = [path for path in sorted(sweep.path.parent.glob("*.yaml")) if path.resolve() != sweep.path.resolve()]
+    for path in paths:
+        with contextlib.suppress(UserError):  # an invalid file does not matter here
+            for name in others.keys() & Sweep(path, overrides).runs.keys():
+                others[name].append(path.stem)
     return others
 
 

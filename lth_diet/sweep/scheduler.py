@@ -63,11 +63,7 @@ def run_sweep(sweep: Sweep, address: str | None, recipes: Path) -> int:
         return screen.conclude()
     except KeyboardInterrupt:
         done = sum(work.done for work in left)
-        print(
-            f"interrupted: {done} of {len(left)} are done; rerun the same command to resume",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"interrupted: {done} of {len(left)} are done; rerun the same command to resume", file=sys.stderr)
         return 130
 
 
@@ -163,8 +159,8 @@ class Scheduler:
         slots = self._slots()
         if not slots:
             raise UserError(
-                f"gpus_per_run: {self.gpus:g} and cpus_per_run: {self.cpus} are more than any node has; use less than "
-                f"one node has; all nodes have {resources.get('GPU', 0):g} GPUs and {resources.get('CPU', 0):g} CPUs"
+                f"gpus_per_run: {self.gpus:g} and cpus_per_run: {self.cpus} are more than any node has; use at most "
+                f"what one node has (all nodes: {resources.get('GPU', 0):g} GPUs, {resources.get('CPU', 0):g} CPUs)"
             )
         self.jobs = jobs_from(work, slots)
         self._scores = {each.name: each for each in work if each.recipe == "score"}
@@ -215,9 +211,8 @@ class Scheduler:
 
     def _start(self, job: Job) -> None:
         logs = _logs(job)
-        folder = logs.path
-        folder.mkdir(parents=True, exist_ok=True)
-        job.logs.append(folder / f"attempt_{len([*folder.glob('attempt_*.log')]) + 1}.log")
+        logs.path.mkdir(parents=True, exist_ok=True)
+        job.logs.append(logs.path / f"attempt_{len([*logs.path.glob('attempt_*.log')]) + 1}.log")
         job.logs[-1].touch()
         job.state = "running"
         environment = {key: value for key, value in os.environ.items() if key.startswith(("LTH_DIET_", "MLFLOW_"))}

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lth_diet.launch.text import duration, humanize
+from lth_diet.launch.text import duration, humanize, progress_table
 from lth_diet.sweep.grid import Work
 
 _REFRESH_INTERVAL = 1.0  # seconds between two live tables
@@ -111,12 +111,7 @@ class Screen:
     def _table(
         self, running: dict[str, Job], progress: dict[str, tuple[str, int, int, int]], processes: dict[str, int]
     ) -> Table:
-        table = Table(title=self.title, title_justify="left")
-        for name, side in (
-            ("", "left"), ("arm", "left"), ("phase", "left"), ("step", "right"), ("steps/s", "right"), ("ETA", "right"),
-            ("attempt", "right"),
-        ):  # fmt: skip
-            table.add_column(name, justify=side, no_wrap=True)
+        table = progress_table(self.title, ["", "arm", "phase"], ["step", "steps/s", "ETA", "attempt"])
         for name, job in running.items():
             phase, step, last, steps = progress[name]
             rate = self._rates.of(name)
@@ -193,16 +188,12 @@ class _Rates:
 
 def _progress_of(work: Work) -> tuple[str, int, int, int]:
     """The phase that is training, its step and last step, and the steps left in all phases, from the curves."""
-    at = [
-        (phase, _step(phase.curve(), first), last)
-        for phase, first, last in work.phases
-        if first < last and not phase.done
-    ]
+    at = []
+    for phase, first, last in work.phases:
+        if first < last and not phase.done:
+            curve = phase.curve()
+            at.append((phase, int(curve[-1]["step"]) if curve else first, last))
     if not at:
         return "", 0, 0, 0
     phase, step, last = next((each for each in reversed(at) if (each[0].path / "curve.jsonl").exists()), at[0])
     return phase.name, step, last, sum(last - step for _, step, last in at)
-
-
-def _step(curve: Sequence[dict[str, float]], first: int) -> int:
-    return int(curve[-1]["step"]) if curve else first

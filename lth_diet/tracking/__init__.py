@@ -1,4 +1,4 @@
 """Tracking in MLflow, written from the run directories.
 
-May import everything up to runs.
+May import the packages listed earlier in the map of CONTRIBUTING.md: all up to runs.
 """

@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 from filelock import FileLock
-from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
@@ -26,7 +25,7 @@ from lth_diet.runs.config_directory import read_config
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.tracking.figures import accuracy_curves
-from lth_diet.tracking.store import artifact_location, lock_store, open_client
+from lth_diet.tracking.mlflow_store import artifact_location, lock_store, open_client
 
 _MAX_METRICS = 1000  # per request to MLflow
 _MAX_PARAMS = 100  # per request to MLflow
@@ -43,7 +42,7 @@ def sync_replicate(replicate: ReplicateDirectory) -> None:
         Exception: Whatever MLflow raises if its store cannot be reached.
     """
     with _lock_folder(replicate.path), lock_store():
-        _ReplicateSync(open_client(), replicate).run()
+        _ReplicateSync(replicate).run()
 
 
 def sync_scores(folder: Path) -> None:
@@ -53,7 +52,7 @@ def sync_scores(folder: Path) -> None:
         Exception: Whatever MLflow raises if its store cannot be reached.
     """
     with _lock_folder(folder), lock_store():
-        _ScoresSync(open_client(), folder).run()
+        _ScoresSync(folder).run()
 
 
 def _lock_folder(folder: Path) -> contextlib.AbstractContextManager:
@@ -66,23 +65,22 @@ class _Sync:
     """Syncs one folder: a parent run, and one child run per phase.
 
     Args:
-        client: Client of the MLflow store.
-        config_path: Path of config.json.
+        folder: Folder of config.json.
         name: Name of the parent run.
-        key_tags: Tags that identify the parent run.
+        keys: Keys of config.json that become tags of the parent and its children.
         tags: Other tags of the parent and its children.
+        key_tags: Names of the tags that identify the parent run.
     """
 
-    def __init__(
-        self, client: MlflowClient, config_path: Path, name: str, key_tags: dict[str, Any], tags: dict[str, Any]
-    ):
-        self.client = client
-        self.config_path = config_path
-        self.config = read_config(config_path.parent)
+    def __init__(self, folder: Path, name: str, keys: Sequence[str], tags: dict[str, Any], key_tags: Sequence[str]):
+        self.client = open_client()
+        self.config_path = folder / "config.json"
+        self.config = read_config(folder)
         self.experiment_id = self._create_experiment(self.config["experiment"])
         self.name = name
-        self.key_tags = {key: str(value) for key, value in key_tags.items()}
-        self.tags = {key: str(value) for key, value in (tags | key_tags).items() if value is not None}
+        tags = {key: self.config[key] for key in keys} | tags
+        self.tags = {key: str(value) for key, value in tags.items() if value is not None}
+        self.key_tags = {key: self.tags[key] for key in key_tags}
 
     def _create_experiment(self, name: str) -> str:
         """Return the id of an experiment, which is created if it is missing."""
@@ -115,12 +113,8 @@ class _Sync:
 
     def _contradicts(self, run: MlflowRun, rows: list[dict[str, Any]]) -> bool:
         """Whether MLflow has another value for a row."""
-        for key in {key for row in rows for key in row if key not in ("step", "timestamp")}:
-            expected = {row["step"]: row[key] for row in rows}
-            history = self.client.get_metric_history(run.info.run_id, key) if key in run.data.metrics else []
-            if any(expected.get(point.step, point.value) != point.value for point in history):
-                return True
-        return False
+        expected = {(key, row["step"]): value for row in rows for key, value in row.items()}
+        return any(expected.get((key, step), value) != value for key, step, value in self._logged(run))
 
     def _sync_phases(self, parent: MlflowRun, phases: Sequence[PhaseDirectory]) -> None:
         """Bring the child runs up to date with the phases that are finished or have a checkpoint."""
@@ -140,7 +134,7 @@ class _Sync:
             if phase.done:
                 self._tag_versions(child, phase.result())
                 self._log_artifacts(child, phase)
-                self._finish(child, phase.result().get("timestamp"))
+                self.client.set_terminated(child.info.run_id, "FINISHED", phase.result().get("timestamp"))
 
     def _log_artifacts(self, child: MlflowRun, phase: PhaseDirectory) -> None:
         for path in (phase.path / name for name in _ARTIFACTS):
@@ -185,11 +179,7 @@ class _Sync:
 
     def _missing(self, run: MlflowRun, rows: list[dict[str, Any]]) -> list[Metric]:
         """Return the metrics of `rows` that MLflow does not have with the same value at the same step."""
-        logged = {
-            (key, point.step, point.value)
-            for key in run.data.metrics
-            for point in self.client.get_metric_history(run.info.run_id, key)
-        }
+        logged = self._logged(run)
         return [
             Metric(key, float(value), row["timestamp"], row["step"])
             for row in rows
@@ -197,29 +187,26 @@ class _Sync:
             if key not in ("step", "timestamp") and (key, row["step"], float(value)) not in logged
         ]
 
+    def _logged(self, run: MlflowRun) -> set[tuple[str, int, float]]:
+        """Return name, step and value of every metric that MLflow has."""
+        history = [self.client.get_metric_history(run.info.run_id, key) for key in run.data.metrics]
+        return {(point.key, point.step, point.value) for points in history for point in points}
+
     def _log_metrics(self, run: MlflowRun, metrics: list[Metric]) -> None:
         for start in range(0, len(metrics), _MAX_METRICS):
             self.client.log_batch(run.info.run_id, metrics=metrics[start : start + _MAX_METRICS])
-
-    def _finish(self, run: MlflowRun, timestamp: int | None) -> None:
-        if run.info.status != "FINISHED":
-            self.client.set_terminated(run.info.run_id, "FINISHED", timestamp)
 
 
 class _ReplicateSync(_Sync):
     """Syncs one replicate. The metrics of its parent run have step = level."""
 
-    def __init__(self, client: MlflowClient, replicate: ReplicateDirectory):
+    def __init__(self, replicate: ReplicateDirectory):
         self.replicate = replicate
-        config = replicate.run_config
-        keys = ("dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed", "planned_levels")
-        super().__init__(
-            client,
-            replicate.path.parent / "config.json",
-            f"{replicate.path.parent.name}/{replicate.name}",
-            {"run_id": config["run_id"], "replicate": replicate.index, "phase": "all"},
-            {key: config[key] for key in (*keys, "train_steps")},
-        )
+        run = replicate.path.parent
+        keys = ("run_id", "dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed")
+        keys += ("planned_levels", "train_steps")
+        tags, key_tags = {"replicate": replicate.index, "phase": "all"}, ("run_id", "replicate", "phase")
+        super().__init__(run, f"{run.name}/{replicate.name}", keys, tags, key_tags)
 
     def run(self) -> None:
         results = [phase.result() for _, phase in self.replicate.levels() if phase.done]
@@ -236,7 +223,7 @@ class _ReplicateSync(_Sync):
             if results and status != "RUNNING":
                 self._draw(parent, results)
             if finished:
-                self._finish(parent, results[-1]["timestamp"])
+                self.client.set_terminated(parent.info.run_id, "FINISHED", results[-1]["timestamp"])
             else:
                 self.client.update_run(parent.info.run_id, status=status)
 
@@ -261,17 +248,10 @@ class _ReplicateSync(_Sync):
 class _ScoresSync(_Sync):
     """Syncs one scores artifact. The metrics of its parent run have step = network."""
 
-    def __init__(self, client: MlflowClient, folder: Path):
+    def __init__(self, folder: Path):
         self.folder = folder
-        config = read_config(folder)
-        keys = ("dataset", "model", "label_noise", "seed", "networks", "steps")
-        super().__init__(
-            client,
-            folder / "config.json",
-            f"scores/{folder.name}",
-            {"scores_id": config["scores_id"], "phase": "scores"},
-            {key: config[key] for key in keys},
-        )
+        keys = ("scores_id", "dataset", "model", "label_noise", "seed", "networks", "steps")
+        super().__init__(folder, f"scores/{folder.name}", keys, {"phase": "scores"}, ("scores_id", "phase"))
 
     def run(self) -> None:
         networks = [PhaseDirectory(self.folder / f"network_{number}") for number in range(self.config["networks"])]
@@ -287,7 +267,7 @@ class _ScoresSync(_Sync):
                 self.client.log_artifact(parent.info.run_id, str(self.folder / name))
             if (self.folder / "examples").exists():
                 self.client.log_artifacts(parent.info.run_id, str(self.folder / "examples"), "examples")
-            self._finish(parent, results[-1]["timestamp"])
+            self.client.set_terminated(parent.info.run_id, "FINISHED", results[-1]["timestamp"])
 
     def _description(self) -> str:
         config = self.config

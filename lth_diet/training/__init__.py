@@ -1,4 +1,4 @@
-"""One Composer training: what it is built from, the Trainer, its callbacks, and its progress.
+"""One Composer training: builders of network and loaders, the Trainer, its callbacks, and its progress.
 
-May import everything up to runs.
+May import the packages listed earlier in the map of CONTRIBUTING.md: all up to tracking.
 """

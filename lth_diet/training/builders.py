@@ -1,5 +1,6 @@
 """Builds the data, the network and the loaders of a phase from a configuration and a seed."""
 
+import dataclasses
 import functools
 
 from composer.models import ComposerClassifier
@@ -26,9 +27,6 @@ class Builder:
         self.config = config
         self.scope = scope
 
-    def __repr__(self) -> str:
-        return f"Builder({self.config.dataset.name}, {self.config.arm}, scope={self.scope!r})"
-
     @functools.cached_property
     def data(self) -> dataset.Dataset:
         """The data set with its true labels."""
@@ -37,10 +35,9 @@ class Builder:
     @functools.cached_property
     def noisy_data(self) -> dataset.Dataset:
         """The data set with the labels of pre-training and scoring, which have the configured label noise."""
-        classes = len(self.data.class_names)
-        return self.data.with_labels(
-            noisy_labels(self.data.train.labels, self.config.pretrain.label_noise, classes, self.config.seed)
-        )
+        images, labels = self.data.train.images, self.data.train.labels
+        noisy = noisy_labels(labels, self.config.pretrain.label_noise, len(self.data.class_names), self.config.seed)
+        return dataclasses.replace(self.data, train=dataset.Split(images, noisy))
 
     def build_network(self) -> ComposerClassifier:
         """A randomly initialized network."""

@@ -8,6 +8,7 @@ from typing import Any
 
 Status = dict[str, Any]
 """Status of one rank, `{"rows", "messages", "left"}`, or one of its rows: a replicate or scoring network."""
+_INTERVAL = 0.5  # seconds between two publications during a phase, at least
 _WARM_UP = 5  # steps at the start of a phase without rate: they include CUDA initialization and compilation
 _WINDOW = 30.0  # seconds over which the rate is measured
 
@@ -18,21 +19,14 @@ class Progress:
     Args:
         names: Names of the replicates to train. `start_phase` adds others.
         steps: Number of steps left, over all replicates and phases.
-        publish: Called with the status: at intervals during a phase, at its end, and after each other report.
-        every: Minimum interval between two calls during a phase, in seconds.
+        publish: Called with the status: every half second during a phase, at its end, and after each other report.
     """
 
-    def __init__(
-        self,
-        names: list[str],
-        steps: int,
-        publish: Callable[[Status], None] = lambda status: None,
-        every: float = 0.5,
-    ):
+    def __init__(self, names: list[str], steps: int, publish: Callable[[Status], None] = lambda status: None):
         self.rows: dict[str, Status] = {name: {"name": name, "state": "waiting"} for name in names}
         self.messages: list[str] = []
         self.left = steps
-        self._publish, self._every = publish, every
+        self._publish = publish
         self._published = 0.0
         self._rate: float | None = None
         self._samples: collections.deque[tuple[float, int]] = collections.deque()
@@ -58,7 +52,7 @@ class Progress:
         now = time.monotonic()
         if not self._samples and step >= self._measured_from:
             self._samples.append((now, step))
-        if now - self._published >= self._every or step >= self._row["last"]:
+        if now - self._published >= _INTERVAL or step >= self._row["last"]:
             self.left = max(self.left - (step - self._row["step"]), 0)
             self._row["step"] = step
             self._update_rate(now, step)
@@ -66,7 +60,7 @@ class Progress:
 
     def _update_rate(self, now: float, step: int) -> None:
         """Measure the rate over the last `_WINDOW` seconds after the warm-up; until then, keep the previous one."""
-        if self._samples and now - self._samples[0][0] >= self._every:
+        if self._samples and now - self._samples[0][0] >= _INTERVAL:
             self._samples.append((now, step))
             while now - self._samples[1][0] > _WINDOW:
                 self._samples.popleft()

@@ -3,7 +3,7 @@ import pytest
 from lth_diet.config import loading
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.tracking import sync
-from lth_diet.tracking.store import tracking_uri
+from lth_diet.tracking.mlflow_store import tracking_uri
 
 
 @pytest.fixture

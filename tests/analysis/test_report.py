@@ -17,9 +17,9 @@ from PIL import Image
 
 from analysis import report
 from lth_diet.config import loading
-from lth_diet.config.identity import run_id
+from lth_diet.config.run_ids import run_id
 from lth_diet.runs.run_directory import ReplicateDirectory
-from lth_diet.tracking import store, sync
+from lth_diet.tracking import mlflow_store, sync
 
 
 def accuracies(replicates, start, levels=5, seed=0):
@@ -43,7 +43,7 @@ def picture():
 
 
 def write(output="report.html"):
-    return report.write(store.tracking_uri(), "<b>tiny</b>", report.Path(output))
+    return report.write(mlflow_store.tracking_uri(), "<b>tiny</b>", report.Path(output))
 
 
 def test_page_has_verdicts_untested_claims_and_incomplete_replicates(experiment, place, capsys):
@@ -61,7 +61,7 @@ def test_page_has_verdicts_untested_claims_and_incomplete_replicates(experiment,
 
 
 def test_names_are_escaped_nothing_is_requested_and_invalid_input_is_one_sentence(experiment, place, capsys):
-    client = MlflowClient(store.tracking_uri())
+    client = MlflowClient(mlflow_store.tracking_uri())
     for run in client.search_runs([client.get_experiment_by_name("<b>tiny</b>").experiment_id], "tags.phase = 'all'"):
         client.set_tag(run.info.run_id, "version.torch", "<script>alert(1)</script>")
     page = write().path.read_text()
@@ -90,7 +90,7 @@ def test_configuration_on_the_page_reproduces_the_run_id(experiment, place):
 def test_page_shows_logged_pictures(experiment, place):
     assert "<h2>Examples" not in write().path.read_text()
     (place / "subset.png").write_bytes(picture())
-    client = MlflowClient(store.tracking_uri())
+    client = MlflowClient(mlflow_store.tracking_uri())
     where = client.get_experiment_by_name("<b>tiny</b>").experiment_id
     child = client.create_run(where, tags={"phase": "pretrain", "run_id": "x"}, run_name="random/pretrain")
     client.log_artifact(child.info.run_id, "subset.png")

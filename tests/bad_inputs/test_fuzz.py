@@ -8,7 +8,7 @@ from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lth_diet.config import identity, loading
+from lth_diet.config import loading, run_ids
 from lth_diet.errors import UserError
 from lth_diet.sweep.grid import Sweep
 
@@ -89,9 +89,7 @@ def test_any_bytes(folder, content):
     check_accepted_or_rejected(path)
 
 
-KEYS = (
-    st.sampled_from(sorted(identity.DEFAULTS)) | st.text(string.ascii_lowercase + "._\x1b\n", max_size=12) | st.text()
-)
+KEYS = st.sampled_from(sorted(run_ids.DEFAULTS)) | st.text(string.ascii_lowercase + "._\x1b\n", max_size=12) | st.text()
 
 
 @settings(max_examples=300)

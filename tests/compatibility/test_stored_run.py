@@ -15,7 +15,7 @@ import torch
 from helpers import ROOT
 
 from lth_diet.config import loading
-from lth_diet.config.identity import run_id
+from lth_diet.config.run_ids import run_id
 from lth_diet.imp import IMP
 from lth_diet.masks.mask import Mask
 from lth_diet.runs.run_directory import RunDirectory

@@ -8,8 +8,8 @@ from helpers import ROOT, TINY, write_image_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lth_diet.config import identity, loading
-from lth_diet.config.identity import run_id, run_name, scores_id
+from lth_diet.config import loading, run_ids
+from lth_diet.config.run_ids import run_id, run_name, scores_id
 from lth_diet.data import catalog
 from lth_diet.errors import UserError
 from lth_diet.launch import plan
@@ -353,7 +353,7 @@ VALUES = st.recursive(
     ),
     max_leaves=5,
 )
-KEYS = st.sampled_from(sorted(identity.DEFAULTS) + [key.rpartition(".")[0] for key in identity.DEFAULTS if "." in key])
+KEYS = st.sampled_from(sorted(run_ids.DEFAULTS) + [key.rpartition(".")[0] for key in run_ids.DEFAULTS if "." in key])
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=4))

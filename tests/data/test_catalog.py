@@ -25,8 +25,8 @@ def empty_cache(place, monkeypatch):
 def test_digits_are_split_into_1442_and_355_stratified_and_the_same_every_time():
     digits = catalog.load("digits", "unused")
     assert digits.train.images.shape == (1442, 8, 8, 1) and digits.test.images.shape == (355, 8, 8, 1)
-    info = catalog.info("digits", "unused")
-    assert (info.train_size, info.test_size, info.classes) == (1442, 355, 10)
+    assert len(digits.class_names) == 10
+    assert catalog.info("digits", "unused").train_size == 1442
     share = np.bincount(digits.test.labels) / np.bincount(np.concatenate([digits.train.labels, digits.test.labels]))
     assert np.all(np.abs(share - 0.2) < 0.01)
     assert digits.train.images.max() == 255

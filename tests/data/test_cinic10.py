@@ -119,9 +119,8 @@ def test_train_and_valid_are_merged_and_classes_are_numbered_by_name(official, p
     assert np.array_equal(data.train.images, expected)
 
 
-def test_sizes_are_those_of_the_official_dataset():
-    info = catalog.info("cinic10", "data")
-    assert (info.train_size, info.test_size, info.classes) == (180_000, 90_000, 10)
+def test_the_size_is_that_of_the_official_dataset():
+    assert catalog.info("cinic10", "data").train_size == 180_000
 
 
 def make_archive(*members):

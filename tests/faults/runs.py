@@ -6,7 +6,7 @@ from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
 from lth_diet.runs.phase_directory import PhaseDirectory
-from lth_diet.tracking import store
+from lth_diet.tracking import mlflow_store
 
 SMALL = ["prune.levels=1", "pretrain.label_noise=0.1", "replicates=1"]
 
@@ -27,7 +27,7 @@ def bits(root):
 
 def check_mlflow():
     """Every phase is one finished run with each point of its curve once; parents have a point a level or network."""
-    client = MlflowClient(store.tracking_uri())
+    client = MlflowClient(mlflow_store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     stored = {run.info.run_name: run for run in client.search_runs([experiment])}
     folders = {path.parent: path.parent.relative_to("runs") for path in Path("runs").rglob("result.json")}

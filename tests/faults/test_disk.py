@@ -75,7 +75,7 @@ ALSO_WRITTEN = [
 ]
 
 
-@pytest.mark.parametrize("names", [WRITTEN, pytest.param(ALSO_WRITTEN, marks=pytest.mark.integration)])
+@pytest.mark.parametrize("names", [WRITTEN, pytest.param(ALSO_WRITTEN, marks=pytest.mark.faults)])
 def test_a_run_whose_disk_is_full_again_and_again_ends_with_the_same_bits(
     rooms, reference, tiny, place, monkeypatch, names
 ):
@@ -345,7 +345,7 @@ def test_mlflow_is_not_told_of_a_damaged_file(reference, place, capsys, damage):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [flipped, pytest.param(truncated, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("name", ["checkpoint-6.pt", "checkpoint.json", "curve.jsonl", "mask.safetensors"])
 def test_a_killed_run_whose_files_were_damaged_ends_with_the_same_bits(commands, reference, tiny, place, damage, name):
     command = ["recipes.imp", "-f", tiny("easy"), *SMALL]

@@ -13,7 +13,7 @@ from lth_diet.config import loading
 from lth_diet.data import catalog
 from lth_diet.files import read_json, write_json
 from lth_diet.launch import plan
-from lth_diet.runs import remaining
+from lth_diet.runs import work_left
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.scores import artifact
 from recipes import imp, score
@@ -253,6 +253,6 @@ def test_the_plan_counts_steps_from_finished_phases_and_checkpoints(tiny):
     level.write("curve.jsonl", b"")
     level.checkpoint_path(9).write_text("state")
     level.commit_checkpoint(9)
-    assert remaining.steps_left(run, replicate) == 3 + 8 + 8
+    assert work_left.steps_left(work_left.phases_of(run, replicate)) == 3 + 8 + 8
     assert "pretrain  100.0 % of weights  steps 0 to 4  done" in plan.plan(run)
     assert "level 0   100.0 % of weights  steps 4 to 12  resumes at step 9" in plan.plan(run)

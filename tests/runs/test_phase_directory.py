@@ -21,12 +21,6 @@ def test_a_phase_is_done_once_its_result_is_written(phase):
     assert phase.verified("curve.jsonl").exists()
 
 
-def test_repr_shows_path_and_state(phase):
-    assert repr(phase) == f"PhaseDirectory({phase.path}, not done)"
-    phase.finish(MEASURED)
-    assert repr(phase) == f"PhaseDirectory({phase.path}, done)"
-
-
 def test_a_modified_file_is_rejected(phase):
     phase.finish(MEASURED)
     (phase.path / "curve.jsonl").write_text("else")

@@ -46,14 +46,14 @@ def test_one_process_at_a_time_locks_a_replicate_and_its_death_releases_it(tiny)
         pass
 
 
-def test_repr_shows_path_and_state(tiny):
+def test_a_replicate_is_finished_once_all_its_levels_are_and_failed_after_an_error(tiny):
     run = RunDirectory(loading.load_config(tiny(), ["prune.levels=1", "replicates=2"]))
     run.create()
     replicate = run.replicate(1)
     for number in range(2):
         replicate.level(number).write("curve.jsonl", b"")
         replicate.level(number).finish(MEASURED)
-    assert repr(run) == f"RunDirectory({run.path}, 1 of 2 replicates done)"
-    assert repr(replicate) == f"ReplicateDirectory({replicate.path}, 2 levels done)"
+    assert [each.finished(1) for each in run.replicates()] == [False, True]
+    assert [number for number, phase in replicate.levels() if phase.done] == [0, 1] and not replicate.failed
     replicate.record_failure("the loss is NaN")
-    assert repr(ReplicateDirectory(replicate.path)) == f"ReplicateDirectory({replicate.path}, 2 levels done, failed)"
+    assert ReplicateDirectory(replicate.path).failed

@@ -83,12 +83,9 @@ def test_a_node_starts_from_what_the_previous_one_uploaded(node):
         assert files(first.path) == {"b/c.txt": "3"}, "the store is the source of truth"
 
 
-def test_repr_shows_url_mirror_and_lock(node, place):
-    store = node("one")
-    assert repr(store) == f"RunStore({URL}/unit, mirror in {store.path})"
-    with store.lock(0):
-        assert repr(store) == f"RunStore({URL}/unit, mirror in {store.path}, locked)"
-    assert repr(run_store.open_run_store("runs") / "unit") == "RunStore(runs/unit)"
+def test_a_store_is_shown_as_the_user_knows_it(node):
+    assert str(node("one")) == f"{URL}/unit"
+    assert str(run_store.open_run_store("runs") / "unit") == "runs/unit"
 
 
 def test_only_changed_files_are_uploaded_and_downloaded(node, monkeypatch):

@@ -8,10 +8,6 @@ from lth_diet.scores.artifact import Scores
 from lth_diet.scores.summary import ScoredExamples, describe_scores, describe_subset
 
 
-def test_examples_have_a_short_repr(noisy):
-    assert repr(noisy) == "ScoredExamples(digits, 1,442 examples, 481 mislabeled, Scores(4 networks, 1,442 examples))"
-
-
 def test_summary_counts_mislabeled_examples_among_all_easiest_and_hardest(noisy):
     summary = describe_scores(noisy)
     mean, mislabeled = noisy.scores.mean, noisy.mislabeled

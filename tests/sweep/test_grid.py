@@ -9,7 +9,7 @@ from helpers import MEASURED, ROOT
 from analysis import arms, collect, paper
 from analysis.arms import Arm
 from lth_diet.config import loading
-from lth_diet.config.identity import run_name
+from lth_diet.config.run_ids import run_name
 from lth_diet.sweep.grid import Settings, Sweep
 from lth_diet.sweep.plan import plan, shared_runs
 from recipes import sweep

@@ -6,7 +6,7 @@ from lth_diet.config import loading
 from lth_diet.masks.mask import Mask
 from lth_diet.networks.resnet import ResNet
 from lth_diet.runs.run_directory import RunDirectory
-from lth_diet.tracking import store
+from lth_diet.tracking import mlflow_store
 
 
 def create_run(path):
@@ -33,7 +33,7 @@ def finish(phase, number, level=None):
 
 def stored():
     """Return every run of the store by name: (status, tags, params, metrics as {name: [(step, value)]})."""
-    client = MlflowClient(store.tracking_uri())
+    client = MlflowClient(mlflow_store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     runs = client.search_runs([experiment])
     assert len({run.info.run_name for run in runs}) == len(runs)

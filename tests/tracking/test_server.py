@@ -21,7 +21,7 @@ from lth_diet.config import loading
 from lth_diet.masks.mask import Mask
 from lth_diet.networks.resnet import ResNet
 from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
-from lth_diet.tracking import store, sync
+from lth_diet.tracking import mlflow_store, sync
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def server(shared, monkeypatch):
 
 def stored(experiment):
     """Every run of an experiment by name: (status, params, metrics as {name: [(step, value)]}, artifacts)."""
-    client = MlflowClient(store.tracking_uri())
+    client = MlflowClient(mlflow_store.tracking_uri())
     runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id], max_results=1000)
     assert len({run.info.run_name for run in runs}) == len(runs)
     return {
@@ -268,6 +268,6 @@ def test_a_password_is_in_no_output_file_or_artifact(server, tiny, place, monkey
     assert holding("Zq7", artifacts) == [] and (holding("identity", artifacts) or not right)
     for name in ("log", "auth.ini"):
         assert b"Zq7" not in (server.folder / name).read_bytes()
-    client = MlflowClient(store.tracking_uri())
+    client = MlflowClient(mlflow_store.tracking_uri())
     runs = client.search_runs([one.experiment_id for one in client.search_experiments()], max_results=1000)
     assert (runs or not right) and not any("Zq7" in str(run.to_dictionary()) for run in runs)

@@ -12,14 +12,14 @@ from tracking.runs import finish, stored
 
 from lth_diet.__main__ import main
 from lth_diet.config import loading
-from lth_diet.config.identity import run_id
+from lth_diet.config.run_ids import run_id
 from lth_diet.files import read_json, write_json
 from lth_diet.masks.mask import Mask
 from lth_diet.networks.resnet import ResNet
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.scores import artifact
-from lth_diet.tracking import store, sync
+from lth_diet.tracking import mlflow_store, sync
 
 
 def test_a_replicate_is_a_parent_run_whose_steps_are_levels(run):
@@ -140,7 +140,7 @@ def test_a_run_that_is_computed_again_has_every_point_once(run, place):
 
 
 def artifacts(name):
-    client = MlflowClient(store.tracking_uri())
+    client = MlflowClient(mlflow_store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     (run,) = [run for run in client.search_runs([experiment]) if run.info.run_name == name]
     folder = client.download_artifacts(run.info.run_id, "")
@@ -273,7 +273,7 @@ def test_the_next_sync_sends_what_a_killed_sync_missed(run, monkeypatch, call):
         with pytest.raises(KeyboardInterrupt):
             sync.sync_replicate(run.replicate(0))
     sync.sync_replicate(run.replicate(0))
-    runs, client = stored(), MlflowClient(store.tracking_uri())
+    runs, client = stored(), MlflowClient(mlflow_store.tracking_uri())
     status, tags, params, metrics = runs[f"{run.path.name}/replicate_0"]
     assert status == "FINISHED" and "version.torch" in tags and "train.lr" in params
     assert sorted(metrics["test_accuracy_percent"]) == [(0, 90.0), (1, 90.0)]
@@ -282,7 +282,7 @@ def test_the_next_sync_sends_what_a_killed_sync_missed(run, monkeypatch, call):
 
 
 def test_duplicate_runs_are_merged(run):
-    replicate, client = run.replicate(0), MlflowClient(store.tracking_uri())
+    replicate, client = run.replicate(0), MlflowClient(mlflow_store.tracking_uri())
     finish(replicate.level(0), 0, level=0)
     sync.sync_replicate(replicate)
     before = stored()
@@ -311,7 +311,7 @@ def test_an_experiment_that_another_process_has_just_created_is_used(run, monkey
 
     first, get = [], MlflowClient.get_experiment_by_name
     finish(run.replicate(0).level(0), 0, level=0)
-    MlflowClient(store.tracking_uri()).create_experiment("tiny")
+    MlflowClient(mlflow_store.tracking_uri()).create_experiment("tiny")
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
     sync.sync_replicate(run.replicate(0))
     assert len(stored()) == 2

@@ -31,7 +31,7 @@ def used(tree):
             yield node.arg
         elif isinstance(node, ast.Dict):  # of keyword arguments, perhaps
             yield from (key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
-        elif isinstance(node, ast.ImportFrom) and not node.module.startswith("lth_diet"):
+        elif isinstance(node, ast.ImportFrom) and not node.level and not node.module.startswith("lth_diet"):
             yield from node.module.split(".")
             yield from (alias.name for alias in node.names)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lth_diet.errors import UserError
+from lth_diet.files import sha256
 from lth_diet.masks.mask import Mask
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory
@@ -40,16 +41,13 @@ def export_ticket(path: Path, level: int, output: Path) -> dict[str, Any]:
     card = {key: config[key] for key in keys}
     result = phase.result()
     measured = {key: float(result[key]) for key in ("weights_remaining_percent", "test_accuracy_percent")}
-    hashes = result["sha256"] | {
-        "rewind_point.safetensors": replicate.pretrain.result()["sha256"]["weights.safetensors"]
-    }
     card |= {
         "replicate": replicate.index,
         "level": level,
         **measured,
         "layers": Mask.load(files["mask.safetensors"]).table().to_dict("records"),
         "identity": config["identity"],
-        "sha256": {name: hashes[name] for name in files},
+        "sha256": {name: sha256(source) for name, source in files.items()},
     }
     part = output.with_name(f".{output.name}.part-{os.getpid()}")
     try:

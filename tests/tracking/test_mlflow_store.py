@@ -7,16 +7,16 @@ from tracking.runs import finish, stored
 from lth_diet.config import loading
 from lth_diet.files import read_json, write_json
 from lth_diet.runs.run_directory import RunDirectory
-from lth_diet.tracking import store, sync
+from lth_diet.tracking import mlflow_store, sync
 
 
 def test_a_local_store_is_described_by_a_command_and_a_server_by_its_address_without_secrets(monkeypatch, place):
-    assert store.describe_store() == f"mlflow ui --backend-store-uri sqlite:///{place.parent}/mlflow.db"
+    assert mlflow_store.describe_store() == f"mlflow ui --backend-store-uri sqlite:///{place.parent}/mlflow.db"
     for secret in ("me:secret@", "me:s@e/c?r#et@", "me@", ""):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{secret}host:5000")
-        assert store.describe_store() == "http://host:5000"
+        assert mlflow_store.describe_store() == "http://host:5000"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg://me:secret@host/mlflow?password=secret")
-    assert store.describe_store() == "postgresql+psycopg://host/mlflow"
+    assert mlflow_store.describe_store() == "postgresql+psycopg://host/mlflow"
 
 
 SIXTEEN = """
@@ -71,7 +71,7 @@ def test_artifacts_are_stored_below_mlartifacts_for_any_name_of_an_experiment(ru
 
 
 def test_a_store_whose_creation_was_killed_is_created_again(run, place, monkeypatch):
-    class Killed(store.SqlAlchemyStore):
+    class Killed(mlflow_store.SqlAlchemyStore):
         def __init__(self, *args):
             super().__init__(*args)
             raise KeyboardInterrupt
@@ -79,7 +79,7 @@ def test_a_store_whose_creation_was_killed_is_created_again(run, place, monkeypa
     finish(run.replicate(0).level(0), 0, level=0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/new.db?timeout=60")
     with monkeypatch.context() as patch:
-        patch.setattr(store, "SqlAlchemyStore", Killed)
+        patch.setattr(mlflow_store, "SqlAlchemyStore", Killed)
         with pytest.raises(KeyboardInterrupt):
             sync.sync_replicate(run.replicate(0))
     assert not (place / "new.db").exists()

@@ -1,0 +1,31 @@
+"""Phases and steps that a run has left to train."""
+
+from lth_diet.runs.phase_directory import PhaseDirectory
+from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
+from lth_diet.runs.scores_directory import ScoresDirectory
+
+Phases = list[tuple[PhaseDirectory, int, int]]
+"""Phases with their start steps and end steps."""
+
+
+def phases_of(run: RunDirectory, replicate: ReplicateDirectory) -> Phases:
+    """List every phase of a replicate."""
+    rewind, end = run.config.rewind_step, run.config.train.steps
+    levels = range(run.config.prune.levels + 1)
+    return [(replicate.pretrain, 0, rewind), *((replicate.level(level), rewind, end) for level in levels)]
+
+
+def scoring_phases(folder: ScoresDirectory) -> Phases:
+    """List the trainings of the scoring networks."""
+    return [(network, 0, folder.config.scores.steps) for network in folder.networks()]
+
+
+def resume_step(phase: PhaseDirectory, start: int) -> int:
+    """Step at which an unfinished phase resumes: that of its checkpoint, else its start step."""
+    checkpoint = phase.checkpoint()
+    return checkpoint[1] if checkpoint else start
+
+
+def steps_left(phases: Phases) -> int:
+    """Number of steps that phases have left to train, counted from their checkpoints."""
+    return sum(end - resume_step(phase, start) for phase, start, end in phases if not phase.done)
