@@ -42,13 +42,14 @@ def test_throughput_measures_every_number_of_replicates(place):
     assert all(row["steps_a_second"] > 0 and row["mebibytes"] > 100 for row in found["rows"])
 
 
+@pytest.mark.faults
 def test_scaling_measures_every_level(place):
     found = figures(place, "scaling")
     assert len(found["seconds_a_level"]) == 20
     assert set(found["replicates"]) == {"1", "2", "4"} and set(found["batch"]) == {"10000", "50000", "180000"}
 
 
-@pytest.mark.faults  # it kills a node
+@pytest.mark.faults
 def test_scheduling_counts_attempts_and_compares_all_three_sweeps(grid, place):
     path = grid("base: base.yaml\narms: [{arm: init}]\nprune: {levels: 0}\ngpus_per_run: 0\nreplicates: 2\n")
     found = figures(place, "scheduling", "-f", str(path))

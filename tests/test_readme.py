@@ -207,6 +207,21 @@ def test_the_readme_names_every_requirement():
     assert [name for name in required if name.removesuffix("-bin") not in README] == []
 
 
+def test_generated_tables_in_the_pages_are_up_to_date(clone):
+    for name in ("docs", "analysis", "lth_diet"):
+        (clone / name).unlink(missing_ok=True)
+        shutil.copytree(ROOT / name, clone / name)
+    assert run("python docs/update.py --check") == ""
+    page = clone / "docs/configuration.md"
+    page.write_text(
+        page.read_text().replace("| `train.momentum` | number | 0.9 |", "| `train.momentum` | number | 0.8 |")
+    )
+    process = Process(["docs/update.py", "--check"])
+    assert process.communicate()[0] == f"{page}: out of date; run python docs/update.py\n" and process.returncode == 1
+    run("python docs/update.py")
+    assert page.read_text() == (ROOT / "docs/configuration.md").read_text()
+
+
 def test_run_directories_in_the_pages_have_todays_run_ids():
     names = {name for text in PAGES.values() for name in re.findall(r"\b[a-z0-9]+_[a-z]+-[0-9a-f]{10}\b", text)}
     today = {run_name(loading.load_config(path)) for path in (ROOT / "yamls").glob("*.yaml")}

@@ -132,7 +132,9 @@ def test_a_run_is_stored_on_the_server_with_its_artifacts(server, tiny, place):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("catches_up", ["the same command", "the next phase", "sync"])
+@pytest.mark.parametrize(
+    "catches_up", ["the same command", "the next phase", pytest.param("sync", marks=pytest.mark.faults)]
+)
 def test_training_continues_without_the_server_which_catches_up_later(server, tiny, place, catches_up, capsys):
     experiment = f"away-{catches_up.replace(' ', '-')}"
     arguments = [tiny(), f"experiment={experiment}", "train.steps=400", "train.milestones=[]"]
@@ -171,6 +173,7 @@ def wait_for(condition, seconds=120):
 
 
 @pytest.mark.integration
+@pytest.mark.faults
 def test_requests_that_a_hanging_server_processes_late_leave_one_copy(server, tiny, place, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     server.signal(signal.SIGSTOP)
@@ -209,6 +212,7 @@ def log(path, levels, barrier):
 
 
 @pytest.mark.integration
+@pytest.mark.faults
 def test_sixteen_runs_that_sync_concurrently_to_a_killed_server_have_every_point_once(server, tiny, place):
     levels = 6
     made = RunDirectory(
