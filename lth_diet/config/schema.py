@@ -50,7 +50,7 @@ class Subset(Section):
     class_balanced: Annotated[bool, Field(strict=True)] = False
     """Whether easy and hard subsets have equally many examples per class; random ones always do (paper, section 3)."""
     offset: Index = 0
-    """Number of easiest (arm easy) or hardest (arm hard) examples to skip."""
+    """Number of easiest (arm easy) or hardest (arm hard) examples to skip; a batch must remain."""
 
 
 class Pretrain(Section):
