@@ -20,13 +20,13 @@ from lth_diet.runs.object_store import ObjectStore
 class StoreLease:
     """A lock on a folder of an object store: the newest object `.lease-<n>`, which its owner keeps rewriting.
 
-    Two processes that want the same lease are told apart by `ObjectStore.create` alone, which succeeds for one of them.
+    If two processes request the same lease, `ObjectStore.create` succeeds for only one of them.
 
     Args:
         store: The object store.
         folder: Name of the folder in the store.
         title: Name of the folder in error messages.
-        node: Id of this node. A process takes over a lease of its own node at once.
+        node: Id of this node. A process takes over a lease held by its own node immediately.
     """
 
     def __init__(self, store: ObjectStore, folder: str, title: str, node: str):

@@ -1,7 +1,6 @@
 """Forks a process for each program that it is asked to start, after it has imported what they import.
 
-It may have mounts of its own, if it is started by `unshare -rm`. Reads a request a line, a JSON object, and answers with a
-line of JSON:
+`unshare -rm` gives it its own mounts. Each request and each answer is one line of JSON:
 
 {"run": [...]}          runs a command of the system; its exit status
 {"start": [...], "environment", "folder", "output": [out, err], "fault"}

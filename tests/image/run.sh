@@ -14,7 +14,7 @@ echo "base image: $base"
 if ! buildah pull -q "docker.io/library/$base" 2> /dev/null; then
     echo "cannot be pulled; made with debootstrap: Debian bookworm with its own Python"
     debootstrap --variant=minbase --include=python3,python3-pip,python3-venv,ca-certificates bookworm "$work/root" > "$work/log"
-    rm -f "$work"/root/usr/lib/python3*/EXTERNALLY-MANAGED
+    rm -f "$work/root"/usr/lib/python3*/EXTERNALLY-MANAGED
     ln -s python3 "$work/root/usr/bin/python"
     for file in /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do # how this machine reaches its package index
         if [ -e "$file" ]; then cp "$file" "$work/root$file"; fi
