@@ -1,10 +1,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lth_diet.masks.mask import Mask, prunable
 from lth_diet.networks.classifier import build_classifier, initialize
-from lth_diet.networks.resnet import ResNet
+from lth_diet.networks.resnet import Block, ResNet
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,24 @@ def test_numbers_of_parameters_and_prunable_weights_match_the_paper(depth, class
 def test_network_accepts_any_image_size_and_number_of_channels(size, channels):
     network = ResNet(8, classes=7, width=4, channels=channels)
     assert network(torch.zeros(2, channels, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("width", [4, 8, 16])
+@pytest.mark.parametrize("size", [4, 5, 8, 28, 32, 33, 56, 64, 96, 128, 224])
+def test_backward_pass_works_at_any_image_size(size, width):
+    network = ResNet(8, classes=2, width=width).to(memory_format=torch.channels_last)
+    images = torch.rand(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+    network(images).sum().backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("size", [4, 5, 9, 32])
+def test_shortcut_is_a_strided_convolution(size):
+    block = Block(4, 8, stride=2).double().eval()
+    images = torch.rand(2, 4, size, size, dtype=torch.float64)
+    shortcut = block.shortcut[1](functional.conv2d(images, block.shortcut[0].weight, stride=2))
+    main = block.bn2(block.conv2(functional.relu(block.bn1(block.conv1(images)))))
+    assert torch.equal(block(images), functional.relu(main + shortcut))
 
 
 @pytest.mark.parametrize("depth", [2, 9, 21])
