@@ -46,7 +46,7 @@ def check_scoring(config: Config, process: ProcessInfo) -> None:
         )
 
 
-def check_environment(config: Config) -> None:
+def check_environment(config: Config, process: ProcessInfo) -> None:
     """Check the store of the runs, the data, the scores and the machine. Decodes the data if there is no cache yet.
 
     Raises:
@@ -54,6 +54,12 @@ def check_environment(config: Config) -> None:
     """
     open_run_store(config.runs).check()
     data = catalog.load(config.dataset.name, config.dataset.root)
+    images = len(data.test.labels)
+    if config.parallelism == "data" and images < process.world_size:
+        raise UserError(
+            f"command line: {process.world_size} ranks for {images} test images; use composer -n {images} or fewer "
+            "with parallelism: data"
+        )
     if config.needs_scores and (config.scores.file is not None or ScoresDirectory(config).done):
         labels = noisy_labels(data.train.labels, config.pretrain.label_noise, len(data.class_names), config.seed)
         load_arm_scores(config, labels)

@@ -52,13 +52,13 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
             print(plan.plan(run, scores))
             return 0
         process.exit_with_launcher()
-        checks.check_environment(config)
+        checks.check_environment(config, process)
         run.create()
         if scores:
             scores.create()
+        board = _start(config, process)
     except (UserError, OSError) as error:
         return report_invalid_input(error)
-    board = _start(config, process)
     together, failed = config.parallelism == "data", False
     replicates = run.replicates() if together else process.shard(run.replicates())
     with _screen(board, run.path.name):
@@ -98,11 +98,11 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
             print(plan.plan_scores(folder))
             return 0
         process.exit_with_launcher()
-        checks.check_environment(config)
+        checks.check_environment(config, process)
         folder.create()
+        board = _start(config, process)
     except (UserError, OSError) as error:
         return report_invalid_input(error)
-    board = _start(config, process)
     process.detach()
     with _screen(board, f"scores/{folder.path.name}"):
         failed = compute_scores(folder, process, board)

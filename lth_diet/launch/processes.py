@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 from lth_diet.errors import UserError, print_error
 
 Item = TypeVar("Item")
+LAUNCHER_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "BASE_RANK", "MASTER_ADDR", "MASTER_PORT"
+)  # fmt: skip
+"""Environment variables that `composer` sets, or reads as defaults of its options."""
+
 _VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
+START_OR_UNSET = "use composer -n to start several ranks, or unset these variables"
 _REPORT_TIMEOUT = 60.0  # seconds in which the first rank starts and validates its input
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up at import: unsafe in a forked process
 _PR_SET_PDEATHSIG = 1
@@ -60,7 +66,7 @@ class ProcessInfo:
         """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without them, this is the only process.
 
         Raises:
-            UserError: If a variable is not a number.
+            UserError: If a variable is not a number, or no launcher can have set them, as where they are left over.
         """
         number = {}
         for key, default in _VARIABLES.items():
@@ -70,6 +76,10 @@ class ProcessInfo:
                 raise UserError(
                     f"{key} = {os.environ[key]!r} in the environment: must be a number, as a launcher sets it"
                 ) from None
+        world = number["WORLD_SIZE"]
+        if not 0 <= number["RANK"] < world or (world > 1 and not number["MASTER_PORT"]):
+            found = ", ".join(f"{key}={os.environ[key]}" for key in _VARIABLES if key in os.environ)
+            raise UserError(f"{found} in the environment: no launcher sets these together; {START_OR_UNSET}")
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         return cls(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], address, number["MASTER_PORT"])
 

@@ -5,8 +5,10 @@ import json
 import time
 from typing import Any
 
-from lth_diet.launch.processes import ProcessInfo
+from lth_diet.errors import UserError
+from lth_diet.launch.processes import START_OR_UNSET, ProcessInfo
 
+_START_TIMEOUT = datetime.timedelta(minutes=5)
 _TIMEOUT = datetime.timedelta(hours=1)
 
 
@@ -15,16 +17,27 @@ class StatusBoard:
 
     Args:
         process: This rank. Rank 0 hosts the store.
+        start_timeout: How long to wait for all ranks to start.
+
+    Raises:
+        UserError: If the ranks do not all start in time, as where variables of another launch are left over.
     """
 
-    def __init__(self, process: ProcessInfo):
+    def __init__(self, process: ProcessInfo, start_timeout: datetime.timedelta = _START_TIMEOUT):
         self.process = process
         self._status = ""
         if process.world_size > 1:
-            from torch.distributed import TCPStore
+            from torch.distributed import DistError, TCPStore
 
             host, port, ranks = process.address, process.port, process.world_size
-            self.store = TCPStore(host, port, ranks, process.rank == 0, timeout=_TIMEOUT, wait_for_workers=False)
+            try:
+                self.store = TCPStore(host, port, ranks, process.rank == 0, timeout=start_timeout)
+            except DistError:
+                raise UserError(
+                    f"WORLD_SIZE={ranks} and MASTER_PORT={port} in the environment: the {ranks} ranks have not all "
+                    f"started within {start_timeout.total_seconds():g} seconds; {START_OR_UNSET}"
+                ) from None
+            self.store.set_timeout(_TIMEOUT)
 
     def publish(self, status: Any) -> None:
         """Replace the status of this rank with a new one, any JSON value."""

@@ -21,8 +21,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from joblib import cpu_count
+
 from lth_diet.errors import UserError
-from lth_diet.launch.processes import exit_with_parent
+from lth_diet.launch.processes import LAUNCHER_VARIABLES, exit_with_parent
 from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.runs.run_store import RunStore, open_run_store
 from lth_diet.sweep.grid import Settings, Sweep, Work
@@ -75,16 +77,25 @@ def _connected(settings: Settings, address: str | None) -> Iterator[str]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
-    own = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "object_store_memory": _OBJECT_STORE_BYTES}
+    own = {
+        "num_cpus": settings.cpus or cpu_count(),
+        "num_gpus": settings.gpus,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+    }
     own |= {"include_dashboard": True, "_node_ip_address": "127.0.0.1"}
     try:
         context = ray.init(
             address or "local", log_to_driver=False, logging_level="ERROR", **(own if address is None else {})
         )
-    except (ConnectionError, SystemExit):
-        if address is None:
-            raise
-        raise _no_cluster(address) from None
+    except (OSError, SystemExit) as error:
+        if address is not None:
+            raise _no_cluster(address) from None
+        if "AF_UNIX" in str(error):
+            raise UserError(
+                f"TMPDIR = {os.environ.get('TMPDIR')!r}: too long for the sockets of Ray; set it to a shorter path, "
+                "such as /tmp"
+            ) from None
+        raise
     try:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
@@ -261,6 +272,7 @@ def _logs(job: Job) -> RunStore:
 def _run_attempt(arguments: list[str], folder: str, environment: dict[str, str], logs: RunStore, log: str) -> int:
     """Run `composer` in a process that ends with this Ray task; returns its exit status, negative for a signal."""
     command = [str(Path(sys.executable).with_name("composer")), *arguments]
+    inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     raylet, began = os.getppid(), time.monotonic()
     logs.path.mkdir(parents=True, exist_ok=True)
     with open(logs.path / log, "w") as file:
@@ -269,7 +281,7 @@ def _run_attempt(arguments: list[str], folder: str, environment: dict[str, str],
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env=os.environ | environment,
+            env=inherited | environment,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -11,8 +11,10 @@ from safetensors.numpy import save
 
 from lth_diet.config import loading
 from lth_diet.data import catalog
+from lth_diet.errors import UserError
 from lth_diet.files import read_json, write_json
-from lth_diet.launch import plan
+from lth_diet.launch import checks, plan
+from lth_diet.launch.processes import ProcessInfo
 from lth_diet.runs import work_left
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.scores import artifact
@@ -101,16 +103,24 @@ def test_a_run_directory_of_another_configuration_is_rejected(tiny, capsys):
 
 def test_more_ranks_than_replicates_are_rejected(tiny, environment, capsys):
     environment.setenv("WORLD_SIZE", "3")
+    environment.setenv("MASTER_PORT", "1")
     assert imp.main(["-f", str(tiny()), "replicates=2"]) == 2
     assert "3 ranks for 2 replicates; use composer -n 2 or fewer" in capsys.readouterr().err
 
 
 def test_a_batch_size_that_ranks_cannot_share_is_rejected(tiny, environment, capsys):
     environment.setenv("WORLD_SIZE", "3")
+    environment.setenv("MASTER_PORT", "1")
     assert imp.main(["-f", str(tiny()), "parallelism=data"]) == 2
     assert "train.batch_size = 64: must be a multiple of the 3 ranks with parallelism: data" in (
         capsys.readouterr().err
     )
+
+
+def test_more_ranks_than_test_images_are_rejected_with_parallelism_data(tiny):
+    config = loading.load_config(tiny(), ["parallelism=data"])
+    with pytest.raises(UserError, match="400 ranks for 355 test images; use composer -n 355 or fewer with parallelism"):
+        checks.check_environment(config, ProcessInfo(0, 400, 0, "127.0.0.1", 1))
 
 
 def test_a_data_parallel_run_of_two_ranks_is_not_resumed_by_one(tiny, capsys):
@@ -189,6 +199,7 @@ def test_scoring_rejects_a_scores_file_and_more_ranks_than_networks(tiny, place,
     assert score.main(["-f", str(tiny("easy")), "scores.file=mine/scores.safetensors"]) == 2
     assert "scores.file = 'mine/scores.safetensors': must be unset to compute scores" in capsys.readouterr().err
     environment.setenv("WORLD_SIZE", "3")
+    environment.setenv("MASTER_PORT", "1")
     assert score.main(["-f", "tiny.yaml"]) == 2
     assert "3 ranks for 2 networks; use composer -n 2 or fewer" in capsys.readouterr().err
     assert not (place / "runs").exists()

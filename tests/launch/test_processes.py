@@ -1,16 +1,18 @@
 """Ranks of a launch, and how they report invalid input under the launcher."""
 
+import datetime
 import os
 import re
+import socket
 import subprocess
 import sys
 
 import pytest
 from helpers import COMPOSER, ROOT, check_launcher_output
 
-from lth_diet.launch.processes import ProcessInfo
-
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+from lth_diet.errors import UserError
+from lth_diet.launch.processes import LAUNCHER_VARIABLES, ProcessInfo
+from lth_diet.launch.status_board import StatusBoard
 
 
 @pytest.mark.parametrize(
@@ -22,9 +24,9 @@ def test_replicates_are_sharded_over_ranks(size, shares):
 
 
 def test_a_detached_rank_is_a_single_process_world_with_one_device(monkeypatch):
-    for key in VARIABLES:
+    for key in LAUNCHER_VARIABLES:
         monkeypatch.setenv(key, "3")
-    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     ProcessInfo.from_environment().detach()
     values = {
@@ -32,6 +34,15 @@ def test_a_detached_rank_is_a_single_process_world_with_one_device(monkeypatch):
     }
     assert values == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": None}
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_never_start_are_reported_with_the_variables_that_announce_them(rank):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    with pytest.raises(UserError, match=f"WORLD_SIZE=2 and MASTER_PORT={port} .*: the 2 ranks have not all started"):
+        StatusBoard(ProcessInfo(rank, 2, rank, "127.0.0.1", port), datetime.timedelta(seconds=1))
 
 
 @pytest.fixture

@@ -76,6 +76,12 @@ def test_an_attempt_logs_its_host_its_command_and_all_output(launcher, place):
     assert re.fullmatch(r"status 0 after \d+\.\d s", tail)
 
 
+def test_an_attempt_ignores_variables_of_another_launcher(launcher, place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launcher("exit ${WORLD_SIZE:-0}")
+    assert scheduler._run_attempt([], str(place), {}, RunStore(place), "log") == 0
+
+
 def test_a_canceled_attempt_kills_the_launcher_and_its_rank(launcher, place, monkeypatch):
     launcher("sleep 300 & echo $! > pid; wait")
 
