@@ -6,12 +6,12 @@ python -m analysis.claims results.csv
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 
 import pandas as pd
 
 from lth_diet.errors import Parser, UserError
+from lth_diet.program import run_program
 
 from . import arms, collect, dominance, paper
 from .arms import Arm, Curve
@@ -222,4 +222,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from lth_diet.errors import Parser, UserError, print_error
+from lth_diet.program import run_program
 from lth_diet.tracking.mlflow_store import tracking_uri, without_secrets
 
 from .arms import Arm
@@ -306,4 +307,4 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -28,7 +28,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +35,7 @@ import numpy as np
 import pandas as pd
 
 from lth_diet.errors import Parser, UserError
+from lth_diet.program import run_program
 
 from . import arms, collect
 from .arms import Arm, Curve
@@ -460,4 +460,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

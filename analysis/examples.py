@@ -11,7 +11,6 @@ subset.json. Prints the contents of the JSON files.
 import argparse
 import functools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -19,6 +18,7 @@ from typing import get_args
 from lth_diet.config.schema import Dataset
 from lth_diet.data import catalog, label_noise, subsets
 from lth_diet.errors import Parser, UserError, print_error
+from lth_diet.program import run_program
 from lth_diet.scores.artifact import check_dataset, load_scores, read_manifest
 from lth_diet.scores.pictures import save_scores_pictures, save_subset_pictures
 from lth_diet.scores.summary import ScoredExamples
@@ -89,4 +89,4 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

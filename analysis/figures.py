@@ -7,7 +7,6 @@ python -m analysis.figures --published -o figures                         draws 
 
 import argparse
 import dataclasses
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from lth_diet.errors import Parser, UserError
+from lth_diet.program import run_program
 
 from . import arms, collect, paper
 from .arms import Arm, Curve
@@ -363,4 +363,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -26,6 +25,7 @@ from matplotlib.patches import Rectangle
 from lth_diet.config.schema import Dataset
 from lth_diet.data import catalog
 from lth_diet.errors import Parser, UserError
+from lth_diet.program import run_program
 
 from . import arms, collect, dominance, figures, paper
 from .arms import Arm, Curve
@@ -201,4 +201,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -9,12 +9,12 @@ trigamma(3/2) = 0.93, and agrees with a squared correlation of about 0.3 or more
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 from lth_diet.errors import Parser, UserError
+from lth_diet.program import run_program
 
 from . import arms, collect, difference, dominance, paper
 from .difference import Difference
@@ -116,4 +116,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

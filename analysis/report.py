@@ -13,7 +13,6 @@ import io
 import os
 import re
 import shlex
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from mlflow.entities import Run
 from lth_diet.config.run_ids import DEFAULTS
 from lth_diet.errors import Parser, UserError
 from lth_diet.files import write_atomically
+from lth_diet.program import run_program
 from lth_diet.runs import run_directory
 from lth_diet.tracking.mlflow_store import tracking_uri as default_tracking_uri
 
@@ -390,4 +390,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

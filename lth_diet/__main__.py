@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lth_diet.errors import Parser, UserError, print_error
+from lth_diet.program import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,4 +139,4 @@ def _keys(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

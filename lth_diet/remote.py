@@ -1,8 +1,7 @@
 """Old spelling of `python -m lth_diet`."""
 
-import sys
-
 from lth_diet.__main__ import main
+from lth_diet.program import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

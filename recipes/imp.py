@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lth_diet.launch import command_line
+from lth_diet.program import run_program
 from lth_diet.runs.run_directory import RunDirectory
 
 
@@ -27,4 +28,4 @@ def report(run: RunDirectory) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

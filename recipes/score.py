@@ -7,10 +7,10 @@ python recipes/score.py -f yamls/cifar10_easy.yaml --plan               print wh
 Rerun the same command to resume. recipes/imp.py computes missing scores itself.
 """
 
-import sys
 from collections.abc import Sequence
 
 from lth_diet.launch import command_line
+from lth_diet.program import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,4 +18,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

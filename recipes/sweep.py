@@ -8,12 +8,12 @@ python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml --address auto   ru
 Press Ctrl-C to stop. Rerun the same command to resume.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lth_diet.errors import UserError, print_error
 from lth_diet.launch import command_line
+from lth_diet.program import run_program
 from lth_diet.sweep.grid import Sweep
 from lth_diet.sweep.plan import plan, shared_runs
 
@@ -35,4 +35,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

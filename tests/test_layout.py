@@ -16,7 +16,7 @@ import lth_diet
 
 PACKAGE = ROOT / "lth_diet"
 LAYERS = [
-    *("errors", "files", "networks", "algorithms", "masks", "data", "scores", "config", "runs", "tracking"),
+    *("program", "errors", "files", "networks", "algorithms", "masks", "data", "scores", "config", "runs", "tracking"),
     *("training", "imp", "scoring", "launch", "sweep"),
 ]
 """Lowest first: a module imports from its own layer and from those before it."""

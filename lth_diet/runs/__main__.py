@@ -1,8 +1,7 @@
 """Alias of `python -m lth_diet`, kept for old scripts."""
 
-import sys
-
 from lth_diet.__main__ import main
+from lth_diet.program import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -1,0 +1,83 @@
+"""The outermost frame of every program: its streams, its exit status and a home folder."""
+
+import contextlib
+import errno
+import getpass
+import io
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run `main` and exit with the status that it returns.
+
+    Characters that the encoding of standard output lacks are printed as escapes. A program whose output nobody reads
+    any more, such as `... --plan | head`, continues without a word.
+    """
+    sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
+    status = main()
+    try:
+        print(end="", flush=True)
+    except OSError as error:  # of a file on a full disk
+        print(f"error: {error.filename} cannot be written ({error.strerror})", file=sys.stderr)
+        status = status or 1
+    sys.exit(status)
+
+
+def ensure_home() -> None:
+    """Give a user without home folder or name, as in a container with an arbitrary user id, those that libraries need.
+
+    The folder is in the temporary folder of the machine and belongs to this user.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(_private_folder())
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError since Python 3.13
+        os.environ["USER"] = str(os.getuid())
+
+
+def _private_folder() -> Path:
+    """A folder that only this user can write, the same each time if possible."""
+    with contextlib.suppress(OSError):
+        folder = Path(tempfile.gettempdir()) / f"home-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        about = folder.lstat()
+        if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o022:
+            return folder
+    return Path(tempfile.mkdtemp())
+
+
+def _tolerant(stream: TextIO | None) -> TextIO | None:
+    """Return a stream to the same file that discards its output once the reader is gone."""
+    if stream is None:  # closed by the shell
+        return None
+    stream.flush()
+    buffered = io.BufferedWriter(_Discarding(stream.fileno(), "wb", closefd=False))
+    return io.TextIOWrapper(buffered, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
+
+
+class _Discarding(io.FileIO):
+    """A file that discards its output once its pipe or terminal is closed, or after an error was raised."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._gone = {errno.EPIPE, errno.EIO} if self.isatty() else {errno.EPIPE}
+
+    def write(self, content: bytes) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            if error.errno not in self._gone:
+                raise OSError(error.errno, error.strerror, "the output") from None
+            return len(content)
