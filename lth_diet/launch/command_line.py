@@ -52,8 +52,11 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
             print(plan.plan(run, scores))
             return 0
         process.exit_with_launcher()
-        checks.check_environment(config, process)
-        run.create()
+        if read_only := run.done and not run.is_writable:  # such as an archive: its results are only shown
+            scores = None
+        else:
+            checks.check_environment(config, process)
+            run.create()
         if scores:
             scores.create()
         board = _start(config, process)
@@ -69,7 +72,7 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
                 failed = compute_scores(scores, process, board, replicates)
         if together and not failed:
             board.init_process_group()
-        failed = failed or train_replicates(run, replicates, process, board)
+        failed = failed or train_replicates(run, replicates, process, board, read_only)
         if together and failed:
             return 1  # the other ranks wait for this one in a collective; the launcher terminates them
         board.barrier()
@@ -98,14 +101,16 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
             print(plan.plan_scores(folder))
             return 0
         process.exit_with_launcher()
-        checks.check_environment(config, process)
-        folder.create()
+        read_only = folder.done and not folder.is_writable
+        if not read_only:
+            checks.check_environment(config, process)
+            folder.create()
         board = _start(config, process)
     except (UserError, OSError) as error:
         return report_invalid_input(error)
     process.detach()
     with _screen(board, f"scores/{folder.path.name}"):
-        failed = compute_scores(folder, process, board)
+        failed = not read_only and compute_scores(folder, process, board)
         board.barrier()
     if process.rank == 0 and not failed:
         print(f"\n{folder.path}\n{plan.summary(folder)}", flush=True)

@@ -56,9 +56,20 @@ def compute_scores(
 
 
 def train_replicates(
-    run: RunDirectory, replicates: list[ReplicateDirectory], process: ProcessInfo, board: StatusBoard
+    run: RunDirectory,
+    replicates: list[ReplicateDirectory],
+    process: ProcessInfo,
+    board: StatusBoard,
+    read_only: bool = False,
 ) -> bool:
     """Train replicates one after another. A failure does not stop the others, unless ranks train together.
+
+    Args:
+        run: The run.
+        replicates: Replicates of this rank.
+        process: This rank.
+        board: Where progress is published.
+        read_only: Whether all replicates are finished and cannot be written, so that none is locked.
 
     Returns:
         Whether any replicate failed.
@@ -74,7 +85,7 @@ def train_replicates(
     for replicate in replicates:
         track = Tracker(functools.partial(sync.sync_replicate, replicate), run.path.parent, progress)
         try:
-            with replicate.lock() if is_writer else contextlib.nullcontext():
+            with replicate.lock() if is_writer and not read_only else contextlib.nullcontext():
                 IMP(run.config, replicate, progress, track).run()
                 track.finish()
             progress.set_state(replicate.name, "done")

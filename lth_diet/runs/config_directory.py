@@ -1,6 +1,7 @@
 """A directory with a config.json that says which configuration created it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ class ConfigDirectory:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether files of the existing directory can be written."""
+        return os.access(self.path, os.W_OK)
 
     def create(self) -> None:
         """Create the directory and write its config.json."""

@@ -70,6 +70,12 @@ class RunDirectory(ConfigDirectory):
         """The replicates that the configuration asks for."""
         return [self.replicate(index) for index in self.config.replicates]
 
+    @property
+    def done(self) -> bool:
+        """Whether everything that the configuration asks for is trained."""
+        levels = self.config.prune.levels
+        return all(replicate.pretrain.done and replicate.finished(levels) for replicate in self.replicates())
+
     def _check(self, existing: dict[str, Any]) -> None:
         super()._check(existing)
         theirs, ours = existing.get("ranks", 1), self._content["ranks"]
