@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from lth_diet.errors import Parser, UserError, print_error
 from lth_diet.program import run_program
-from lth_diet.tracking.mlflow_store import tracking_uri, without_secrets
+from lth_diet.tracking.mlflow_store import describe_move, failure_reason, tracking_uri, without_secrets
 
 from .arms import Arm
 
@@ -92,15 +92,12 @@ def open_store(tracking_uri: str, experiment: str | None) -> tuple[MlflowClient,
         client = MlflowClient(tracking_uri)
         found = {entry.name: entry.experiment_id for entry in client.search_experiments()}
     except (MlflowException, SQLAlchemyError, ValueError) as error:  # an invalid URL raises ValueError
-        raise UserError(f"the MLflow store {without_secrets(tracking_uri)} cannot be read: {_reason(error)}") from None
+        raise UserError(
+            f"the MLflow store {without_secrets(tracking_uri)} cannot be read: {failure_reason(error)}"
+        ) from None
     if experiment is not None and experiment not in found:
         raise UserError(f"no experiment {experiment!r} in the MLflow store; expected one of {', '.join(found)}")
     return client, [found[experiment]] if experiment is not None else list(found.values())
-
-
-def _reason(error: Exception) -> str:
-    """Reason why a store cannot be read, without the password that its URI may contain."""
-    return without_secrets(str(error).splitlines()[0].partition(" with exception")[0])[:200]
 
 
 def search_runs(client: MlflowClient, experiments: list[str], query: str) -> list[Run]:
@@ -264,7 +261,7 @@ def catch_user_errors(command: Callable[[Sequence[str] | None], int]) -> Callabl
         try:
             return command(argv)
         except (MlflowException, SQLAlchemyError) as error:  # the server became unreachable
-            return print_error(UserError(f"lost the connection to the MLflow store: {_reason(error)}"))
+            return print_error(UserError(f"lost the connection to the MLflow store: {failure_reason(error)}"))
         except UserError as error:
             return print_error(error)
 
@@ -275,6 +272,13 @@ def print_incomplete(frame: pd.DataFrame) -> None:
     """Prints incomplete replicates on standard error."""
     for sentence in describe_incomplete(frame):
         print(f"incomplete: {sentence}", file=sys.stderr)
+
+
+def print_moves(tracking_uri: str, experiment: str | None) -> None:
+    """Prints on standard error why a store that was moved has no pictures."""
+    client, experiments = open_store(tracking_uri, experiment)
+    for move in filter(None, (describe_move(client, client.get_experiment(each)) for each in experiments)):
+        print(f"warning: there are no pictures: {move}", file=sys.stderr)
 
 
 @catch_user_errors

@@ -31,6 +31,7 @@ from lth_diet.errors import Parser, UserError
 from lth_diet.files import write_atomically
 from lth_diet.program import run_program
 from lth_diet.runs import run_directory
+from lth_diet.tracking.mlflow_store import failure_reason
 from lth_diet.tracking.mlflow_store import tracking_uri as default_tracking_uri
 
 from . import claims, collect, dominance, figures, matching, paper
@@ -125,7 +126,7 @@ def write_run_report(run: run_directory.RunDirectory) -> None:
     try:
         report = write(default_tracking_uri(), config.experiment_name, run.path.parent / f"{name}.html", **selection)
     except Exception as error:  # from MLflow, SQLAlchemy, requests or the file system
-        print(f"no report: {error if isinstance(error, UserError) else type(error).__name__}")
+        print(f"no report: {error if isinstance(error, UserError) else failure_reason(error)}")
         return
     print("\n".join(report.verdicts))
     print(f"report: {report.path.resolve()}", flush=True)
@@ -384,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         selection = {"dataset": arguments.dataset, "model": arguments.model}
         report = write(arguments.tracking_uri, arguments.experiment, arguments.output, *settings, **selection)
+        collect.print_moves(arguments.tracking_uri, arguments.experiment)
     print("\n".join(report.verdicts))
     print(f"report: {report.path.resolve()}")
     return 0

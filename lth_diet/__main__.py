@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the commands above.
 
     Returns:
-        The exit status: 0; 1 if `verify` found damage or `sync` could not reach MLflow; 2 if the input is invalid.
+        The exit status: 0; 1 if `verify` found damage or MLflow refused what `sync` sent; 2 if the input is invalid.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -104,21 +104,34 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _sync(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # MLflow reads it when it is imported
     from lth_diet.runs.find import find_directories
-    from lth_diet.tracking.sync import sync_folder
+    from lth_diet.tracking import mlflow_store, sync
 
     directories, scored = find_directories(arguments.runs)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # MLflow's default, 7, takes minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    status = 0
-    for folder in [*scored, *directories]:
+    status, reasons = 0, set()
+    for folder in [*scored, *directories]:  # an error of one does not stop the others
         try:
-            sync_folder(folder, folder in scored)
-        except UserError as error:  # a damaged file does not stop the other folders
+            updates = sync.updates(folder, folder in scored)
+        except UserError as error:
             status = print_error(error)
-        except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each raise their own
-            print(f"error: {folder}: MLflow is not up to date ({type(error).__name__})", file=sys.stderr)
-            return 1
+            continue
+        for path, update in updates:
+            try:
+                update()
+                print(f"{path}: up to date", flush=True)
+            except UserError as error:
+                status = print_error(error)
+            except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each raise their own
+                reason = mlflow_store.failure_reason(error)
+                shown = "as above" if reason in reasons else reason
+                print(f"error: {path}: MLflow is not up to date: {shown}", file=sys.stderr)
+                reasons.add(reason)
+                status = status or 1
+                if not mlflow_store.responds():
+                    return status
     return status
 
 

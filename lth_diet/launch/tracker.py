@@ -12,7 +12,7 @@ BACKOFF_FACTOR = 20
 
 
 class Tracker:
-    """Brings MLflow up to date when called. If the store cannot be reached, it prints one warning.
+    """Brings MLflow up to date when called. If that fails, it prints one warning for each reason.
 
     After a failure, calls do nothing for `BACKOFF_FACTOR` times the duration of the failed update, so a server that
     does not respond delays training little. `finish` makes up for calls that were skipped.
@@ -27,7 +27,7 @@ class Tracker:
         self.sync = sync
         self.runs = runs
         self.progress = progress
-        self._warned = False
+        self._warned: set[str] = set()
         self._skipped = False
         self._not_before = 0.0
 
@@ -46,11 +46,14 @@ class Tracker:
         try:
             self.sync()
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each raise their own
+            from lth_diet.tracking import mlflow_store  # slow
+
             now = time.monotonic()
             self._not_before = now + BACKOFF_FACTOR * (now - began)
-            if not self._warned:
+            reason = mlflow_store.failure_reason(error)
+            if reason not in self._warned:
                 self.progress.log(
-                    f"warning: MLflow is not up to date ({type(error).__name__}); training continues; "
-                    f"run `python -m lth_diet sync {shlex.quote(str(self.runs))}` later to catch up"
+                    f"warning: MLflow is not up to date: {reason}; training continues; once this is fixed, "
+                    f"`python -m lth_diet sync {shlex.quote(str(self.runs))}` sends what is missing"
                 )
-            self._warned = True
+            self._warned.add(reason)

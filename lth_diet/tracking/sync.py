@@ -9,7 +9,7 @@ python -m lth_diet sync runs       bring MLflow up to date with every run in a f
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lth_diet.runs.config_directory import read_config
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.tracking.figures import accuracy_curves
-from lth_diet.tracking.mlflow_store import artifact_location, lock_store, open_client
+from lth_diet.tracking.mlflow_store import artifact_location, check_experiment, lock_store, open_client
 
 _MAX_METRICS = 1000  # per request to MLflow
 _MAX_PARAMS = 100  # per request to MLflow
@@ -85,6 +85,7 @@ class _Sync:
     def _create_experiment(self, name: str) -> str:
         """Return the id of an experiment, which is created if it is missing."""
         if found := self.client.get_experiment_by_name(name):
+            check_experiment(self.client, found)
             return found.experiment_id
         try:
             return self.client.create_experiment(name, artifact_location(name))
@@ -228,7 +229,9 @@ class _ReplicateSync(_Sync):
                 self.client.update_run(parent.info.run_id, status=status)
 
     def _draw(self, parent: MlflowRun, results: list[dict[str, Any]]) -> None:
-        frame = pd.DataFrame(results).rename(columns={"test_accuracy_percent": "mean"}).assign(std=pd.NA, count=1)
+        frame = (
+            pd.DataFrame(results).rename(columns={"test_accuracy_percent": "mean"}).assign(std=float("nan"), count=1)
+        )
         title = f"{self.config['dataset']}, {self.config['model']}, replicate {self.replicate.index}"
         figure = accuracy_curves({_describe_arm(self.config): frame}, title)
         self.client.log_figure(parent.info.run_id, figure, "accuracy.png")
@@ -290,27 +293,30 @@ def _describe_arm(config: dict[str, Any]) -> str:
     return f"pre-trained on {examples}{noise} for {config['rewind_steps']} steps"
 
 
-def sync_folder(folder: Path, scored: bool) -> None:
-    """Bring MLflow up to date with a run directory or the folder of a scores artifact, and print each.
-
-    All results are read before anything is written to MLflow.
+def updates(folder: Path, scored: bool) -> list[tuple[Path, Callable[[], None]]]:
+    """List the updates of MLflow for a run directory or the folder of a scores artifact.
 
     Args:
         folder: The folder.
         scored: Whether it is the folder of a scores artifact.
 
+    Returns:
+        The folder of each replicate, or of the scores artifact, and a function that brings MLflow up to date with it.
+        The function reads all results before it writes any, and raises UserError if a file is damaged.
+
     Raises:
-        UserError: If a file is damaged.
+        UserError: If config.json is damaged.
     """
+
+    def update(phases: Sequence[PhaseDirectory], sync: Callable[[], None]) -> None:
+        for phase in phases:
+            if phase.done:
+                phase.result()
+        sync()
+
     read_config(folder)
-    replicates = [ReplicateDirectory(path) for path in sorted(folder.glob("replicate_*"))]
-    networks = [PhaseDirectory(path) for path in folder.glob("network_*")]
-    for phase in [*networks, *(phase for replicate in replicates for phase in replicate.phases())]:
-        if phase.done:
-            phase.result()
     if scored:
-        sync_scores(folder)
-        print(f"{folder}: up to date")
-    for replicate in replicates:
-        sync_replicate(replicate)
-        print(f"{replicate.path}: up to date")
+        networks = [PhaseDirectory(path) for path in folder.glob("network_*")]
+        return [(folder, lambda: update(networks, lambda: sync_scores(folder)))]
+    replicates = [ReplicateDirectory(path) for path in sorted(folder.glob("replicate_*"))]
+    return [(each.path, lambda each=each: update(each.phases(), lambda: sync_replicate(each))) for each in replicates]

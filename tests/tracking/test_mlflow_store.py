@@ -1,7 +1,10 @@
+import shutil
 import subprocess
 import sys
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Experiment
 from tracking.runs import finish, stored
 
 from lth_diet.config import loading
@@ -17,6 +20,100 @@ def test_a_local_store_is_described_by_a_command_and_a_server_by_its_address_wit
         assert mlflow_store.describe_store() == "http://host:5000"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg://me:secret@host/mlflow?password=secret")
     assert mlflow_store.describe_store() == "postgresql+psycopg://host/mlflow"
+
+
+def folders(place):
+    """The folder of a store that was moved there, and its former folder, with the files of both."""
+    here, there = place / "here", place / "there"
+    (here / "mlartifacts/tiny").mkdir(parents=True)
+    (here / "mlflow.db").touch()
+    return here, there
+
+
+def moved(here, there):
+    pass
+
+
+def copied(here, there):
+    shutil.copytree(here, there)
+
+
+def moved_back(here, there):
+    there.symlink_to(here)  # found under its former name
+
+
+def moved_without_its_artifacts(here, there):
+    there.mkdir()
+    (here / "mlartifacts").rename(there / "mlartifacts")
+
+
+def copied_without_its_artifacts(here, there):
+    copied(here, there)
+    shutil.rmtree(here / "mlartifacts")
+
+
+@pytest.mark.parametrize(
+    ("change", "uri", "location", "reported"),
+    [
+        (moved, "sqlite:///{here}/mlflow.db", "file://{there}/mlartifacts/tiny", True),
+        (moved, "sqlite:///here/mlflow.db?timeout=9", "file://{there}/mlartifacts/tiny", True),
+        (moved, "sqlite:///{here}/mlflow.db", "file://{here}/mlartifacts/tiny", False),
+        (moved, "sqlite:///here/mlflow.db", "file://{here}/mlartifacts/1", False),
+        (moved, "sqlite:///{here}/mlflow.db", "file://{there}/mlartifacts/1", True),
+        (moved, "sqlite:///{here}/mlflow.db", "{there}/chosen", False),  # nothing has been stored there yet
+        (moved, "sqlite:///{here}/mlflow.db", "s3://bucket/mlartifacts/tiny", False),
+        (moved, "sqlite:///{here}/mlflow.db", "mlflow-artifacts:/mlartifacts/tiny", False),
+        (moved, "http://localhost:5000", "file://{there}/mlartifacts/tiny", False),
+        (copied, "sqlite:///{here}/mlflow.db", "file://{there}/mlartifacts/tiny", True),
+        (moved_back, "sqlite:///{here}/mlflow.db", "file://{there}/mlartifacts/tiny", False),
+        (moved_back, "sqlite:///{there}/mlflow.db", "file://{there}/mlartifacts/tiny", False),
+        (moved_without_its_artifacts, "sqlite:///{here}/mlflow.db", "file://{there}/mlartifacts/tiny", False),
+        (copied_without_its_artifacts, "sqlite:///{here}/mlflow.db", "file://{there}/mlartifacts/tiny", True),
+    ],
+)
+def test_a_store_is_moved_if_its_artifacts_would_go_elsewhere_than_where_it_is_now(
+    place, monkeypatch, change, uri, location, reported
+):
+    here, there = folders(place)
+    change(here, there)
+    client = MlflowClient(mlflow_store.tracking_uri())
+    monkeypatch.setattr(client._tracking_client, "tracking_uri", uri.format(here=here, there=there))
+    experiment = Experiment("1", "tiny", location.format(here=here, there=there), "active")
+    move = mlflow_store.describe_move(client, experiment)
+    assert bool(move) == reported
+    assert (
+        not reported
+        or f"mlflow.db was moved or copied, but MLflow still keeps the artifacts of 'tiny' in {there}" in move
+    )
+
+
+def test_artifacts_of_finished_runs_that_are_gone_from_a_chosen_folder_are_reported(run, place, monkeypatch):
+    client = MlflowClient(mlflow_store.tracking_uri())
+    client.create_experiment("tiny", (place / "chosen").as_uri())
+    for level in (0, 1):
+        finish(run.replicate(0).level(level), level, level=level)
+    sync.sync_replicate(run.replicate(0))
+    sync.sync_replicate(run.replicate(0))
+    (place / "chosen").rename(place / "moved")
+    with pytest.raises(mlflow_store.StoreError, match="was moved or copied"):
+        sync.sync_replicate(run.replicate(0))
+
+
+def test_the_reason_of_a_failure_is_one_line_without_secrets(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for uri, reason in {
+        "http://me:secret@127.0.0.1:9": "http://127.0.0.1:9: Connection refused",
+        "http://me:secret@name.invalid": "http://name.invalid: ",  # and the resolver's words
+        "sqlite://secret.db": "Invalid SQLite URL: sqlite://secret.db",
+        "ftp://me:secret@host": " Model registry functionality is unavailable; got unsupported URI 'ftp://host' for",
+    }.items():
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(Exception) as caught:
+            mlflow_store.open_client().search_experiments()
+        shown = mlflow_store.failure_reason(caught.value)
+        assert shown.startswith(reason.strip()) and "me:secret" not in shown and "\n" not in shown
+    assert mlflow_store.failure_reason(ValueError()) == "ValueError"
+    assert len(mlflow_store.failure_reason(ValueError("long " * 999))) < 500
 
 
 SIXTEEN = """

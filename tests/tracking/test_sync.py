@@ -1,10 +1,13 @@
+import shlex
 import shutil
 from importlib import metadata
 from pathlib import Path
 
+import mlflow.cli
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from PIL import Image
@@ -16,7 +19,7 @@ from lth_diet.config.run_ids import run_id
 from lth_diet.files import read_json, write_json
 from lth_diet.masks.mask import Mask
 from lth_diet.networks.resnet import ResNet
-from lth_diet.runs.run_directory import RunDirectory
+from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.scores import artifact
 from lth_diet.tracking import mlflow_store, sync
@@ -244,7 +247,8 @@ def test_the_command_rejects_a_folder_without_runs_and_fails_for_an_unreachable_
     finish(run.replicate(0).level(0), 0, level=0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/no/such/place.db")
     assert main(["sync", "runs"]) == 1
-    assert "MLflow is not up to date" in capsys.readouterr().err
+    reason = "/proc/no: No such file or directory"
+    assert capsys.readouterr().err == f"error: {run.path}/replicate_0: MLflow is not up to date: {reason}\n"
 
 
 def test_a_result_without_measurements_is_reported_in_one_sentence_and_other_runs_are_synced(run, tiny, capsys):
@@ -259,6 +263,90 @@ def test_a_result_without_measurements_is_reported_in_one_sentence_and_other_run
     assert err.startswith(f"error: {path}: test_accuracy_percent is missing, expected float | int; delete ")
     assert err.count("\n") == 1 and out == f"{other.path}/replicate_0: up to date\n"
     assert set(stored()) == {f"{other.path.name}/replicate_0", f"{other.path.name}/replicate_0/level_0"}
+
+
+@pytest.fixture
+def two_experiments(run, tiny):
+    """Finished replicates of two runs in the experiments tiny and other."""
+    other = RunDirectory(loading.load_config(tiny("init"), ["experiment=other"]))
+    other.create()
+    for made in (run, other):
+        finish(made.replicate(0).level(0), 0, level=0)
+    finish(run.replicate(1).level(0), 1, level=0)
+    return run.path, other.path
+
+
+def test_a_deleted_experiment_is_reported_with_the_remedy_and_other_runs_are_synced(two_experiments, capsys):
+    tiny, other = two_experiments
+    client = MlflowClient(mlflow_store.tracking_uri())
+    client.delete_experiment(client.create_experiment("tiny"))
+    assert main(["sync", "runs"]) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{other}/replicate_0: up to date\n"
+    first, second = err.splitlines()
+    assert first.startswith(f"error: {tiny}/replicate_0: MLflow is not up to date: the experiment 'tiny' is deleted; ")
+    assert second == f"error: {tiny}/replicate_1: MLflow is not up to date: as above"
+    uri, _, *command = shlex.split(first.split("`")[1])
+    assert uri == f"MLFLOW_TRACKING_URI={mlflow_store.tracking_uri()}"
+    assert CliRunner().invoke(mlflow.cli.cli, command).exit_code == 0
+    assert main(["sync", "runs"]) == 0
+    assert len(stored()) == 4
+
+
+@pytest.mark.parametrize(
+    "uri", ["./mlruns", "mlruns", "file:mlruns", "sqlite://", "sqlite:///", "sqlite:///:memory:?a=b"]
+)
+def test_a_store_that_keeps_nothing_is_reported_once_with_the_remedy(two_experiments, monkeypatch, place, capsys, uri):
+    before = sorted(path for path in place.parent.rglob("*") if path.name != ".mlflow.lock")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert main(["sync", "runs"]) == 1
+    err = capsys.readouterr().err
+    assert f"MLFLOW_TRACKING_URI = {uri!r} " in err and "; set it to sqlite:///<file> or http://<server>" in err
+    assert err.count("\n") == 1
+    assert sorted(path for path in place.parent.rglob("*") if path.name != ".mlflow.lock") == before
+
+
+def everything():
+    """Metrics and names of artifacts of every run."""
+    client = MlflowClient(mlflow_store.tracking_uri())
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    files = {run.info.run_name: {file.path for file in client.list_artifacts(run.info.run_id)} for run in runs}
+    return {name: (files[name], metrics) for name, (*_, metrics) in stored().items()}
+
+
+def test_a_moved_store_is_reported_and_a_new_one_gets_all_points_and_artifacts(
+    run, place, empty_store, monkeypatch, capsys
+):
+    finish(run.replicate(0).level(0), 0, level=0)
+    finish(run.replicate(0).level(1), 1, level=1)
+    old, new = place / "old", place / "new"
+    old.mkdir()
+    Path("runs").rename(old / "runs")
+    shutil.copy(empty_store, old / "mlflow.db")
+    monkeypatch.chdir(old)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{old}/mlflow.db")
+    assert main(["sync", "runs"]) == 0
+    before = everything()
+    assert before[f"{run.path.name}/replicate_0/level_1"][0] == {"mask.safetensors", "density.csv"}
+
+    old.rename(new)
+    monkeypatch.chdir(new)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{new}/mlflow.db")
+    finish(ReplicateDirectory(new / run.replicate(0).path).pretrain, 2)
+    capsys.readouterr()
+    assert main(["sync", "runs"]) == 1
+    err = capsys.readouterr().err
+    assert "mlflow.db was moved or copied" in err and "rename mlflow.db and run `python -m lth_diet sync" in err
+    assert "tags and notes that were added by hand are not kept" in err
+    assert not old.exists()
+
+    Path("mlflow.db").rename("mlflow.db.old")
+    shutil.copy(empty_store, new / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{new}/../new/mlflow.db")  # MLflow keeps stores open by URI
+    assert main(["sync", "runs"]) == 0
+    after = everything()
+    assert after.pop(f"{run.path.name}/replicate_0/pretrain")
+    assert after == before
 
 
 @pytest.mark.parametrize("call", ["log_artifact", "log_figure", "log_text", "set_terminated", "log_batch"])
