@@ -12,7 +12,7 @@ BACKOFF_FACTOR = 20
 
 
 class Tracker:
-    """Brings MLflow up to date when called. If that fails, it prints one warning for each reason.
+    """Brings MLflow up to date when called. If that fails, it prints one warning with the reason.
 
     After a failure, calls do nothing for `BACKOFF_FACTOR` times the duration of the failed update, so a server that
     does not respond delays training little. `finish` makes up for calls that were skipped.
@@ -27,7 +27,7 @@ class Tracker:
         self.sync = sync
         self.runs = runs
         self.progress = progress
-        self._warned: set[str] = set()
+        self._warned = False
         self._skipped = False
         self._not_before = 0.0
 
@@ -50,10 +50,10 @@ class Tracker:
 
             now = time.monotonic()
             self._not_before = now + BACKOFF_FACTOR * (now - began)
-            reason = mlflow_store.failure_reason(error)
-            if reason not in self._warned:
+            if not self._warned:
+                reason = mlflow_store.failure_reason(error)
                 self.progress.log(
                     f"warning: MLflow is not up to date: {reason}; training continues; once this is fixed, "
                     f"`python -m lth_diet sync {shlex.quote(str(self.runs))}` sends what is missing"
                 )
-            self._warned.add(reason)
+            self._warned = True
