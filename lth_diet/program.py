@@ -5,6 +5,7 @@ import errno
 import getpass
 import io
 import os
+import signal
 import stat
 import sys
 import tempfile
@@ -17,10 +18,17 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     """Run `main` and exit with the status that it returns.
 
     Characters that the encoding of standard output lacks are printed as escapes. A program whose output nobody reads
-    any more, such as `... --plan | head`, continues without a word.
+    any more, such as `... --plan | head`, continues without a word. An interrupt (Ctrl-C) ends it with one line, of
+    rank 0 alone, and status 130.
     """
     sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
-    status = main()
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would print a traceback while the first is handled
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped; rerun the same command to resume", file=sys.stderr)
+        status = 130
     try:
         print(end="", flush=True)
     except OSError as error:  # of a file on a full disk

@@ -10,17 +10,21 @@ Rerun the same command to resume. At the end a report of the experiment is writt
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lth_diet.launch import command_line
 from lth_diet.program import run_program
-from lth_diet.runs.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from lth_diet.runs.run_directory import RunDirectory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    from lth_diet.launch import command_line  # slow: here an interrupt is handled
+
     return command_line.launch_imp(argv, __doc__, report)
 
 
-def report(run: RunDirectory) -> None:
+def report(run: "RunDirectory") -> None:
     sys.path.append(str(Path(__file__).parents[1]))  # of analysis, where only lth_diet is installed
     from analysis.report import write_run_report  # slow (MLflow): imported after the input is validated
 

@@ -9,11 +9,12 @@ Rerun the same command to resume. recipes/imp.py computes missing scores itself.
 
 from collections.abc import Sequence
 
-from lth_diet.launch import command_line
 from lth_diet.program import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    from lth_diet.launch import command_line  # slow: here an interrupt is handled
+
     return command_line.launch_scoring(argv, __doc__)
 
 

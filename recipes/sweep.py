@@ -11,14 +11,15 @@ Press Ctrl-C to stop. Rerun the same command to resume.
 from collections.abc import Sequence
 from pathlib import Path
 
-from lth_diet.errors import UserError, print_error
-from lth_diet.launch import command_line
 from lth_diet.program import run_program
-from lth_diet.sweep.grid import Sweep
-from lth_diet.sweep.plan import plan, shared_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    from lth_diet.errors import UserError, print_error  # slow, with the next: here an interrupt is handled
+    from lth_diet.launch import command_line
+    from lth_diet.sweep.grid import Sweep
+    from lth_diet.sweep.plan import plan, shared_runs
+
     parser = command_line.recipe_parser(__doc__)
     parser.add_argument("--address", help="address of a running Ray cluster, or auto; default: start a local one")
     try:
