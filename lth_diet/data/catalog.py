@@ -1,7 +1,7 @@
 """Datasets by name, each decoded once to a cache of uint8 images that all processes memory-map.
 
 To add a dataset, write a module with `decode(root)` that returns the training set, the test set and the class names,
-add it to `_decode` and `_TRAIN_SIZES`, and add its name to `Dataset` in `config/schema.py`.
+add it to `_decode` and `_INFO`, and add its name to `Dataset` in `config/schema.py`.
 """
 
 import functools
@@ -25,11 +25,11 @@ _STATISTICS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "cinic10": ((0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587)),
 }
-_TRAIN_SIZES = {
-    "cifar10": 50_000,
-    "cifar100": 50_000,
-    "cinic10": 180_000,  # train and valid merged, as in the paper
-    "digits": 1442,
+_INFO = {
+    "cifar10": DatasetInfo(50_000, "cifar10", classes=10),
+    "cifar100": DatasetInfo(50_000, "cifar100", classes=100),
+    "cinic10": DatasetInfo(180_000, "cinic10", classes=10),  # train and valid merged, as in the paper
+    "digits": DatasetInfo(1442, "digits", classes=10, channels=1),
 }
 
 
@@ -45,7 +45,7 @@ def info(name: str, root: str) -> DatasetInfo:
         UserError: If an image folder is missing, unreadable or not in the expected layout.
     """
     if name != "image_folder":
-        return DatasetInfo(_TRAIN_SIZES[name], fingerprint=name)
+        return _INFO[name]
     try:
         return image_folder.info(root)
     except OSError as error:

@@ -7,10 +7,15 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a dataset before it is decoded."""
+    """What is known of a dataset before it is decoded.
+
+    The images of a folder are taken to have three channels; one that is grayscale has fewer weights in the network.
+    """
 
     train_size: int
     fingerprint: str
+    classes: int
+    channels: int = 3
 
 
 @dataclasses.dataclass(frozen=True)

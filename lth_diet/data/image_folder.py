@@ -35,7 +35,7 @@ def info(root: str) -> DatasetInfo:
             raise UserError(f"{path} is not a regular file; expected a JPEG or PNG file")
         files.append(f"{path.relative_to(root)} {status.st_size}")
     fingerprint = hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()[:16]
-    return DatasetInfo(len(train), fingerprint)
+    return DatasetInfo(len(train), fingerprint, len(classes))
 
 
 def decode(root: str) -> tuple[Split, Split, list[str]]:

@@ -1,13 +1,12 @@
 """Pruning rules, which compute the mask of the next level from trained weights and the current mask."""
 
-import fractions
-import math
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lth_diet.masks.counts import count_pruned
 from lth_diet.masks.mask import Mask
 
 
@@ -37,7 +36,7 @@ def prune_by_magnitude(weights: Mapping[str, Tensor], mask: Mask, fraction: floa
     if np.isnan(magnitude[remains]).any():
         raise ValueError("a remaining weight is NaN, so the weights cannot be ranked by magnitude")
     candidates = np.flatnonzero(remains)
-    count = math.ceil(fractions.Fraction(str(fraction)) * len(candidates))
+    count = count_pruned(len(candidates), fraction)
     remains[candidates[np.argsort(magnitude[candidates], kind="stable")[:count]]] = False
     parts = torch.from_numpy(remains).split([tensor.numel() for tensor in mask.values()])
     return Mask({name: part.view(mask[name].shape).clone() for name, part in zip(mask, parts, strict=True)})
