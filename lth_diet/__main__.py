@@ -10,6 +10,7 @@ python -m lth_diet keys                                             every key of
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,12 +48,12 @@ def _parser() -> Parser:
 
     command = commands.add_parser("show", help="weights remaining in each layer at a level")
     command.add_argument("replicate", type=Path, help="runs/<run>/replicate_<r>")
-    command.add_argument("level", type=int)
+    command.add_argument("level", type=_level)
     command.set_defaults(command=_show)
 
     command = commands.add_parser("export", help="mask and weights as files for plain PyTorch")
     command.add_argument("replicate", type=Path, help="runs/<run>/replicate_<r>")
-    command.add_argument("level", type=int)
+    command.add_argument("level", type=_level)
     command.add_argument("-o", "--output", type=Path, required=True, help="new folder")
     command.set_defaults(command=_export)
 
@@ -63,6 +64,12 @@ def _parser() -> Parser:
 
     commands.add_parser("keys", help="every key of a configuration and of a sweep file").set_defaults(command=_keys)
     return parser
+
+
+def _level(text: str) -> int:
+    if not re.fullmatch("-?(0|[1-9][0-9]{0,8})", text):
+        raise argparse.ArgumentTypeError(f"must be a level, such as 8, after one replicate, not {text!r}")
+    return int(text)
 
 
 # Each command imports only what it needs: MLflow takes seconds.

@@ -8,25 +8,28 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from lth_diet.errors import expand_path
+
 MAX_REPLICATES = 1000
 MAX_NUMBER = 2**31  # exclusive, of steps, images, channels ...
+_REAL = re.compile(r"[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def _steps(value: Any) -> int:
-    match = re.fullmatch(r"(\d{1,20})(ba)?", str(value)) if not isinstance(value, bool) else None
+    match = re.fullmatch(r"(0|[1-9][0-9_]{0,19})(ba)?", str(value)) if not isinstance(value, bool) else None
     if match is None:
         raise ValueError("must be a number of batches, such as 400 or 400ba")
-    return int(match[1])
+    return int(match[1].replace("_", ""))
 
 
 def _real(value: Any) -> float:
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        return float(value)  # also strings: YAML 1.1 reads 1e-4 as a string
-    except (TypeError, ValueError):
-        raise ValueError("must be a number") from None
+    if type(value) in (int, float):
+        return float(value)
+    # YAML 1.1 reads 1e-4 as text
+    if isinstance(value, str) and _REAL.fullmatch(value):
+        return float(value.replace("_", ""))
+    raise ValueError("must be a number")
 
 
 def replicate_indices(value: Any) -> tuple[int, ...]:
@@ -57,6 +60,7 @@ NotNegative = Annotated[Real, Field(ge=0)]
 Count = Annotated[int, Field(strict=True, gt=0, lt=MAX_NUMBER)]
 Index = Annotated[int, Field(strict=True, ge=0, lt=MAX_NUMBER)]
 Text = Annotated[str, Field(strict=True, min_length=1), AfterValidator(_text)]
+PathText = Annotated[Text, AfterValidator(expand_path)]
 
 
 class Section(BaseModel):

@@ -1,5 +1,7 @@
 """Loads a configuration: merges base files and overrides, and validates the result."""
 
+import collections
+import dataclasses
 import difflib
 import functools
 import re
@@ -10,16 +12,34 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from lth_diet.config.fields import CONTROL_CHARACTERS, Section
-from lth_diet.config.run_ids import DEFAULTS
+from lth_diet.config.run_ids import DEFAULTS, flatten
 from lth_diet.config.schema import Config
+from lth_diet.config.weights import levels_problem
 from lth_diet.config.yaml_files import MAX_DEPTH, ends_in_comment, parse, quote, read_tree
 from lth_diet.data import catalog
-from lth_diet.errors import UserError
+from lth_diet.errors import UserError, expand_path
 from lth_diet.scores import artifact
 
 Layer = tuple[str, dict[str, Any]]
 """Where settings are from, and the settings."""
 AnySection = TypeVar("AnySection", bound=Section)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A configuration, and where its values are from.
+
+    Attributes:
+        config: The configuration.
+        where: Where each given value is from, by dotted key, such as "on the command line".
+        written: The keys of `where` that were not given in a base file, which arms share.
+        repeated: Keys that were given more than once on the command line.
+    """
+
+    config: Config
+    where: dict[str, str]
+    written: frozenset[str]
+    repeated: tuple[str, ...]
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), layers: Iterable[Layer] = ()) -> Config:
@@ -28,17 +48,32 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), layers: Iterabl
     Args:
         path: YAML file. Its `base:`, a path relative to it, is read first.
         overrides: Settings `key.sub=value`, with the value in YAML.
-        layers: Settings merged in order over the file and under the overrides.
+        layers: Settings merged in order over the file and under the overrides. The file is then a base file.
 
     Raises:
         UserError: If a file cannot be read, or a key or value is invalid.
     """
+    return load(path, overrides, layers).config
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), layers: Iterable[Layer] = ()) -> Loaded:
+    """As `load_config`, with where the values are from."""
     tree, origin = _read(Path(path), ())
-    for where, layer in [*layers, *(("command line", nested(*parse_override(text))) for text in overrides)]:
+    given = [parse_override(text) for text in overrides]
+    layers = list(layers)
+    for where, layer in [*layers, *(("command line", nested(*pair)) for pair in given)]:
         tree, origin = _merge(tree, origin, layer, where)
     config = validate(Config, tree, origin, str(path))
     _check(config, functools.partial(_invalid, origin, str(path)))
-    return config
+    sources = {"command line", *(where for where, _ in layers)} if layers else {"command line", str(path)}
+    where = {key: _location(origin, "", key) for key in flatten(config.model_dump()) if key in origin}
+    written = frozenset(key for key in where if origin[key] in sources)
+    return Loaded(config, where, written, repeated_keys(key for key, _ in given))
+
+
+def repeated_keys(keys: Iterable[str]) -> tuple[str, ...]:
+    """Return the keys that occur more than once."""
+    return tuple(key for key, count in collections.Counter(keys).items() if count > 1)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -113,12 +148,25 @@ def _to_user_error(error: dict, origin: dict[str, str], path: str) -> UserError:
     if error["type"] == "invalid_key":
         section = key.rpartition(".")[0]
         return UserError(f"the key {quote(error['input'])} of {section} {_location(origin, path, key)} must be text")
-    expected = {"model_type": "a section of keys", "tuple_type": "a list", "bool_type": "true or false"}
-    if error["type"] in expected:
-        problem = f"must be {expected[error['type']]}"
+    if error["type"] in _PROBLEMS:
+        problem = _PROBLEMS[error["type"]]
+        if error["type"] == "tuple_type":
+            problem += ", such as [[200, 300]] in a grid" if "entry " in origin.get(key, "") else ", such as [200, 300]"
+        if error["type"] == "string_type" and error["input"] is None:  # YAML's reading of ~
+            problem = "must not be empty; write ~/ for the home folder"
     else:
         problem = re.sub("^(Input|String) should", "must", error["msg"].removeprefix("Value error, "))
     return _invalid(origin, path, key, error["input"], problem)
+
+
+_PROBLEMS = {
+    "model_type": "must be a section of keys",
+    "tuple_type": "must be a list",
+    "bool_type": "must be true or false",
+    "int_type": "must be an integer",
+    "string_type": "must be text; quote it for YAML if it is meant as text",
+    "string_too_short": "must not be empty",
+}
 
 
 def _check(config: Config, invalid: Callable[[str, Any, str], UserError]) -> None:
@@ -135,6 +183,8 @@ def _check(config: Config, invalid: Callable[[str, Any, str], UserError]) -> Non
         data = catalog.info(config.dataset.name, config.dataset.root)
     except UserError as error:
         raise invalid("dataset.root", config.dataset.root, str(error)) from None
+    if problem := levels_problem(config):
+        raise invalid("prune.levels", config.prune.levels, problem)
     if train.batch_size > data.train_size:
         expected = f"must be at most {data.train_size}, the number of training images"
         raise invalid("train.batch_size", train.batch_size, expected)
@@ -148,6 +198,10 @@ def _check(config: Config, invalid: Callable[[str, Any, str], UserError]) -> Non
             expected = f"must be between {train.batch_size} (one batch) and {available} (the available training images)"
             raise invalid("pretrain.subset.size", config.subset_size, expected)
     if config.needs_scores and config.scores.file is not None:
+        file = Path(config.scores.file)
+        if file.suffix != ".safetensors" and not file.is_dir():
+            problem = "must be a scores.safetensors; save scores of your own with save_scores, as in docs/extending.md"
+            raise invalid("scores.file", config.scores.file, problem)
         try:
             artifact.check_dataset(Path(config.scores.file), config.dataset.name, data.fingerprint)
         except UserError as error:
@@ -161,6 +215,10 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict, dict[str, str]]
         return _merge({}, {}, tree, str(path))
     if not isinstance(base, str) or CONTROL_CHARACTERS.search(base):
         raise UserError(f"base = {quote(base)} in {path}: must be a path relative to this file")
+    try:
+        base = expand_path(base)
+    except ValueError as error:
+        raise UserError(f"base = {base!r} in {path}: {error}") from None
     if path.resolve() in [child.resolve() for child in children]:
         raise UserError(f"base = {base!r} in {path}: must not lead back to this file")
     return _merge(*_read(path.parent / base, (*children, path)), tree, str(path))

@@ -93,3 +93,10 @@ def _is_section(annotation: Any) -> bool:
 
 DEFAULTS = _defaults(Config)
 """Frozen default of every field, by dotted key; None for required fields."""
+
+OUTSIDE_IDENTITY = frozenset(
+    key
+    for key in DEFAULTS
+    if key in ("dataset.root", "replicates", "runs", "experiment", "prune.levels") or key.startswith("intervals.")
+)
+"""Fields that are used, but change no result."""

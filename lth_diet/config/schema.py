@@ -12,6 +12,7 @@ from lth_diet.config.fields import (
     Index,
     Interval,
     NotNegative,
+    PathText,
     Positive,
     Real,
     Section,
@@ -29,7 +30,7 @@ class Dataset(Section):
 
     name: Literal["cifar10", "cifar100", "cinic10", "image_folder", "digits"]
     """Dataset: cifar10, cifar100, cinic10, digits (8 x 8 pixels, needs no download), or image_folder."""
-    root: Text = "data"
+    root: PathText = "data"
     """Folder of the dataset, where downloads go. The run id depends on names and sizes of files in an image folder."""
 
 
@@ -90,7 +91,7 @@ class Prune(Section):
 
     fraction: Annotated[Real, Field(gt=0, lt=1)] = 0.2
     """Fraction of the remaining weights that each pruning removes."""
-    levels: Index = 20
+    levels: Annotated[Index, Field(le=10_000)] = 20
     """N, the number of prunings; there are N + 1 trainings. Not part of the run id."""
 
 
@@ -101,7 +102,7 @@ class Scores(Section):
     """K, the number of networks to average over, each with its own initialization."""
     steps: Interval = 7800
     """t, the number of batches that each network trains before it is evaluated."""
-    file: Text | None = None
+    file: PathText | None = None
     """Path of a scores.safetensors to use instead of computing scores. The run id depends on its content."""
 
 
@@ -145,7 +146,7 @@ class Config(Section):
     compile: Annotated[bool, Field(strict=True)] = False
     """Whether to use torch.compile, with CUDA graphs on GPU; compiles once per process."""
     intervals: Intervals = Intervals()
-    runs: Text = "runs"
+    runs: PathText = "runs"
     """Folder of the run directories, or a URL such as s3://bucket/prefix. Not part of the run id."""
     experiment: Text | None = None
     """Name of the MLflow experiment; the name of the dataset by default. Not part of the run id."""

@@ -6,6 +6,7 @@ import json
 import pandas as pd
 
 from lth_diet.config.run_ids import run_id
+from lth_diet.config.weights import remaining_weights
 from lth_diet.errors import UserError
 from lth_diet.files import read_json
 from lth_diet.launch.text import humanize
@@ -42,13 +43,14 @@ def plan(run: RunDirectory, scores: ScoresDirectory | None = None) -> str:
     lines = [plan_scores(scores)] if scores else []
     lines += [f"{run.path}: {run.config.model_name}, arm {run.config.arm}, run id {run_id(run.config)}"]
     total = steps_left(scoring_phases(scores)) if scores else 0
+    remaining = remaining_weights(run.config)
     for replicate in run.replicates():
         phases = phases_of(run, replicate)
         left = steps_left(phases)
         total += left
         lines.append(f"replicate {replicate.index}: {left:,} steps to train")
         for number, (phase, first, last) in enumerate(phases):
-            weights = 100 * (1 - run.config.prune.fraction) ** max(number - 1, 0)
+            weights = 100 * remaining[max(number - 1, 0)] / remaining[0]
             state = _state(phase, first)
             lines.append(f"  {humanize(phase.name):<9} {weights:>5.1f} % of weights  steps {first} to {last}  {state}")
     return "\n".join([*lines, f"total: {total:,} steps to train"])

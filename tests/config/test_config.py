@@ -38,6 +38,33 @@ def test_steps_are_given_with_or_without_the_unit(tiny):
     assert load(tiny, "train.steps=20ba").train.steps == load(tiny, "train.steps=20").train.steps == 20
 
 
+PATHS = {"runs": ["config", "runs"], "dataset.root": ["config", "dataset", "root"]}
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_tilde_is_the_home_folder_in_files_and_on_the_command_line(tiny, place, monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/ada")
+    section, _, name = key.rpartition(".")
+    value = f"{{{name}: ~/x}}" if section else "~/x"
+    (place / "a.yaml").write_text(f"base: {tiny()}\n{section or name}: {value}\n")
+    for loaded in (loading.load_config("a.yaml"), load(tiny, f"{key}=~/x")):
+        assert run_ids.flatten(loaded.model_dump())[key] == "/home/ada/x"
+    assert run_id(loaded) == run_id(load(tiny))
+
+
+def test_a_base_and_a_scores_file_may_be_in_the_home_folder(tiny, place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    tiny("easy")
+    (place / "sub").mkdir()
+    (place / "sub/a.yaml").write_text("base: ~/tiny.yaml\n")
+    artifact.save_scores(place, np.full((1, 1442), 0.5, np.float32), np.zeros(1442, int), "digits", "digits")
+    assert loading.load_config("sub/a.yaml", ["scores.file=~/scores.safetensors"]).scores.file.startswith(str(place))
+
+
+def test_a_folder_may_be_called_tilde_and_a_url_stays(tiny):
+    assert load(tiny, "runs=./~").runs == "./~" and load(tiny, "runs=s3://b/~").runs == "s3://b/~"
+
+
 def test_scientific_notation_without_a_point_is_a_number(tiny):
     assert load(tiny, "train.weight_decay=5e-4").train.weight_decay == 5e-4
 
@@ -274,11 +301,11 @@ BAD = {
     "trian.lr=1": r"trian on the command line is not a known key; did you mean train.lr",
     "zzzzzz=1": r"zzzzzz on the command line is not a known key; known keys are arm, dataset",
     "train.lr=fast": r"train.lr = 'fast' on the command line: must be a number",
-    "train.lr=true": r"train.lr = True on the command line: must be a number",
+    "train.lr=true": r"train.lr = true on the command line: must be a number",
     "train.lr=.nan": r"train.lr = nan on the command line: must be a finite number",
     "train.lr=0": r"train.lr = 0 on the command line: must be greater than 0",
     "train=5": r"train = 5 on the command line: must be a section of keys",
-    "train.batch_size=12.5": r"train.batch_size = 12.5 on the command line: must be a valid integer",
+    "train.batch_size=12.5": r"train.batch_size = 12.5 on the command line: must be an integer",
     "train.batch_size=9999": r"train.batch_size = 9999 on the command line: must be at most 1442, the number of training images",
     "train.steps=10ep": r"train.steps = '10ep' on the command line: must be a number of batches, such as 400",
     "train.steps=4": r"pretrain.steps = 4 in .*tiny.yaml: must be between 1 and 3 \(less than train.steps\)",
@@ -288,7 +315,7 @@ BAD = {
     "train.milestones=[x]": r"train.milestones.0 = 'x' on the command line: must",
     "pretrain.subset.size=2000": r"pretrain.subset.size = 2000 on the command line: must be between 64 \(one batch\) and 1442",
     "pretrain.subset.size=63": r"pretrain.subset.size = 63 on the command line: must be between 64 \(one batch\) and 1442",
-    "pretrain.subset=": r"pretrain.subset = None on the command line: must be {size: M} for arm: random",
+    "pretrain.subset=": r"pretrain.subset = null on the command line: must be {size: M} for arm: random",
     "prune.fraction=0": r"prune.fraction = 0 on the command line: must be greater than 0",
     "prune.fraction=1.0": r"prune.fraction = 1.0 on the command line: must be less than 1",
     "prune.levels=-1": r"prune.levels = -1 on the command line: must be greater than or equal to 0",
@@ -342,7 +369,7 @@ def test_missing_and_binary_files_are_reported_by_name(place):
     with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read: No such file or directory"):
         loading.load_config("nowhere.yaml")
     Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"binary\.yaml cannot be read: not a text file"):
+    with pytest.raises(UserError, match=r"binary\.yaml cannot be read: not UTF-8 text"):
         loading.load_config("binary.yaml")
 
 
