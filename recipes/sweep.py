@@ -15,8 +15,8 @@ from lth_diet.program import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from lth_diet.errors import UserError, print_error  # slow, with the next: here an interrupt is handled
-    from lth_diet.launch import command_line
+    from lth_diet.errors import UserError, print_error, print_warnings  # slow: here an interrupt is handled
+    from lth_diet.launch import checks, command_line
     from lth_diet.sweep.grid import Sweep
     from lth_diet.sweep.plan import plan, shared_runs
 
@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", help="address of a running Ray cluster, or auto; default: start a local one")
     try:
         arguments = parser.parse_intermixed_args(argv)
-        sweep = Sweep(Path(arguments.file), arguments.overrides)
+        sweep = Sweep(arguments.file, arguments.overrides)
+        print_warnings(sweep.warnings(checks.available_cpus() if arguments.address is None else None))
         if arguments.plan:
             print(plan(sweep, shared_runs(sweep, arguments.overrides)))
             return 0

@@ -1,9 +1,13 @@
-"""Checks of a configuration against the ranks, the data and the machine of a launch."""
+"""Checks of a configuration against the ranks, the data and the machine of a launch, and warnings."""
 
 import os
 import shutil
+from collections.abc import Iterable
 
+from lth_diet.config.loading import Loaded
+from lth_diet.config.run_ids import OUTSIDE_IDENTITY, flatten, run_identity, scores_identity
 from lth_diet.config.schema import Config
+from lth_diet.config.weights import levels_problem
 from lth_diet.data import catalog
 from lth_diet.data.label_noise import noisy_labels
 from lth_diet.errors import UserError
@@ -60,6 +64,8 @@ def check_environment(config: Config, process: ProcessInfo) -> None:
             f"command line: {process.world_size} ranks for {images} test images; use composer -n {images} or fewer "
             "with parallelism: data"
         )
+    if problem := levels_problem(config, channels=data.train.images.shape[-1]):
+        raise UserError(f"prune.levels = {config.prune.levels}: {problem}")
     if config.needs_scores and (config.scores.file is not None or ScoresDirectory(config).done):
         labels = noisy_labels(data.train.labels, config.pretrain.label_noise, len(data.class_names), config.seed)
         load_arm_scores(config, labels)
@@ -70,3 +76,109 @@ def check_environment(config: Config, process: ProcessInfo) -> None:
             raise UserError("precision = 'bf16': must be auto or fp32 without a GPU")
     if config.compile and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
         raise UserError("compile = true: must be false without a C++ compiler in CXX or the PATH")
+
+
+def warnings(loaded: Loaded, ranks: int = 1, scoring: bool = False) -> list[str]:
+    """List what is valid but hardly meant, one sentence each: settings without effect, too many threads.
+
+    Args:
+        loaded: The configuration. Settings without effect are listed if its file or the command line has them; those
+            of a base file are shared by arms.
+        ranks: Ranks of the launch on this machine.
+        scoring: Whether only scores are computed. Then only settings of the command line are listed.
+    """
+    sentences = repeated_warnings(loaded.repeated)
+    unused = unused_settings(loaded, scoring)
+    for reason in dict.fromkeys(unused.values()):
+        sentences.append(describe_unused([key for key in unused if unused[key] == reason], *reason))
+    threads = thread_warnings(loaded.config.threads, ranks, available_cpus())
+    return [*sentences, *schedule_warnings(loaded, scoring), *threads]
+
+
+def repeated_warnings(keys: Iterable[str]) -> list[str]:
+    """Warn of keys that are given more than once on the command line."""
+    return [f"{key} is given more than once on the command line; the last value counts" for key in keys]
+
+
+def unused_settings(loaded: Loaded, scoring: bool = False) -> dict[str, tuple[str, str]]:
+    """Return the written keys whose values change nothing, each with where it was written and when it has no effect."""
+    config, values = loaded.config, flatten(loaded.config.model_dump())
+    why = dict.fromkeys(values.keys() - run_identity(config).keys(), f"with arm: {config.arm}")
+    if scoring:
+        why = dict.fromkeys(values.keys() - scores_identity(config).keys(), "on scores")
+    elif config.needs_scores:
+        why |= dict.fromkeys(why.keys() & {"scores.networks", "scores.steps"}, "with scores.file")
+        why.pop("scores.file", None)
+    for key in OUTSIDE_IDENTITY - ({"replicates", "prune.levels"} if scoring else set()):
+        why.pop(key, None)
+    if not scoring:
+        why.pop("parallelism", None)
+    if config.dataset.name == "digits":
+        why["dataset.root"] = "with dataset.name: digits"
+    if not config.train.milestones:
+        why["train.gamma"] = "without train.milestones"
+    if config.prune.levels == 0:
+        why.setdefault("prune.fraction", "with prune.levels: 0")
+    return {
+        key: (loaded.where[key], why[key])
+        for key in values
+        if key in loaded.written and key in why and values[key] is not None
+        if not scoring or loaded.where[key] == "on the command line"
+    }
+
+
+def describe_unused(keys: Iterable[str], where: str, when: str) -> str:
+    """Return the warning of settings without effect, such as `scores.steps in a.yaml has no effect with arm: init`."""
+    *others, last = keys
+    verb = "have" if others else "has"
+    return f"{', '.join(others)}{' and ' if others else ''}{last} {where} {verb} no effect {when}"
+
+
+def schedule_warnings(loaded: Loaded, scoring: bool = False) -> list[str]:
+    """List milestones and intervals that are beyond the end of every phase."""
+    config, sentences = loaded.config, []
+    train, rewind = config.train, config.rewind_step
+    phases = [] if scoring else [(0, rewind), (rewind, train.steps)]
+    if scoring or (config.needs_scores and config.scores.file is None):
+        phases.append((0, config.scores.steps))
+    end = max(last for _, last in phases)
+    late = [step for step in train.milestones if step >= (end if scoring else train.steps)]
+    if late and not scoring:
+        only = f"; of these, scoring reaches {[step for step in late if step < end]}" if late[0] < end else ""
+        sentences.append(
+            f"train.milestones = {list(train.milestones)} {loaded.where['train.milestones']}: a level never reaches "
+            f"{late}, because train.steps = {train.steps}{only}"
+        )
+    for name, consequence in _INTERVALS.items():
+        interval = getattr(config.intervals, name)
+        inclusive = name == "log"
+        hit = any((last - (not inclusive)) // interval > first // interval for first, last in phases if interval)
+        if f"intervals.{name}" in loaded.written and interval and not hit:
+            sentences.append(
+                f"intervals.{name} = {interval} {loaded.where[f'intervals.{name}']}: no phase contains a multiple of "
+                f"it, so {consequence}"
+            )
+    return sentences
+
+
+_INTERVALS = {
+    "log": "no training loss is logged",
+    "checkpoint": "nothing is saved before the end of a phase, and a phase that is stopped starts again",
+    "evaluate": "networks are evaluated at the end of each phase only",
+}
+
+
+def thread_warnings(threads: int, ranks: int, cpus: int) -> list[str]:
+    """Warn of more threads than CPUs."""
+    if threads * ranks <= cpus:
+        return []
+    each = f" for each of {ranks} ranks" if ranks > 1 else ""
+    return [
+        f"threads = {threads}{each}: {cpus} CPUs can be used, and more threads than CPUs can make training "
+        "many times slower"
+    ]
+
+
+def available_cpus() -> int:
+    """Number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,10 +10,13 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from lth_diet.config import loading
+from lth_diet.config.loading import Loaded
 from lth_diet.config.schema import Config
-from lth_diet.errors import Parser, UserError
+from lth_diet.errors import Parser, UserError, print_warnings
 from lth_diet.launch import checks, plan, screen
 from lth_diet.launch.processes import ProcessInfo, report_invalid_input
 from lth_diet.launch.status_board import StatusBoard
@@ -22,10 +25,21 @@ from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory, missing_scores
 
 
+class _Once(argparse.Action):
+    """Stores the value of an option that must not be given twice."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: Any = None):
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice; a file can name another one as its base")
+        setattr(namespace, self.dest, value)
+
+
 def recipe_parser(description: str) -> Parser:
     """Return the command-line parser of a recipe: configuration file, --plan and overrides."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-f", "--file", required=True, help="configuration, such as yamls/cifar10_all.yaml")
+    parser.add_argument(
+        "-f", "--file", type=Path, action=_Once, required=True, help="configuration, such as yamls/cifar10_all.yaml"
+    )
     parser.add_argument("--plan", action="store_true", help="print what would run and what exists already, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as prune.levels=3 replicates=[0,1]")
     return parser
@@ -44,11 +58,13 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
     """
     try:
         process = ProcessInfo.from_environment()
-        config, only_plan = _read(argv, description)
+        loaded, only_plan = _read(argv, description)
+        config = loaded.config
         checks.check_imp(config, process)
         run = RunDirectory(config, process.world_size)
         scores = missing_scores(run)
         if only_plan:
+            _warn(loaded, process)
             print(plan.plan(run, scores))
             return 0
         process.exit_with_launcher()
@@ -59,6 +75,7 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
             run.create()
         if scores:
             scores.create()
+        _warn(loaded, process)
         board = _start(config, process)
     except (UserError, OSError) as error:
         return report_invalid_input(error)
@@ -94,10 +111,12 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
     """
     try:
         process = ProcessInfo.from_environment()
-        config, only_plan = _read(argv, description)
+        loaded, only_plan = _read(argv, description)
+        config = loaded.config
         checks.check_scoring(config, process)
         folder = ScoresDirectory(config)
         if only_plan:
+            _warn(loaded, process, scoring=True)
             print(plan.plan_scores(folder))
             return 0
         process.exit_with_launcher()
@@ -105,6 +124,7 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
         if not read_only:
             checks.check_environment(config, process)
             folder.create()
+        _warn(loaded, process, scoring=True)
         board = _start(config, process)
     except (UserError, OSError) as error:
         return report_invalid_input(error)
@@ -117,10 +137,19 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
     return 1 if failed else 0
 
 
-def _read(argv: Sequence[str] | None, description: str) -> tuple[Config, bool]:
+def _read(argv: Sequence[str] | None, description: str) -> tuple[Loaded, bool]:
     """The configuration, and whether only the plan is requested."""
     arguments = recipe_parser(description).parse_intermixed_args(argv)
-    return loading.load_config(arguments.file, arguments.overrides), arguments.plan
+    return loading.load(arguments.file, arguments.overrides), arguments.plan
+
+
+def _warn(loaded: Loaded, process: ProcessInfo, scoring: bool = False) -> None:
+    """Print the warnings of this launch on rank 0."""
+    if process.rank == 0:
+        sentences = checks.warnings(loaded, process.local_world_size, scoring)
+        if loaded.config.parallelism == "data" and process.world_size == 1 and not scoring:
+            sentences.append("parallelism = data: has no effect with one rank; use composer -n <ranks>")
+        print_warnings(sentences)
 
 
 def _start(config: Config, process: ProcessInfo) -> StatusBoard:

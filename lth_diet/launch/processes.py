@@ -83,6 +83,12 @@ class ProcessInfo:
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         return cls(number["RANK"], number["WORLD_SIZE"], number["LOCAL_RANK"], address, number["MASTER_PORT"])
 
+    @property
+    def local_world_size(self) -> int:
+        """Number of ranks on this machine."""
+        text = os.environ.get("LOCAL_WORLD_SIZE", "")
+        return int(text) if text.isdecimal() else self.world_size
+
     def exit_with_launcher(self) -> None:
         """Exit when the launcher is killed. A rank that outlived it would keep its replicates locked."""
         if "WORLD_SIZE" in os.environ:

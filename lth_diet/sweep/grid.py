@@ -8,6 +8,7 @@ prune: {levels: 20}               any configuration key, for every run
 gpus_per_run: 0.5                 keys of the sweep: see `Settings`
 """
 
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -22,12 +23,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from lth_diet.config import loading, yaml_files
-from lth_diet.config.fields import Count, Index, Positive, Real, Section, Text
-from lth_diet.config.loading import nested, parse_override
-from lth_diet.config.run_ids import flatten
+from lth_diet.config.fields import Count, Index, PathText, Positive, Real, Section
+from lth_diet.config.loading import Loaded, nested, parse_override
+from lth_diet.config.run_ids import OUTSIDE_IDENTITY, flatten
 from lth_diet.config.schema import Config
 from lth_diet.config.yaml_files import quote
 from lth_diet.errors import UserError
+from lth_diet.launch import checks
 from lth_diet.runs import work_left
 from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory, missing_scores
@@ -55,7 +57,7 @@ def _axes(entry: dict[str, Any]) -> dict[str, list]:
 class Settings(Section):
     """Keys of the sweep. All other keys of a sweep file belong to the configurations of its runs."""
 
-    base: Text
+    base: PathText
     """Configuration that every run starts from, relative to the sweep file."""
     arms: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_entries)]
     """List of grids. In a grid, a list of values is an axis."""
@@ -95,10 +97,12 @@ class SweepRun:
     Args:
         run: Its directory and configuration.
         arguments: Command-line arguments of a recipe that select it.
+        loaded: Its configuration, and where the values are from.
     """
 
     run: RunDirectory
     arguments: tuple[str, ...]
+    loaded: Loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +166,8 @@ class Sweep:
         tree = yaml_files.read_tree(path)
         mine = {key: tree.pop(key) for key in [*tree] if key in Settings.model_fields}
         origin = dict.fromkeys(mine, str(path))
-        theirs = []
+        theirs, overrides = [], list(overrides)
+        self._repeated = loading.repeated_keys(parse_override(text)[0] for text in overrides)
         for text in overrides:
             key, value = parse_override(text)
             if key in _ON_COMMAND_LINE:
@@ -173,24 +178,59 @@ class Sweep:
         self.settings = loading.validate(Settings, mine, origin, str(path))
         self.base = path.parent / self.settings.base
         yaml_files.read_tree(self.base, f", the base of {path},")
-        found = {}
+        self._merged: list[str] = []
+        self._every_point: list[SweepRun] = []
+        found: dict[str, tuple[str, SweepRun]] = {}
         for number, entry in enumerate(self.settings.arms, 1):
-            axes = _axes(entry)
-            for values in itertools.product(*axes.values()):
-                point = self._point(tree, f"entry {number} of arms", dict(zip(axes, values, strict=True)), theirs)
-                found.setdefault((point.run.path, point.run.config.replicates), point)
-        self.points: tuple[SweepRun, ...] = tuple(found.values())
+            where, axes = f"entry {number} of arms in {path}", _axes(entry)
+            points = {}
+            for index in itertools.product(*(range(len(axis)) for axis in axes.values())):
+                values = {key: axis[at] for at, (key, axis) in zip(index, axes.items(), strict=True)}
+                points[index] = self._point(tree, where, values, theirs)
+            _check_axes(axes, points, where)
+            self._merged += _merged_points(points, where)
+            self._every_point += points.values()
+            for point in points.values():
+                _check_same_settings(*found.setdefault(point.run.path.name, (where, point)), where, point)
+        distinct: dict[Any, SweepRun] = {}
+        for point in self._every_point:
+            distinct.setdefault((point.run.path, point.run.config.replicates), point)
+        self.points: tuple[SweepRun, ...] = tuple(distinct.values())
 
-    def _point(self, common: dict[str, Any], entry: str, values: dict[str, Any], overrides: list[str]) -> SweepRun:
+    def _point(self, common: dict[str, Any], where: str, values: dict[str, Any], overrides: list[str]) -> SweepRun:
         layers = [(str(self.path), common)]
-        layers += [(f"{entry} in {self.path}", nested(key, value)) for key, value in values.items()]
-        config = loading.load_config(self.base, overrides, layers)
+        layers += [(where, nested(key, value)) for key, value in values.items()]
+        loaded = loading.load(self.base, overrides, layers)
+        config = loaded.config
         if config.parallelism != "replicates":
             raise UserError(
                 f"parallelism = {config.parallelism!r} in a run of {self.path}: must be replicates in a sweep"
             )
-        settings = [f"{key}={_as_override(value)}" for key, value in (flatten(common) | values).items()]
-        return SweepRun(RunDirectory(config), ("-f", str(self.base), *settings, *overrides))
+        settings = flatten(common) | values
+        for text in overrides:
+            settings.pop(parse_override(text)[0], None)
+        texts = [f"{key}={_as_override(value)}" for key, value in settings.items()]
+        return SweepRun(RunDirectory(config), ("-f", str(self.base), *texts, *overrides), loaded)
+
+    def warnings(self, cpus: int | None = None) -> list[str]:
+        """List what is valid but hardly meant, one sentence each.
+
+        Args:
+            cpus: CPU cores of the machine that trains; None: unknown.
+        """
+        sentences = [*checks.repeated_warnings(self._repeated), *self._merged]
+        used, unused = set(), set()
+        for loaded in (point.loaded for point in self._every_point):
+            theirs = checks.unused_settings(loaded)
+            unused |= {(key, where) for key, (where, _) in theirs.items()}
+            used |= {(key, loaded.where[key]) for key in loaded.written - theirs.keys()}
+            sentences += checks.schedule_warnings(loaded)
+        for key, where in sorted(unused - used):
+            sentences.append(checks.describe_unused([key], where, "on any of its runs"))
+        threads, each = max(point.run.config.threads for point in self.points), self.settings.cpus_per_run
+        if each is not None and each < threads:
+            sentences.append(f"cpus_per_run = {each} is less than threads = {threads}: processes share CPUs")
+        return sentences + ([] if cpus is None else checks.thread_warnings(threads, 1, cpus))
 
     @property
     def runs(self) -> dict[str, RunDirectory]:
@@ -208,10 +248,59 @@ class Sweep:
                 scores.setdefault(needs, Work(needs, "score", point.arguments, folder, phases, run.config))
             for replicate in run.replicates():
                 name = f"{run.path.name}/{replicate.name}"
-                arguments = (*point.arguments, f"replicates=[{replicate.index}]")
+                settings = [text for text in point.arguments if not text.startswith("replicates=")]
+                arguments = (*settings, f"replicates=[{replicate.index}]")
                 phases = work_left.phases_of(run, replicate)
                 replicates.setdefault(name, Work(name, "imp", arguments, replicate, phases, run.config, needs))
         return [*scores.values(), *replicates.values()]
+
+
+Points = Mapping[tuple[int, ...], SweepRun]
+"""Points of a grid by the index of each value on its axis."""
+
+
+def _check_axes(axes: dict[str, list], points: Points, where: str) -> None:
+    """Check that the values of every axis are different runs.
+
+    Raises:
+        UserError: If the runs are the same whatever the value.
+    """
+    for at, (key, values) in enumerate(axes.items()):
+        names: dict[tuple[int, ...], set[str]] = {}
+        for index, point in points.items():
+            names.setdefault((*index[:at], *index[at + 1 :]), set()).add(point.run.path.name)
+        overridden = any(point.loaded.where.get(key) == "on the command line" for point in points.values())
+        if len(values) > 1 and not overridden and all(len(group) == 1 for group in names.values()):
+            unused = [checks.unused_settings(point.loaded).get(key) for point in points.values()]
+            reason = unused[0][1] if all(unused) else ""
+            reason = f"the key has no effect {reason}" if reason else "the values are equal"
+            if key in OUTSIDE_IDENTITY:
+                reason = "the key is not part of the run id"
+            hint = ", as in replicates: [[0, 2]] for a list of indices" if key == "replicates" else ""
+            raise UserError(
+                f"{key} = {quote(values)} in {where}: {reason}, so all values would be one run; give one value{hint}"
+            )
+
+
+def _merged_points(points: Points, where: str) -> list[str]:
+    """Say which points of a grid are one run."""
+    groups: dict[str, int] = collections.Counter(point.run.path.name for point in points.values())
+    return [f"{count} points of {where} are one run, {name}" for name, count in groups.items() if count > 1]
+
+
+def _check_same_settings(there: str, first: SweepRun, where: str, point: SweepRun) -> None:
+    """Check that a run of two entries has the same settings in both, but for its replicates.
+
+    Raises:
+        UserError: If one of them would be ignored.
+    """
+    ours, theirs = (flatten(each.run.config.model_dump()) for each in (point, first))
+    for key in OUTSIDE_IDENTITY - {"replicates"}:
+        if ours[key] != theirs[key]:
+            other = f"{quote(theirs[key])} in {there}"
+            raise UserError(
+                f"{key} = {quote(ours[key])} in {where}: the same run, {point.run.path.name}, has {other}; give it once"
+            )
 
 
 def _check_keys(tree: Mapping[str, Any], path: Path) -> None:

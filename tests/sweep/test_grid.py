@@ -2,6 +2,7 @@ import itertools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import MEASURED, ROOT
@@ -10,6 +11,7 @@ from analysis import arms, collect, paper
 from analysis.arms import Arm
 from lth_diet.config import loading
 from lth_diet.config.run_ids import run_name
+from lth_diet.errors import UserError
 from lth_diet.sweep.grid import Settings, Sweep
 from lth_diet.sweep.plan import plan, shared_runs
 from recipes import sweep
@@ -99,6 +101,71 @@ def test_a_run_of_two_grids_is_listed_once(grid):
     text = GRID.replace("arms:", "arms:\n  - {arm: [easy, init], pretrain.steps: 2ba}")
     assert len(Sweep(grid(text)).runs) == 7
     assert len(Sweep(grid(text)).work()) == 1 + 7
+
+
+WARNINGS = {
+    "[{arm: [init, all], pretrain.steps: [2, 3]}]": [
+        "2 points of entry 1 of arms in grid.yaml are one run, digits_init-"
+    ],
+    "[{arm: init, seed: [1, 1, 2]}]": ["2 points of entry 1 of arms in grid.yaml are one run, digits_init-"],
+    "[{arm: [init, all], scores.steps: 3, pretrain.steps: 3}]": [
+        "scores.steps in entry 1 of arms in grid.yaml has no effect on any of its runs"
+    ],
+    "[{arm: [init, easy], scores.steps: 3}]": [],
+    "[{arm: init}]\ngpus_per_run: 0\ncpus_per_run: 1\nthreads: 2": [
+        "cpus_per_run = 1 is less than threads = 2: processes share CPUs",
+        "threads = 2: 1 CPUs can be used",
+    ],
+    "[{arm: init, train.steps: [8, 12]}]": [
+        "train.milestones = [6, 9] in base.yaml: a level never reaches [9], because train.steps = 8"
+    ],
+}
+
+
+@pytest.mark.parametrize("arms", WARNINGS)
+def test_a_sweep_warns_of_points_that_are_one_run_and_of_settings_without_effect(grid, capsys, arms):
+    grid(f"base: base.yaml\narms: {arms}\n")
+    sentences = Sweep(Path("grid.yaml")).warnings(cpus=1)
+    for sentence, start in itertools.zip_longest(sentences, WARNINGS[arms]):
+        assert sentence.startswith(start)
+
+
+def test_a_sweep_prints_its_warnings_once(grid, capsys):
+    path = grid()
+    assert sweep.main(["-f", str(path), "--plan", "intervals.log=50", "pretrain.lr=0.2", "pretrain.lr=0.3"]) == 0
+    assert [line[:60] for line in capsys.readouterr().err.splitlines()] == [
+        "warning: pretrain.lr is given more than once on the command l"[:60],
+        "warning: intervals.log = 50 on the command line: no phase con"[:60],
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.iterdir()), ids=lambda path: path.stem)
+def test_no_sweep_file_has_warnings(path):
+    assert Sweep(path).warnings() == []
+
+
+OUTSIDE = ["experiment: [a, b]", "runs: [a, b]", "dataset.root: [a, b]", "prune.levels: [1, 2]", "replicates: [1, 2]"]
+
+
+@pytest.mark.parametrize("axis", [*OUTSIDE, "intervals.log: [1, 2]", "pretrain.steps: [1, 2]", "train.lr: [1, 1.0]"])
+def test_an_axis_that_distinguishes_no_runs_is_rejected_by_name(grid, axis):
+    key, value = axis.partition(":")[0], "x" if "a, b" in axis else 3
+    with pytest.raises(UserError, match=rf"^{key} = \[.*\] in entry 1 of arms in .*, so all values would be one run"):
+        Sweep(grid(f"base: base.yaml\narms: [{{arm: init, seed: [1, 2], {axis}}}]\n"))
+    assert len(Sweep(grid(f"base: base.yaml\narms: [{{arm: init, {axis}}}]\n"), [f"{key}={value}"]).runs) == 1
+
+
+def test_entries_may_ask_for_different_replicates_of_a_run_but_not_for_different_settings(grid):
+    text = "base: base.yaml\narms: [{{arm: init, replicates: 1}}, {{arm: init, replicates: 2, {}}}]\n"
+    assert [each.name[-11:] for each in Sweep(grid(text.format("seed: 42"))).work()] == ["replicate_0", "replicate_1"]
+    with pytest.raises(UserError, match=r"experiment = 'x' in entry 2 of arms .* has 'tiny' in entry 1 of arms"):
+        Sweep(grid(text.format("experiment: x")))
+
+
+def test_the_arguments_of_a_job_have_every_key_once(grid):
+    for each in Sweep(grid(), ["experiment=x", "replicates=2"]).work():
+        keys = [text.partition("=")[0] for text in each.arguments]
+        assert len(keys) == len(set(keys))
 
 
 def test_scores_come_first_and_only_easy_and_hard_arms_need_them(grid):

@@ -1,0 +1,127 @@
+import os
+
+import pytest
+from helpers import write_image_folder
+from PIL import Image
+
+from lth_diet.config import loading
+from lth_diet.errors import UserError
+from lth_diet.launch import checks
+from recipes import imp, score
+
+BASE = """
+dataset: {name: digits}
+model: {depth: 8, width: 2}
+train: {steps: 12, batch_size: 64, milestones: [6, 9], gamma: 0.3}
+pretrain: {steps: 4, lr: 0.1}
+scores: {networks: 2, steps: 6}
+intervals: {log: 50, checkpoint: 50, evaluate: 50}
+replicates: 1
+"""
+SUBSET = "arm=random pretrain.subset.size=64 "
+
+WARNINGS = {
+    "": [],
+    "arm=init": ["pretrain.label_noise in a.yaml has no effect with arm: init"],
+    "arm=init pretrain.steps=5 pretrain.lr=1": [
+        "pretrain.steps and pretrain.lr on the command line have no effect with arm: init",
+        "pretrain.label_noise in a.yaml has no effect with arm: init",
+    ],
+    "pretrain.subset.size=64": ["pretrain.subset.size on the command line has no effect with arm: all"],
+    "pretrain.subset=": [],
+    "scores.steps=5": ["scores.steps on the command line has no effect with arm: all"],
+    f"{SUBSET}pretrain.subset.offset=3 pretrain.subset.class_balanced=true scores.networks=3": [
+        "pretrain.subset.class_balanced, pretrain.subset.offset and scores.networks on the command line have no effect "
+        "with arm: random"
+    ],
+    "dataset.root=x": ["dataset.root on the command line has no effect with dataset.name: digits"],
+    "train.gamma=0.5": [],
+    "train.gamma=0.5 train.milestones=[]": ["train.gamma on the command line has no effect without train.milestones"],
+    "prune.levels=0": [],
+    "prune.levels=0 prune.fraction=0.1": ["prune.fraction on the command line has no effect with prune.levels: 0"],
+    "train.steps=9": [
+        "train.milestones = [6, 9] in base.yaml: a level never reaches [9], because train.steps = 9",
+    ],
+    "train.steps=10": [],
+    "train.milestones=[6,20]": [
+        "train.milestones = [6, 20] on the command line: a level never reaches [20], because train.steps = 12"
+    ],
+    "arm=easy pretrain.subset.size=64 scores.steps=30 train.milestones=[6,20,40]": [
+        "train.milestones = [6, 20, 40] on the command line: a level never reaches [20, 40], because train.steps = 12; of "
+        "these, scoring reaches [20]"
+    ],
+    "intervals.log=13": [
+        "intervals.log = 13 on the command line: no phase contains a multiple of it, so no training loss is logged"
+    ],
+    "intervals.log=12 intervals.checkpoint=11 intervals.evaluate=11": [],
+    "intervals.checkpoint=12": [
+        "intervals.checkpoint = 12 on the command line: no phase contains a multiple of it, so nothing is saved before "
+        "the end of a phase, and a phase that is stopped starts again"
+    ],
+    "intervals.evaluate=12": [
+        "intervals.evaluate = 12 on the command line: no phase contains a multiple of it, so networks are evaluated at "
+        "the end of each phase only"
+    ],
+    "intervals.evaluate=0": [],
+    "train.lr=0.1 train.lr=0.2": ["train.lr is given more than once on the command line; the last value counts"],
+}
+
+
+@pytest.fixture
+def config(place):
+    (place / "base.yaml").write_text(BASE)
+    (place / "a.yaml").write_text("base: base.yaml\narm: all\npretrain: {label_noise: 0.1}\n")
+    return "a.yaml"
+
+
+@pytest.mark.parametrize("overrides", WARNINGS)
+def test_a_setting_without_effect_is_a_warning_unless_it_is_a_default_or_of_a_base_file(config, overrides):
+    assert checks.warnings(loading.load(config, overrides.split())) == WARNINGS[overrides]
+
+
+def test_scoring_warns_of_settings_of_the_command_line_that_change_no_scores(config):
+    overrides = ["prune.levels=3", "pretrain.steps=5", "scores.steps=7", "intervals.log=9", "runs=x"]
+    assert checks.warnings(loading.load(config, overrides), scoring=True) == [
+        "pretrain.steps and prune.levels on the command line have no effect on scores",
+        "intervals.log = 9 on the command line: no phase contains a multiple of it, so no training loss is logged",
+    ]
+
+
+def test_more_threads_than_cpus_of_this_machine_are_a_warning(config):
+    cpus = len(os.sched_getaffinity(0))
+    for threads, ranks in ((cpus, 1), (1, cpus)):
+        assert not checks.warnings(loading.load(config, [f"threads={threads}"]), ranks)
+    (sentence,) = checks.warnings(loading.load(config, [f"threads={cpus}"]), 2)
+    assert sentence.startswith(f"threads = {cpus} for each of 2 ranks: {cpus} CPUs can be used, and more threads than")
+
+
+@pytest.mark.parametrize("recipe", [imp, score])
+def test_a_plan_prints_each_warning_once_on_stderr(config, capsys, recipe):
+    assert recipe.main(["-f", config, "intervals.log=13", "pretrain.steps=5", "pretrain.steps=6", "--plan"]) == 0
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert "steps to train" in out and len(lines) == len(set(lines)) >= 2
+    assert all(line.startswith("warning: ") for line in lines)
+    assert "warning: pretrain.steps is given more than once on the command line; the last value counts" in lines
+
+
+def test_a_launch_prints_its_warnings(config, capsys):
+    overrides = ["prune.levels=0", "train.milestones=[6,20]", "train.steps=8", "runs=runs"]
+    assert imp.main(["-f", config, *overrides]) == 0
+    err = capsys.readouterr().err
+    assert err.count("warning: train.milestones = [6, 20] on the command line: a level never reaches [20]") == 1
+
+
+def test_one_rank_with_data_parallelism_is_a_warning(config, capsys):
+    assert imp.main(["-f", config, "parallelism=data", "--plan"]) == 0
+    assert (
+        "warning: parallelism = data: has no effect with one rank; use composer -n <ranks>" in capsys.readouterr().err
+    )
+
+
+def test_levels_without_weights_of_grayscale_images_are_rejected_once_the_images_are_known(config, place):
+    for path in write_image_folder(place / "gray").rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    overrides = ["dataset.name=image_folder", "dataset.root=gray", "train.batch_size=2", "prune.fraction=0.4", "prune.levels=13"]
+    with pytest.raises(UserError, match=r"prune.levels = 13: must be at most .* for prune.fraction: 0.4"):
+        checks.check_environment(loading.load_config(config, overrides))
