@@ -122,6 +122,12 @@ def test_one_rank_with_data_parallelism_is_a_warning(config, capsys):
 def test_levels_without_weights_of_grayscale_images_are_rejected_once_the_images_are_known(config, place):
     for path in write_image_folder(place / "gray").rglob("*.png"):
         Image.open(path).convert("L").save(path)
-    overrides = ["dataset.name=image_folder", "dataset.root=gray", "train.batch_size=2", "prune.fraction=0.4", "prune.levels=13"]
+    overrides = [
+        "dataset.name=image_folder",
+        "dataset.root=gray",
+        "train.batch_size=2",
+        "prune.fraction=0.4",
+        "prune.levels=13",
+    ]
     with pytest.raises(UserError, match=r"prune.levels = 13: must be at most .* for prune.fraction: 0.4"):
         checks.check_environment(loading.load_config(config, overrides))
