@@ -21,9 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from joblib import cpu_count
-
 from lth_diet.errors import UserError
+from lth_diet.launch import checks
 from lth_diet.launch.processes import LAUNCHER_VARIABLES, exit_with_parent
 from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.runs.run_store import RunStore, open_run_store
@@ -78,7 +77,7 @@ def _connected(settings: Settings, address: str | None) -> Iterator[str]:
     import ray
 
     own = {
-        "num_cpus": settings.cpus or cpu_count(),
+        "num_cpus": settings.cpus or checks.available_cpus(),
         "num_gpus": settings.gpus,
         "object_store_memory": _OBJECT_STORE_BYTES,
     }

@@ -7,6 +7,7 @@ from PIL import Image
 from lth_diet.config import loading
 from lth_diet.errors import UserError
 from lth_diet.launch import checks
+from lth_diet.launch.processes import ProcessInfo
 from recipes import imp, score
 
 BASE = """
@@ -130,4 +131,4 @@ def test_levels_without_weights_of_grayscale_images_are_rejected_once_the_images
         "prune.levels=13",
     ]
     with pytest.raises(UserError, match=r"prune.levels = 13: must be at most .* for prune.fraction: 0.4"):
-        checks.check_environment(loading.load_config(config, overrides))
+        checks.check_environment(loading.load_config(config, overrides), ProcessInfo(0, 1, 0, "127.0.0.1", 0))
