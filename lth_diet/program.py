@@ -13,28 +13,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
 
 def run_program(main: Callable[[], int]) -> NoReturn:
     """Run `main` and exit with the status that it returns.
 
     Characters that the encoding of standard output lacks are printed as escapes. A program whose output nobody reads
-    any more, such as `... --plan | head`, continues without a word. An interrupt (Ctrl-C) ends it with one line, of
-    rank 0 alone, and status 130.
+    any more, such as `... --plan | head`, continues without a word. An interrupt (Ctrl-C), or SIGTERM while
+    Composer trains, ends it with one line, of rank 0 alone, and status 130 or 143.
     """
     sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
     try:
         status = main()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would print a traceback while the first is handled
-        if os.environ.get("RANK", "0") == "0":
-            print("stopped; rerun the same command to resume", file=sys.stderr)
-        status = 130
+    except (KeyboardInterrupt, SystemExit) as end:
+        status = 130 if isinstance(end, KeyboardInterrupt) else end.code
+        if status in _STOPPED:  # Composer's handler of these signals raises SystemExit
+            _stop(status)
+        raise
     try:
         print(end="", flush=True)
     except OSError as error:  # of a file on a full disk
         print(f"error: {error.filename} cannot be written ({error.strerror})", file=sys.stderr)
         status = status or 1
     sys.exit(status)
+
+
+def _stop(status: int) -> NoReturn:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if os.environ.get("RANK", "0") == "0":
+        print("stopped; rerun the same command to resume", file=sys.stderr)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)  # what libraries do at exit takes seconds, and a launcher waits
 
 
 def ensure_home() -> None:
