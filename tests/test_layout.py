@@ -20,7 +20,12 @@ LAYERS = [
     *("training", "imp", "scoring", "launch", "sweep"),
 ]
 """Lowest first: a module imports from its own layer and from those before it."""
-INDEPENDENT = {"networks": set(), "algorithms": set(), "masks": {"errors"}, "data": {"errors", "files"}}
+INDEPENDENT = {
+    "networks": set(),
+    "algorithms": {"networks"},
+    "masks": {"errors", "networks"},
+    "data": {"errors", "files"},
+}
 """Layers that are meant to be used without the rest, and all that they import."""
 OLD_SPELLINGS = {"remote.py", "masks/__main__.py", "runs/__main__.py", "tracking/__main__.py"}
 HEAVY = ("torch", "composer", "mlflow", "ray", "matplotlib")

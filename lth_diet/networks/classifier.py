@@ -5,36 +5,81 @@ import math
 import torch
 from composer.models import ComposerClassifier
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import MetricCollection
 
+from lth_diet.networks.parameters import computed_weights
 from lth_diet.networks.resnet import ResNet
+
+_KAIMING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @torch.no_grad()
 def initialize(network: nn.Module, seed: int) -> None:
-    """Initialize all parameters in place from one seed.
+    """Initialize all parameters of a network on the CPU in place, from one seed.
 
-    Weights of Conv2d and Linear are Kaiming normal (fan-in) and their biases are uniform in ±1/sqrt(fan-in), which is
-    PyTorch's default. BatchNorm weights are uniform in [0, 1), BatchNorm biases are zero.
+    Weights of Linear, Conv1d, Conv2d and Conv3d are Kaiming normal (fan-in) and their biases are uniform in
+    ±1/sqrt(fan-in), which is PyTorch's default. BatchNorm weights are uniform in [0, 1), BatchNorm biases are zero. Any
+    other module is initialized by its method `reset_parameters`, if it has one, after all modules inside it. Buffers
+    are not changed, except by these methods and for BatchNorm.
 
     Raises:
-        ValueError: If a parameter is not covered by these rules. It would differ between the replicates of a pair.
+        ValueError: If a parameter is not covered by these rules: it would differ between the replicates of a pair. The
+            network is unchanged then.
     """
-    random = torch.Generator().manual_seed(seed)
+    for name, sources in computed_weights(network).items():
+        raise ValueError(
+            f"initialize does not seed {name}, which is computed from {' and '.join(sources)}; add parametrizations, "
+            "such as weight_norm, after initialize"
+        )
+    for name, parameter in network.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"initialize does not seed {name}, which has no shape yet; pass a batch through it first")
+        if parameter.device.type != "cpu" or not parameter.is_floating_point():
+            raise ValueError(
+                f"initialize does not seed {name}, a {parameter.dtype} tensor on {parameter.device}; expected "
+                "floating-point numbers on the CPU"
+            )
+    tensors = [*network.parameters(), *network.buffers()]
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        for parameter in network.parameters():
+            parameter.fill_(math.nan)  # shows below whether it was initialized
+        _reset(network, torch.Generator().manual_seed(seed))
+        for name, parameter in network.named_parameters():
+            if parameter.isnan().any():
+                layer = type(network.get_submodule(name.rpartition(".")[0])).__name__
+                raise ValueError(
+                    f"initialize does not seed {name} of {layer}; give {layer} a method reset_parameters that sets it"
+                )
+    except Exception:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+        raise
+
+
+def _reset(network: nn.Module, random: torch.Generator) -> None:
     for module in network.modules():
-        seeded = {"weight", "bias"} if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d) else set()
-        for name, _ in module.named_parameters(recurse=False):
-            if name not in seeded:
-                raise ValueError(f"initialize does not seed {name} of {type(module).__name__}; add a rule for it")
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, _KAIMING):
             nn.init.kaiming_normal_(module.weight, generator=random)
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 module.bias.uniform_(-bound, bound, generator=random)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.weight.uniform_(0, 1, generator=random)
-            module.bias.zero_()
+        elif isinstance(module, _BATCHNORM):
+            if module.affine:
+                module.weight.uniform_(0, 1, generator=random)
+                module.bias.zero_()
             module.reset_running_stats()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=random)))
+        for module in reversed(list(network.modules())):
+            if isinstance(module, (*_KAIMING, *_BATCHNORM)):
+                continue
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            elif hasattr(module, "_reset_parameters"):  # MultiheadAttention, Transformer
+                module._reset_parameters()
 
 
 def build_classifier(

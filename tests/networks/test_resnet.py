@@ -77,19 +77,6 @@ def test_initialization_depends_on_the_seed_and_not_on_global_state():
     assert not torch.equal(networks[0]["conv1.weight"], networks[2]["conv1.weight"])
 
 
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (nn.LayerNorm(4), "weight of LayerNorm"),
-        (nn.MultiheadAttention(4, 2), "in_proj_weight of MultiheadAttention"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "original0 of ParametrizationList"),
-    ],
-)
-def test_a_parameter_that_initialization_does_not_seed_raises(module, message):
-    with pytest.raises(ValueError, match=message):
-        initialize(nn.Sequential(nn.Conv2d(3, 4, 3), module), seed=1)
-
-
 def test_classifier_has_no_training_metrics_and_is_channels_last():
     model = build_classifier(8, 10, width=4)
     assert model.get_metrics(is_train=True) == {}
