@@ -14,7 +14,7 @@ from lth_diet.config.schema import Config
 from lth_diet.data import subsets
 from lth_diet.data.loader import EvaluationLoader, Loader
 from lth_diet.data.subsets import save_indices
-from lth_diet.errors import UserError
+from lth_diet.errors import TrainingError, UserError
 from lth_diet.masks.mask import Mask
 from lth_diet.masks.pruning import prune_by_magnitude
 from lth_diet.runs.phase_directory import PhaseDirectory
@@ -166,9 +166,17 @@ class IMP:
             The mask of `level`.
 
         Raises:
+            TrainingError: If the weights cannot be pruned.
             UserError: If `level` was trained with a different mask.
         """
-        phase, pruned = self.replicate.level(level), prune_by_magnitude(weights, mask, self.config.prune.fraction)
+        phase = self.replicate.level(level)
+        try:
+            pruned = prune_by_magnitude(weights, mask, self.config.prune.fraction)
+        except ValueError as error:
+            raise TrainingError(f"{phase.path}: {error}") from None
+        emptied = [name for name in pruned.empty_layers if name not in mask.empty_layers]
+        if emptied and not phase.done:
+            self.progress.log(f"warning: {phase.path}: no weight remains of {', '.join(emptied)}")
         if phase.done and Mask.load(phase.verified("mask.safetensors")) != pruned:
             raise UserError(
                 f"{phase.path}: its mask is not the result of pruning level {level - 1}; delete this level and all "

@@ -1,4 +1,4 @@
 """Masks (which weights remain) and pruning rules.
 
-May import errors.
+May import errors and networks.
 """

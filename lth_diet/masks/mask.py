@@ -4,9 +4,9 @@
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -15,37 +15,38 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lth_diet.errors import UserError
-
-
-def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the prunable parameters by name: the weights of Conv2d and Linear, no biases and no BatchNorm."""
-    return {
-        f"{name}.weight" if name else "weight": module.weight
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    }
+from lth_diet.masks.prunable import prunable
+from lth_diet.networks.parameters import enumerate_names, match_names
 
 
 class Mask(Mapping[str, Tensor]):
     """A boolean tensor for each prunable parameter, True where the weight remains.
 
     Args:
-        tensors: Maps parameter names to boolean tensors, which are moved to the CPU.
+        tensors: Maps names of parameters to boolean tensors or arrays, which are copied to the CPU.
 
     Raises:
-        ValueError: If a tensor is not boolean.
+        ValueError: If there are no weights, a tensor is not boolean or a name cannot be one of a parameter.
+        TypeError: If `tensors` is not a mapping.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
-        for name, tensor in tensors.items():
-            if tensor.dtype != torch.bool:
-                raise ValueError(f"mask {name} has dtype {tensor.dtype}; expected torch.bool")
-        self._tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"a mask maps names of parameters to boolean tensors; got a {type(tensors).__name__}")
+        self._tensors = {_checked_name(name): _boolean(name, tensor) for name, tensor in tensors.items()}
+        if not self.total:
+            raise ValueError("the mask has no weights")
 
     @classmethod
-    def dense(cls, network: nn.Module) -> "Mask":
-        """Return the mask of an unpruned network, all True."""
-        return cls({name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in prunable(network).items()})
+    def dense(cls, network: nn.Module, **selection: Any) -> "Mask":
+        """Return the mask of an unpruned network, all True.
+
+        Args:
+            network: Any network.
+            selection: `layers`, `include` and `exclude` of `prunable`, which choose the weights.
+        """
+        weights = prunable(network, **selection)
+        return cls({name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()})
 
     def __repr__(self) -> str:
         return f"Mask({len(self)} tensors, {self.remaining:,} of {self.total:,} weights remain)"
@@ -95,29 +96,74 @@ class Mask(Mapping[str, Tensor]):
         ]
         return pd.DataFrame(rows)
 
-    def validate(self, network: nn.Module) -> None:
+    @property
+    def empty_layers(self) -> list[str]:
+        """Names of the parameters of which no weight remains."""
+        return [name for name, tensor in self.items() if not tensor.any()]
+
+    def validate(self, network: nn.Module, **selection: Any) -> None:
         """Check that the names and shapes are those of the network's prunable weights.
+
+        Args:
+            network: Any network.
+            selection: `layers`, `include` and `exclude` of `prunable`.
 
         Raises:
             ValueError: If they are not; the message names the tensor.
         """
-        weights = prunable(network)
-        for name in [*self, *weights]:
-            if name not in weights:
+        weights = prunable(network, **selection)
+        names = match_names(self, weights)
+        for name in self:
+            if name not in names:
                 raise ValueError(f"the mask has {name}, which is not a prunable weight of the network")
-            if name not in self:
-                raise ValueError(f"the network has {name}, which is missing from the mask")
-            if self[name].shape != weights[name].shape:
-                found, expected = tuple(self[name].shape), tuple(weights[name].shape)
+            found, expected = tuple(self[name].shape), tuple(weights[names[name]].shape)
+            if found != expected:
                 raise ValueError(f"the mask of {name} has shape {found}; expected {expected}, the shape of the weight")
+        missing = [name for name in weights if name not in names.values()]
+        if missing:
+            raise ValueError(
+                f"the network has {enumerate_names(missing)}, which the mask lacks; to keep all weights of these, use "
+                "Mask({**Mask.dense(network), **mask})"
+            )
 
     def is_zero_outside(self, weights: Mapping[str, Tensor]) -> bool:
         """Return whether every pruned weight is zero."""
-        return all(not weights[name][~remains].any() for name, remains in self.items())
+        return all(not weight[~self[name]].any() for name, weight in self.select(weights).items())
+
+    def select(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of the mask's names, on the CPU.
+
+        Args:
+            weights: Maps names to tensors, such as a `state_dict`. Wrappers may have added prefixes to its names or to
+                those of the mask.
+
+        Raises:
+            ValueError: If a weight is missing or has another shape than its mask.
+            TypeError: If `weights` is not a mapping.
+        """
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"expected weights by name, such as network.state_dict(); got a {type(weights).__name__}")
+        names = match_names(self, weights)
+        selected = {}
+        for name, mask in self.items():
+            if name not in names:
+                raise ValueError(f"the mask has {name}, which is not among the weights: {enumerate_names(weights)}")
+            selected[name] = torch.as_tensor(weights[names[name]]).detach().cpu()
+            if selected[name].shape != mask.shape:
+                found, expected = tuple(mask.shape), tuple(selected[name].shape)
+                raise ValueError(f"the mask of {name} has shape {found}; expected {expected}, the shape of the weight")
+        return selected
 
     def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
-        """Serialize to safetensors, with the counts, the order of the tensors and `metadata` in the header."""
-        header = {"remaining": self.remaining, "total": self.total, "order": list(self), **(metadata or {})}
+        """Serialize to safetensors, with the counts, the order of the tensors and `metadata` in the header.
+
+        Raises:
+            ValueError: If `metadata` has a key of the header: remaining, total or order.
+        """
+        header = {"remaining": self.remaining, "total": self.total, "order": list(self)}
+        for key in header.keys() & (metadata or {}).keys():
+            raise ValueError(f"metadata has the key {key!r}, which the mask itself writes; use another")
+        header |= metadata or {}
         # one key only: safetensors writes several in random order, and equal masks should give equal files
         return save({name: tensor.contiguous() for name, tensor in self.items()}, {"mask": json.dumps(header)})
 
@@ -135,12 +181,26 @@ class Mask(Mapping[str, Tensor]):
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads(file.metadata()["mask"])
-                invalid = [name for name in header["order"] if not re.fullmatch(r"\w+(\.\w+)*", name)]
-                if invalid:
-                    raise ValueError(f"{invalid[0]!r} is not a parameter name")
                 mask = cls({name: file.get_tensor(name) for name in header["order"]})
                 if mask.remaining != header["remaining"]:
                     raise ValueError("its number of remaining weights differs from the header")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a mask ({error}); expected a file written by Mask.save") from None
         return mask
+
+
+def _checked_name(name: Any) -> str:
+    valid = isinstance(name, str) and name.isprintable() and all(name.split(".")) and name != "__metadata__"
+    if not valid:  # safetensors reserves __metadata__
+        raise ValueError(f"{name!r} is not a parameter name")
+    return name
+
+
+def _boolean(name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"mask {name} is a {type(value).__name__}; expected a boolean tensor or array") from None
+    if tensor.dtype != torch.bool:
+        raise ValueError(f"mask {name} has dtype {tensor.dtype}; expected torch.bool, such as weight != 0")
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -1,27 +1,23 @@
 import fractions
 import math
+import warnings
+from decimal import Decimal
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from lth_diet.errors import UserError
-from lth_diet.masks.mask import Mask, prunable
+from lth_diet.masks.mask import Mask
+from lth_diet.masks.prunable import prunable
 from lth_diet.masks.pruning import prune_by_magnitude
 from lth_diet.networks.resnet import ResNet
 
 
 def mask_of(*values, shape=None):
     return Mask({"a": torch.tensor(values, dtype=torch.bool).reshape(shape or (len(values),))})
-
-
-def test_only_conv2d_and_linear_weights_are_prunable():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2), nn.Conv1d(2, 2, 1))
-    assert list(prunable(network)) == ["0.weight", "2.weight"]
-    assert list(prunable(nn.Linear(2, 2))) == ["weight"]
 
 
 def test_each_level_of_resnet_20_prunes_exactly_20_percent_rounded_up():
@@ -47,9 +43,13 @@ def test_pruning_equals_a_naive_reference(values, fraction, data):
     mask = Mask(
         {"a": torch.tensor(remains[:cut], dtype=torch.bool), "b": torch.tensor(remains[cut:], dtype=torch.bool)}
     )
-    pruned = prune_by_magnitude(weights, mask, fraction)
     order = sorted((abs(v), i) for i, v in enumerate(values) if remains[i])
     smallest = {i for _, i in order[: math.ceil(fractions.Fraction(str(fraction)) * len(order))]}
+    if len(smallest) == len(order):
+        with pytest.raises(ValueError, match="leaves none"):
+            prune_by_magnitude(weights, mask, fraction)
+        return
+    pruned = prune_by_magnitude(weights, mask, fraction)
     expected = [remains[i] and i not in smallest for i in range(len(values))]
     assert torch.cat([pruned["a"], pruned["b"]]).tolist() == expected
 
@@ -71,10 +71,38 @@ def test_fraction_is_taken_as_a_decimal_number():
     assert pruned.remaining == 93
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.2])
-def test_fraction_out_of_range_raises(fraction):
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        prune_by_magnitude({"a": torch.ones(1)}, mask_of(1), fraction)
+@pytest.mark.parametrize(
+    ("weights", "mask", "fraction", "message"),
+    [
+        *(({"a": torch.ones(1)}, mask_of(1), fraction, "between 0 and 1") for fraction in (0.0, 1.0, -0.2, math.nan)),
+        ({"a": torch.ones(2)}, mask_of(1, 1), "0.2", "fraction is '0.2', a str; expected a number such as 0.2"),
+        ({"a": torch.ones(2)}, mask_of(1, 0), 0.2, "pruning 0.2 of 1 remaining weights leaves none"),
+        ({"b": torch.ones(2)}, mask_of(1, 1), 0.2, "the mask has a, which is not among the weights: b"),
+        ({"a": torch.ones(1, 2)}, mask_of(1, 1), 0.2, r"the mask of a has shape \(2,\); expected \(1, 2\)"),
+        (torch.nn.Linear(2, 2), mask_of(1, 1), 0.2, "expected weights by name, such as network.state_dict"),
+        ({"a": torch.ones(2)}, [True, True], 0.2, "a mask maps names of parameters to boolean tensors; got a list"),
+    ],
+)
+def test_invalid_arguments_of_pruning_raise_with_one_sentence(weights, mask, fraction, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        prune_by_magnitude(weights, mask, fraction)
+
+
+def test_weights_and_masks_may_be_arrays_and_fractions_any_number():
+    weights, mask = {"a": np.arange(4.0)}, {"a": np.array([True, False, True, True])}
+    for fraction in (np.float32(0.5), Decimal("0.5"), fractions.Fraction(1, 2)):
+        assert prune_by_magnitude(weights, mask, fraction) == mask_of(0, 0, 0, 1)
+
+
+def test_a_layer_that_loses_its_last_weight_is_named_in_a_warning():
+    weights = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
+    mask = Mask({"a": [True, True], "b": [True, True]})
+    with pytest.warns(UserWarning, match="^no weight remains of a$"):
+        pruned = prune_by_magnitude(weights, mask, 0.5)
+    assert pruned.empty_layers == ["a"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune_by_magnitude(weights, pruned, 0.5)
 
 
 def test_nan_weight_raises():
@@ -98,7 +126,7 @@ def test_repr_has_the_numbers_of_tensors_and_weights():
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=4))
 def test_saved_mask_is_loaded_unchanged(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("mask") / "mask.safetensors"
-    mask = Mask({f"z{9 - i}": torch.tensor(v) for i, v in enumerate(values)})
+    mask = Mask({f"z{9 - i}.conv-1 (é).weight": torch.tensor(v) for i, v in enumerate(values)})
     mask.save(path, {"level": "3"})
     assert Mask.load(path) == mask
     assert list(Mask.load(path)) == list(mask)
@@ -138,13 +166,42 @@ def test_mask_of_another_network_raises_with_the_name_of_the_tensor():
     with pytest.raises(ValueError, match=r"has extra\.weight, which is not a prunable weight"):
         Mask({**Mask.dense(network), "extra.weight": torch.ones(1, dtype=torch.bool)}).validate(network)
     fewer = {name: tensor for name, tensor in Mask.dense(network).items() if name != "fc.weight"}
-    with pytest.raises(ValueError, match=r"fc\.weight, which is missing from the mask"):
+    with pytest.raises(
+        ValueError, match=r"has fc\.weight, which the mask lacks; .*use Mask\({\*\*Mask.dense\(network\)"
+    ):
         Mask(fewer).validate(network)
+    Mask({**Mask.dense(network), **fewer}).validate(network)
+    Mask(fewer).validate(network, exclude="fc")
 
 
-def test_mask_that_is_not_boolean_raises():
-    with pytest.raises(ValueError, match="a has dtype torch.float32"):
-        Mask({"a": torch.ones(2)})
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"a": torch.ones(2)}, "mask a has dtype torch.float32; expected torch.bool"),
+        ({"a": "11"}, "mask a is a str; expected a boolean tensor or array"),
+        ({}, "the mask has no weights"),
+        ({"a": torch.ones(0, dtype=torch.bool)}, "the mask has no weights"),
+        ([torch.ones(2)], "a mask maps names of parameters to boolean tensors; got a list"),
+        *(({name: [True]}, "is not a parameter name") for name in (1, "", "a..b", "a\x1b[2J", "__metadata__")),
+    ],
+)
+def test_what_is_no_mask_raises_with_one_sentence(tensors, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Mask(tensors)
+
+
+def test_a_mask_is_a_copy_and_its_tensors_may_share_memory(place):
+    tensor = torch.tensor([True, False])
+    mask = Mask({"a": tensor, "b": tensor, "c": tensor.numpy()})
+    tensor[:] = False
+    assert mask.remaining == 3
+    mask.save("mask.safetensors")
+    assert Mask.load("mask.safetensors") == mask
+
+
+def test_metadata_does_not_replace_what_the_mask_writes():
+    with pytest.raises(ValueError, match="metadata has the key 'order'"):
+        mask_of(1).to_bytes({"order": "1"})
 
 
 def test_pruning_does_not_depend_on_the_memory_format_of_the_weights():
