@@ -144,7 +144,7 @@ def _plain_path(resume: tuple[Path, int] | None) -> Iterator[Path | None]:
 
 @contextlib.contextmanager
 def _restore_errors(phase: PhaseDirectory, objects: Sequence[Any]) -> Iterator[None]:
-    """Turns Composer's warning that a checkpoint lacks the state of an object into an error.
+    """Turns Composer's warning that a checkpoint lacks the state of an object, and invalid states, into an error.
 
     Composer finds states in a checkpoint by class name. A training that silently resumes without its momentum or its
     learning rate gives a wrong result.
@@ -155,9 +155,11 @@ def _restore_errors(phase: PhaseDirectory, objects: Sequence[Any]) -> Iterator[N
         warnings.filterwarnings("error", message=rf"({'|'.join(names)}) is not in the state_dict")
         try:
             yield
-        except UserWarning as warning:
+        except (UserWarning, ValueError) as error:
+            if phase.checkpoint() is None:
+                raise
             raise TrainingError(
-                f"{phase.path}: the checkpoint does not restore the training ({str(warning).splitlines()[0]}); "
+                f"{phase.path}: the checkpoint does not restore the training ({str(error).splitlines()[0]}); "
                 f"delete {phase.path} and rerun the same command to train it again"
             ) from None
 
