@@ -331,6 +331,19 @@ def test_a_level_whose_weights_do_not_fit_its_mask_is_rejected(run):
         run("prune.levels=1")
 
 
+def test_a_layer_without_weights_is_a_warning_and_a_network_without_weights_an_error(tiny):
+    directory = RunDirectory(loading.load_config(tiny(), ["prune.fraction=0.2"]))
+    progress = Progress(["replicate_0"], 0)
+    algorithm = imp.IMP(directory.config, directory.replicate(0), progress, lambda: None)
+    weights = {"a": torch.tensor([0.1]), "b": torch.arange(1.0, 5.0)}
+    mask = algorithm.prune(7, Mask({name: torch.ones(len(each)) > 0 for name, each in weights.items()}), weights)
+    assert mask.remaining == 4
+    assert progress.messages == [f"warning: {directory.replicate(0).level(7).path}: no weight remains of a"]
+    last = Mask({"a": [False], "b": [False, False, False, True]})
+    with pytest.raises(TrainingError, match=r"level_8: pruning 0.2 of 1 remaining weights leaves none"):
+        algorithm.prune(8, last, weights)
+
+
 def test_nan_in_the_last_step_is_an_error(run):
     with pytest.raises(TrainingError, match=r"level_0: the test loss is nan after step 12"):
         run("prune.levels=0", "train.milestones=[11]", "train.gamma=1e30")

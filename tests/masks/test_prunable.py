@@ -1,8 +1,10 @@
+import re
 import warnings
 
 import pytest
 import torch
 from composer.models import ComposerClassifier
+from helpers import ROOT
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -118,3 +120,12 @@ def test_names_lack_the_prefixes_of_wrappers_and_fit_wrapped_weights(network, wr
     again = prune_by_magnitude(network.state_dict(), prefixed, 0.5)
     assert [tensor.tolist() for tensor in again.values()] == [tensor.tolist() for tensor in pruned.values()]
     assert mask.is_zero_outside(wrapped.state_dict()) and not pruned.is_zero_outside(wrapped.state_dict())
+
+
+def test_the_example_of_the_documentation_runs():
+    (block,) = re.findall(r"```python\n(import torch.*?)```", (ROOT / "docs/extending.md").read_text(), flags=re.S)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(block, names := {})
+    network = names["network"]
+    assert list(Mask.dense(network, exclude=["0", "3"])) == ["1.weight"]

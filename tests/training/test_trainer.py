@@ -124,6 +124,25 @@ def test_a_checkpoint_that_lacks_a_state_is_an_error(train, phase, monkeypatch, 
         train(*arguments)
 
 
+def test_a_checkpoint_with_another_mask_is_an_error(train, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill():
+        raise Killed
+
+    monkeypatch.setattr(callbacks, "SYNC_SECONDS", 0)
+    mask = torch.arange(18).view(2, 1, 3, 3) % 2 == 0
+    arguments = trainer.Schedule(0, 8, 0.1, (5,)), [ApplyMask({"conv1.weight": mask})], ["intervals.checkpoint=3"]
+    with pytest.raises(Killed):
+        train(*arguments, sync=kill)
+    arguments[1][0].mask = {"conv1.weight": ~mask}
+    with pytest.raises(
+        errors.TrainingError, match=r"level_0: .* a different mask, in conv1\.weight; .*delete .*level_0"
+    ):
+        train(*arguments)
+
+
 def test_the_curve_has_mean_loss_learning_rate_and_evaluations_at_their_intervals(train, phase):
     result = train(trainer.Schedule(0, 8, 0.1, (5,)), overrides=["intervals.log=3", "intervals.evaluate=4"])
     rows = phase.curve()
