@@ -1,31 +1,55 @@
 """SubsetSampling: trains on a subset of the examples until a given time."""
 
-from collections.abc import Iterable, Sequence, Sized
+import hashlib
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from composer import Algorithm, Event, Logger, State, Time, TimeUnit
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
+from composer.utils import dist
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
+
+from lth_diet.algorithms.times import parse_time
 
 
 class SubsetSampling(Algorithm):
     """Trains on a subset of the examples until a given time, then on all examples (the paper's section 3).
 
     While the subset is in use, an epoch is one pass over the subset. A small subset is repeated for as many epochs as
-    it takes to reach ``until``; a shuffling loader reshuffles it every epoch.
+    it takes to reach ``until``; a shuffling loader reshuffles it every epoch. Give the Trainer's ``max_duration`` and
+    schedules in batches: epochs of the subset are shorter.
 
     With a PyTorch DataLoader, training switches to all examples at the first epoch boundary at or after ``until``,
     because Composer creates one iterator per epoch. With a loader whose attribute ``indices`` (None for all examples)
-    takes effect at the next batch, such as `lth_diet.data.loader.Loader`, it switches exactly at ``until``.
+    takes effect at the next batch, such as `lth_diet.data.loader.Loader`, it switches exactly at ``until``. A warning
+    says so if training ends before the switch. When training ends, the loader has all examples again.
 
-    Runs on ``Event.FIT_START``, ``EPOCH_START`` and ``BEFORE_DATALOADER``.
+    A run that resumes from a checkpoint must have the same subset and ``until``. If a Trainer also has `Rewind`, list
+    `Rewind` first.
+
+    Runs on ``Event.FIT_START``, ``EPOCH_START``, ``BEFORE_DATALOADER`` and ``FIT_END``.
 
     Args:
-        indices: Indices of the subset in the training dataset.
-        until: Time of the switch, as an int (batches) or a time string in batches or epochs, such as ``"400ba"``.
+        indices: Distinct indices, from 0 to N - 1, of the subset in the training dataset of N examples, as a list,
+            array, tensor or pandas Series; or a boolean mask of N values. The index of a Series is ignored.
+        until: Time of the switch, as an int (batches) or a time string in batches, epochs or samples, such as
+            ``"400ba"``.
 
     Raises:
-        ValueError: If ``until`` has another unit. When training starts, if the loader or its sampler cannot be
-            restricted to a subset.
+        ValueError: If ``indices`` or ``until`` is invalid. When training starts, if the indices do not fit the dataset,
+            differ between the ranks or do not fill a batch, or the loader cannot be restricted to a subset: it must
+            have all examples of a dataset with a length, in order, shuffled or with a DistributedSampler.
 
     Example:
         >>> import torch
@@ -47,52 +71,199 @@ class SubsetSampling(Algorithm):
         3
     """
 
-    def __init__(self, indices: Sequence[int], until: int | str):
-        self.indices = [int(index) for index in indices]
-        self.until = Time.from_input(until, TimeUnit.BATCH)
-        if self.until.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH):
-            raise ValueError(f"until {until!r}; expected batches or epochs, such as '400ba' or '2ep'")
+    def __init__(self, indices: Iterable[int] | Iterable[bool], until: int | str | Time):
+        array = _to_array(indices)
+        self._mask_length = len(array) if array.dtype == bool else None
+        self.indices: list[int] = (np.flatnonzero(array) if array.dtype == bool else array).tolist()
+        _check_indices(self.indices)
+        self.until = parse_time("until", until, (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE))
         self._full_loader: Iterable | None = None
         self._full_length = -1
+        self._subset_loader: Iterable | None = None
+        self._warned = False
+
+    @property
+    def restricts(self) -> bool:
+        """Whether the subset is in use."""
+        return self._full_loader is not None
 
     def match(self, event: Event, state: State) -> bool:
-        if event == Event.FIT_START:
+        if event in (Event.FIT_START, Event.FIT_END):
             return True
-        if self._full_loader is None or event not in (Event.EPOCH_START, Event.BEFORE_DATALOADER):
+        if not self.restricts or event not in (Event.EPOCH_START, Event.BEFORE_DATALOADER):
             return False
         return (event == Event.EPOCH_START or _has_indices(self._full_loader)) and self._has_ended(state)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
-            if not self._has_ended(state, at_epoch_start=not _has_indices(state.dataloader)):
-                self._full_loader = state.dataloader
-                full_length = len(self._full_loader) if isinstance(self._full_loader, Sized) else None
-                length = None if state.dataloader_len is None else int(state.dataloader_len)
-                # differs from the loader's length if the Trainer has train_subset_num_batches
-                self._full_length = -1 if length in (None, full_length) else length
-                self._set_dataloader(state, self._restrict(self._full_loader), -1)
-        else:
-            if _has_indices(self._full_loader):
-                self._full_loader.indices = None
-            self._set_dataloader(state, self._full_loader, self._full_length)
-            self._full_loader = None
+            self._reset(state)
+            self._start(state)
+        elif self.restricts:
+            if event == Event.FIT_END:
+                self._check_end(state)
+            self._switch(state)
+
+    def _start(self, state: State) -> None:
+        loader = state.dataloader
+        if sum(isinstance(algorithm, SubsetSampling) for algorithm in state.algorithms) > 1:
+            raise ValueError("the Trainer has two SubsetSampling; expected one")
+        self._check_examples(loader)
+        if self.until.value == 0:
+            warnings.warn(f"SubsetSampling has no effect: until={self.until}", stacklevel=2)
+        if self._has_ended(state, at_epoch_start=not _has_indices(loader)):
+            return
+        length, full_length = state.dataloader_len, _length(loader)
+        # differs from the loader's length if the Trainer has train_subset_num_batches
+        self._full_length = -1 if length is None or length == full_length else int(length)
+        subset_loader = self._restrict(loader)
+        subset_length = _length(subset_loader)
+        if subset_length == 0:
+            raise ValueError(
+                f"a subset of {len(self.indices)} examples does not fill a batch; use a larger subset, a smaller batch "
+                "or drop_last=False"
+            )
+        if 0 < self._full_length < (subset_length or 0):
+            subset_length = self._full_length
+        if not _has_indices(loader) and subset_length < state.timestamp.batch_in_epoch:
+            return  # the clock is in an epoch of all examples, to which Rewind has set it
+        self._full_loader, self._subset_loader = loader, subset_loader
+        self._set_dataloader(state, subset_loader, -1 if subset_length is None else subset_length)
+        self._check_duration(state, subset_length)
+
+    def _reset(self, state: State) -> None:
+        """Return to all examples if an earlier training was interrupted."""
+        if self.restricts and state.dataloader is self._subset_loader:
+            self._switch(state)
+        elif self.restricts and _has_indices(self._full_loader):
+            self._full_loader.indices = None
+        self._full_loader = self._subset_loader = None
+
+    def _switch(self, state: State) -> None:
+        """Return to all examples."""
+        if _has_indices(self._full_loader):
+            self._full_loader.indices = None
+        self._set_dataloader(state, self._full_loader, self._full_length)
+        self._full_loader = self._subset_loader = None
 
     def _has_ended(self, state: State, at_epoch_start: bool = False) -> bool:
         """Return whether `until` has been reached now or, with `at_epoch_start`, when the current epoch started."""
-        now = state.timestamp.get(self.until.unit)
-        if at_epoch_start and self.until.unit == TimeUnit.BATCH:
-            now = now - state.timestamp.batch_in_epoch
+        clock, unit = state.timestamp, self.until.unit
+        now = clock.get(unit)
+        if at_epoch_start and unit != TimeUnit.EPOCH:
+            now = now - (clock.batch_in_epoch if unit == TimeUnit.BATCH else clock.sample_in_epoch)
         return now >= self.until
 
+    def _check_examples(self, loader: Iterable) -> None:
+        """Check that the indices fit the dataset of the loader and are the same on all ranks."""
+        if not _has_indices(loader):
+            _check_supported(loader)
+        count = len(loader.dataset) if isinstance(loader, DataLoader) else getattr(loader, "num_examples", None)
+        if count is not None:
+            if self._mask_length not in (None, count):
+                raise ValueError(f"the boolean mask has {self._mask_length} values; expected {count}, one per example")
+            if max(self.indices) >= count:
+                raise ValueError(f"index {max(self.indices)} is out of range for the {count} examples of the dataset")
+        if len(set(dist.all_gather_object(self._digest()))) > 1:
+            raise ValueError("the ranks have different subsets; draw the indices from the same seed on every rank")
+
     def _restrict(self, loader: Iterable) -> Iterable:
-        if _has_indices(loader):
-            loader.indices = self.indices
-            return loader
-        return _subset_dataloader(loader, self.indices)
+        if not _has_indices(loader):
+            return _subset_dataloader(loader, self.indices)
+        if loader.indices is not None:
+            raise ValueError(
+                f"the attribute `indices` of the {type(loader).__name__} is in use already; set it to None, or leave "
+                "SubsetSampling out"
+            )
+        loader.indices = self.indices
+        return loader
+
+    def _check_duration(self, state: State, epoch_length: int | None) -> None:
+        """Warn if training ends before the switch, as far as this is known when it starts."""
+        clock = state.timestamp
+        epoch_start = int(clock.batch - clock.batch_in_epoch)
+
+        def to_batch(time: Time) -> int | None:
+            if time.unit == TimeUnit.EPOCH and epoch_length is not None:
+                return epoch_start + (time.value - int(clock.epoch)) * epoch_length
+            return time.value if time.unit == TimeUnit.BATCH else None
+
+        end, switch = to_batch(state.max_duration), to_batch(self.until)
+        self._warned = False
+        if end is None or switch is None or end == switch:
+            return
+        if not _has_indices(state.dataloader):  # the epoch boundary at or after `until`
+            switch = epoch_start - (epoch_start - switch) // epoch_length * epoch_length
+        if end <= switch:
+            self._warn_of_end(f"at {state.max_duration}", f"at batch {switch}")
+
+    def _check_end(self, state: State) -> None:
+        """Warn if training has ended before the switch and `_check_duration` could not know."""
+        at_boundary = _has_indices(state.dataloader) or state.timestamp.batch_in_epoch == 0
+        on_time = state.timestamp.get(self.until.unit) == self.until
+        if not self._warned and not (self._has_ended(state) and (at_boundary or on_time)):
+            self._warn_of_end(f"at batch {int(state.timestamp.batch)}", "later")
+
+    def _warn_of_end(self, end: str, switch: str) -> None:
+        self._warned = True
+        warnings.warn(
+            f"training ends {end} without training on all examples: SubsetSampling(until={self.until}) switches to "
+            f"them {switch}",
+            stacklevel=2,
+        )
 
     @staticmethod
     def _set_dataloader(state: State, loader: Iterable, length: int) -> None:
         state.set_dataloader(loader, state.dataloader_label or "train", length)
+
+    def _digest(self) -> str:
+        return hashlib.sha256(np.array(self.indices).tobytes()).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"until": str(self.until), "sha256": self._digest()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("sha256", self._digest()) != self._digest():
+            raise ValueError("SubsetSampling has other indices than the training that saved the checkpoint")
+        if state.get("until", str(self.until)) != str(self.until):
+            raise ValueError(f"SubsetSampling has until={self.until}; the checkpoint was saved with {state['until']}")
+
+
+def _to_array(indices: Any) -> np.ndarray:
+    """Return indices or a boolean mask as an array of integers or booleans, shape (length,)."""
+    if isinstance(indices, tuple) and len(indices) == 1 and np.ndim(indices[0]) == 1:  # of np.where or torch.where
+        (indices,) = indices
+    expected = "expected the integer indices of the examples, or a boolean mask"
+    try:
+        if isinstance(indices, str | bytes | Mapping):
+            raise TypeError
+        if isinstance(indices, torch.Tensor):
+            indices = indices.detach().cpu()
+        elif not hasattr(indices, "__array__"):
+            indices = list(indices)
+        array = np.asarray(indices)
+        array = np.array(array.tolist()) if array.dtype == object else array  # of pandas' nullable types
+    except (TypeError, ValueError):
+        raise ValueError(f"indices are of type {type(indices).__name__}; {expected}") from None
+    if isinstance(indices, list) and len({isinstance(index, bool | np.bool_) for index in indices}) > 1:
+        raise ValueError(f"indices mix integers and booleans; {expected}")
+    if array.ndim != 1:
+        raise ValueError(f"indices have shape {array.shape}; expected one dimension, such as indices.flatten()")
+    if array.size and array.dtype != bool and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"indices are of type {array.dtype}; {expected}")
+    return array
+
+
+def _check_indices(indices: list[int]) -> None:
+    if not indices:
+        raise ValueError("the subset is empty; expected at least one example")
+    if min(indices) < 0:
+        raise ValueError(f"index {min(indices)} is negative; expected 0 to N - 1")
+    values, counts = np.unique(indices, return_counts=True)
+    if counts.max() > 1:
+        raise ValueError(
+            f"index {values[counts.argmax()]} occurs {counts.max()} times; expected distinct indices, or a mask of "
+            "booleans"
+        )
 
 
 def _has_indices(loader: Iterable) -> bool:
@@ -100,35 +271,44 @@ def _has_indices(loader: Iterable) -> bool:
     return hasattr(loader, "indices")
 
 
-def _subset_dataloader(loader: Iterable, indices: list[int]) -> DataLoader:
+def _length(loader: Iterable) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _check_supported(loader: Iterable) -> None:
+    """Check that a DataLoader over a subset can replace the loader without any other change."""
+    kind = type(loader)
+    if not isinstance(loader, DataLoader) or (kind.__iter__, kind.__len__) != (DataLoader.__iter__, DataLoader.__len__):
+        reason = f"a {kind.__name__} without an attribute `indices`; expected a PyTorch DataLoader"
+    elif isinstance(loader.dataset, IterableDataset) or _length(loader.dataset) is None:
+        reason = f"a {type(loader.dataset).__name__}, whose examples have no indices; expected a dataset with a length"
+    elif loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+        reason = "a DataLoader with a custom batch sampler; expected one with batch_size"
+    else:
+        sampler, count = loader.sampler, len(loader.dataset)
+        drawn = _length(sampler.dataset if isinstance(sampler, DistributedSampler) else sampler)
+        standard = type(sampler) in (SequentialSampler, RandomSampler, DistributedSampler)
+        if standard and drawn == count and not getattr(sampler, "replacement", False):
+            return
+        reason = (
+            f"a DataLoader whose {type(sampler).__name__} may not draw each of the {count} examples once; expected "
+            "shuffle=True, shuffle=False or a DistributedSampler"
+        )
+    raise ValueError(f"SubsetSampling does not support {reason}")
+
+
+def _subset_dataloader(loader: DataLoader, indices: list[int]) -> DataLoader:
     """Return a DataLoader over a subset with the settings of `loader`."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, torch.utils.data.IterableDataset):
-        raise ValueError(f"SubsetSampling does not support a {type(loader).__name__} without an attribute `indices`")
     subset, sampler = Subset(loader.dataset, indices), loader.sampler
-    options = {}
+    options = {name: getattr(loader, name) for name in inspect.signature(DataLoader).parameters if name in vars(loader)}
+    options |= {"dataset": subset, "sampler": SequentialSampler(subset), "batch_sampler": None}
     if isinstance(sampler, DistributedSampler):
         options["sampler"] = DistributedSampler(
             subset, sampler.num_replicas, sampler.rank, sampler.shuffle, sampler.seed, sampler.drop_last
         )
-    elif isinstance(sampler, RandomSampler) and not sampler.replacement:
+    elif isinstance(sampler, RandomSampler):
         options["sampler"] = RandomSampler(subset, generator=sampler.generator)
-    elif not isinstance(sampler, SequentialSampler):
-        raise ValueError(f"SubsetSampling does not support a DataLoader with a {type(sampler).__name__}")
-    if loader.batch_size is None or type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
-        raise ValueError("SubsetSampling does not support a DataLoader with a custom batch sampler")
-    return DataLoader(
-        subset,
-        loader.batch_size,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-        pin_memory_device=loader.pin_memory_device,
-        **options,
-    )
+    return DataLoader(**options, multiprocessing_context=loader.multiprocessing_context)

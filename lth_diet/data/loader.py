@@ -54,6 +54,7 @@ class Loader:
 
     Attributes:
         batch_size: Images per batch on this rank.
+        num_examples: Number of examples of the training split.
         indices: Indices of the examples in use, or None for all. May be set at any time; acts on the next batch.
         current_step: Function without arguments that returns the step at which iteration starts.
 
@@ -81,6 +82,7 @@ class Loader:
         self.padding = self.images.shape[1] // 8
         self.current_step: Callable[[], int] = lambda: 0
         self._normalize = _Normalize(dataset, device)
+        self.num_examples = len(self.labels)
         self.indices = None
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ def trainer(examples):
     def build(algorithms, steps=6, model=None, loader=None, callbacks=(), scheduler=None, **options):
         model = model or build_classifier(8, 10, width=2, seed=1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-        loader = loader or DataLoader(examples, batch_size=8)
+        loader = DataLoader(examples, batch_size=8) if loader is None else loader
         if scheduler:
             options = {"schedulers": scheduler(optimizer), "step_schedulers_every_batch": True} | options
         trainers.append(

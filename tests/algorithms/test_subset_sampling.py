@@ -1,15 +1,46 @@
+import inspect
+import itertools
+import json
+import re
+import warnings
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from composer import DataSpec, Time
+from composer.models import ComposerClassifier
+from forks.client import Process
 from helpers import Spy
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lth_diet.algorithms import SubsetSampling
 from lth_diet.data.dataset import Dataset, Split
 from lth_diet.data.loader import Loader
-from lth_diet.networks.classifier import build_classifier
 
 SUBSET = list(range(0, 48, 3))  # 16 of 48 examples: two batches of 8
+REMAINS = np.isin(np.arange(48), SUBSET)
+
+
+def tiny_classifier():
+    return ComposerClassifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 48)), num_classes=48)
+
+
+@pytest.fixture
+def trainer(trainer):
+    """Build a Composer Trainer of a network of one layer."""
+    return lambda *arguments, **options: trainer(*arguments, **({"model": tiny_classifier()} | options))
 
 
 @pytest.fixture
@@ -65,10 +96,7 @@ def labels_of(state):
 def test_loader_with_indices_switches_exactly_at_the_time(trainer, until):
     loader, unrestricted = resettable_loader(), resettable_loader()
     spy = Spy(before_forward=labels_of)
-    model = build_classifier(8, 48, width=2, seed=1)
-    fit = trainer(
-        [SubsetSampling(SUBSET, until)], model=model, loader=loader, steps=9, callbacks=[spy], spin_dataloaders=False
-    )
+    fit = trainer([SubsetSampling(SUBSET, until)], loader=loader, steps=9, callbacks=[spy], spin_dataloaders=False)
     loader.current_step = lambda: int(fit.state.timestamp.batch)
     fit.fit()
     seen = spy.seen["before_forward"]
@@ -110,32 +138,326 @@ def test_distributed_sampler_keeps_its_rank(trainer, indexed):
     assert sorted(sum(seen, [])) == SUBSET[1::2]
 
 
-@pytest.mark.parametrize("until", ["0.5dur", "3sec", "never"])
+@pytest.mark.parametrize(
+    "indices",
+    [
+        range(0, 48, 3),
+        (index for index in SUBSET),
+        np.array(SUBSET, np.uint8),
+        torch.tensor(SUBSET),
+        list(torch.tensor(SUBSET)),
+        pd.Index(SUBSET),
+        REMAINS,
+        REMAINS.tolist(),
+        torch.tensor(REMAINS),
+        pd.Series(REMAINS, index=range(47, -1, -1)),
+        pd.Series(REMAINS, dtype="boolean"),
+        np.where(REMAINS),
+        torch.where(torch.tensor(REMAINS)),
+    ],
+    ids=lambda indices: type(indices).__name__,
+)
+def test_indices_and_masks_of_every_type_select_the_same_examples(indices):
+    assert SubsetSampling(indices, 2).indices == SUBSET
+
+
+@pytest.mark.parametrize(
+    ("indices", "sentence"),
+    [
+        ([], "the subset is empty"),
+        (np.zeros(48, bool), "the subset is empty"),
+        ([1, 2, 1], "index 1 occurs 2 times; expected distinct indices, or a mask of booleans"),
+        (REMAINS.astype(int), "index 0 occurs 32 times; expected distinct indices, or a mask of booleans"),
+        ([3, -1], "index -1 is negative"),
+        ([1.0, 2.5], "of type float64; expected the integer indices"),
+        (torch.rand(48), "of type float32"),
+        (["1", "2"], "of type <U1"),
+        ([True, 2], "mix integers and booleans"),
+        (pd.array([True, None]), "of type object"),
+        (np.argwhere(REMAINS), r"have shape \(16, 1\); expected one dimension, such as indices.flatten\(\)"),
+        ([[1], [2, 3]], "of type list; expected"),
+        (7, "of type int; expected"),
+        ("12", "of type str; expected"),
+        ({1: 0.5}, "of type dict; expected"),
+        (None, "of type NoneType; expected"),
+    ],
+)
+def test_invalid_indices_raise(indices, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SubsetSampling(indices, 2)
+
+
+@pytest.mark.parametrize("kind", ["DataLoader", "Loader"])
+@pytest.mark.parametrize(
+    ("indices", "sentence"),
+    [
+        ([*range(16), 48], "index 48 is out of range for the 48 examples"),
+        (REMAINS[:-1], "the boolean mask has 47 values; expected 48, one per example"),
+    ],
+)
+def test_indices_that_do_not_fit_the_dataset_raise(trainer, indexed, kind, indices, sentence):
+    loader = DataLoader(indexed, batch_size=8) if kind == "DataLoader" else resettable_loader()
+    with pytest.raises(ValueError, match=sentence):
+        trainer([SubsetSampling(indices, 2)], loader=loader).fit()
+
+
+@pytest.mark.parametrize("kind", ["DataLoader", "DistributedSampler", "Loader"])
+def test_subset_that_does_not_fill_a_batch_raises(trainer, indexed, kind):
+    loaders = {
+        "DataLoader": DataLoader(indexed, batch_size=8, drop_last=True),
+        "DistributedSampler": DataLoader(indexed, 8, sampler=DistributedSampler(indexed, 2, 0), drop_last=True),
+        "Loader": resettable_loader(),
+    }
+    with pytest.raises(ValueError, match=r"\b7 examples do(es)? not fill a batch"):
+        trainer([SubsetSampling(range(7), 2)], loader=loaders[kind]).fit()
+
+
+def test_subset_that_does_not_fill_a_batch_is_one_smaller_batch_without_drop_last(trainer, indexed):
+    spy = Spy(batch_start=indices_of)
+    trainer([SubsetSampling(range(7), 2)], loader=DataLoader(indexed, batch_size=8), steps=2, callbacks=[spy]).fit()
+    assert spy.seen["batch_start"] == [list(range(7))] * 2
+
+
+@pytest.mark.parametrize("until", ["4ba", np.int64(4), Time(4, "ba"), "2ep", Time(2, "ep"), "32sp"])
+def test_time_may_be_in_batches_epochs_or_samples(trainer, indexed, until):
+    seen = seen_by(trainer, DataLoader(indexed, batch_size=8), until, 6)
+    assert [set(batch) <= set(SUBSET) for batch in seen] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize("until", ["0.5dur", "3sec", "7tok", "never", "400", -1, "-1ep", 1.5, None])
 def test_time_in_another_unit_raises(until):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=re.escape(f"until={until!r}; expected a number of batches")):
         SubsetSampling([1], until)
 
 
-def test_unsupported_sampler_raises(trainer, indexed):
-    loader = DataLoader(indexed, batch_size=8, sampler=WeightedRandomSampler([1.0] * 48, 48))
-    with pytest.raises(ValueError, match="WeightedRandomSampler"):
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(3, 8, 8), 0
+
+
+class Endless(DataLoader):
+    def __iter__(self):
+        return itertools.cycle(super().__iter__())
+
+
+UNSUPPORTED = {
+    "a list without an attribute `indices`": lambda data: list(DataLoader(data, batch_size=8)),
+    "a Endless without an attribute `indices`": lambda data: Endless(data, batch_size=8),
+    "a Stream, whose examples have no indices": lambda data: DataLoader(Stream(), batch_size=8),
+    "whose WeightedRandomSampler": lambda data: DataLoader(data, 8, sampler=WeightedRandomSampler([1.0] * 48, 48)),
+    "whose SubsetRandomSampler": lambda data: DataLoader(data, 8, sampler=SubsetRandomSampler(range(48))),
+    "whose RandomSampler may": lambda data: DataLoader(data, 8, sampler=RandomSampler(data, replacement=True)),
+    "whose RandomSampler may not": lambda data: DataLoader(data, 8, sampler=RandomSampler(data, num_samples=40)),
+    "whose SequentialSampler may not": lambda data: DataLoader(data, 8, sampler=SequentialSampler(range(40))),
+    "whose DistributedSampler may not": lambda data: DataLoader(data, 8, sampler=DistributedSampler(range(40), 1, 0)),
+    "custom batch sampler": lambda data: DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 8, False)),
+    "custom batch sampler; expected one with batch_size": lambda data: DataLoader(
+        data, batch_size=None, sampler=BatchSampler(SequentialSampler(data), 8, False)
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", UNSUPPORTED)
+def test_loader_that_a_subset_would_change_otherwise_raises(trainer, indexed, reason):
+    fit = trainer([SubsetSampling(SUBSET, 2)], loader=UNSUPPORTED[reason](indexed), device_train_microbatch_size=8)
+    with pytest.raises(ValueError, match=f"SubsetSampling does not support .*{reason}"):
+        fit.fit()
+
+
+def test_loader_whose_indices_are_in_use_raises(trainer):
+    loader = resettable_loader()
+    loader.indices = range(8, 48)
+    with pytest.raises(ValueError, match="the attribute `indices` of the Loader is in use already"):
         trainer([SubsetSampling(SUBSET, 2)], loader=loader).fit()
+    assert loader.indices == range(8, 48)
 
 
-def test_iterable_dataset_raises(trainer):
-    class Stream(IterableDataset):
-        def __iter__(self):
-            yield torch.zeros(3, 8, 8), 0
-
-        def __len__(self):
-            return 48
-
-    with pytest.raises(ValueError, match="without an attribute `indices`"):
-        trainer([SubsetSampling(SUBSET, 2)], loader=DataLoader(Stream(), batch_size=8)).fit()
+def test_two_subsets_in_a_trainer_raise(trainer, indexed):
+    loader = DataLoader(indexed, batch_size=8)
+    with pytest.raises(ValueError, match="two SubsetSampling"):
+        trainer([SubsetSampling(SUBSET, 2), SubsetSampling(range(8), 4)], loader=loader).fit()
 
 
-def test_train_subset_num_batches_applies_again_after_the_switch(trainer, indexed):
+def collate(examples):
+    return torch.utils.data.default_collate(examples)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_settings_of_the_dataloader_stay(trainer, indexed, shuffle):
+    loader = DataLoader(
+        indexed,
+        batch_size=5,
+        shuffle=shuffle,
+        num_workers=1,
+        collate_fn=collate,
+        drop_last=True,
+        timeout=100,
+        worker_init_fn=print,
+        multiprocessing_context="fork",
+        generator=torch.Generator().manual_seed(3),
+        prefetch_factor=3,
+        persistent_workers=True,
+    )
+    spy = Spy(batch_start=lambda state: state.dataloader)
+    data = DataSpec(loader, get_num_samples_in_batch=lambda batch: 7)
+    fit = trainer([SubsetSampling(SUBSET, 1)], loader=data, steps=4, callbacks=[spy])
+    fit.fit()
+    subset, *_, last = spy.seen["batch_start"]
+    changed = {"dataset", "shuffle", "sampler", "batch_sampler", "multiprocessing_context"}
+    for name in set(inspect.signature(DataLoader).parameters) - changed:
+        assert getattr(subset, name) == getattr(loader, name), name
+    assert subset.multiprocessing_context.get_start_method() == "fork"
+    assert type(subset.sampler) is type(loader.sampler)
+    assert getattr(subset.sampler, "generator", None) is getattr(loader.sampler, "generator", None)
+    assert last is loader
+    assert fit.state.timestamp.sample == 4 * 7
+
+
+def warnings_of(fit, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit.fit(**options)
+    return [str(warning.message) for warning in caught if "SubsetSampling" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("until", "duration", "switch"),
+    [
+        (
+            "20ba",
+            "10ba",
+            "at 10ba without training on all examples: SubsetSampling(until=20ba) switches to them at batch 20",
+        ),
+        ("3ba", "4ba", "at batch 4"),  # the epoch of the subset ends with the training
+        ("5ba", "5ba", None),
+        ("4ba", "4ba", None),
+        ("4ba", "2ep", None),
+        ("2ep", "4ba", None),
+        ("2ep", "5ba", None),
+        ("3ep", "5ba", "at batch 6"),
+        ("20ba", "3ep", "at batch 20"),
+        ("4ba", "3ep", None),
+        ("32sp", "4ba", None),
+        (
+            "33sp",
+            "4ba",
+            "at batch 4 without training on all examples: SubsetSampling(until=33sp) switches to them later",
+        ),
+        ("3ba", "32sp", None),
+        ("3ba", "24sp", None),
+        ("4ba", "24sp", "later"),
+        ("0ba", "1ba", "SubsetSampling has no effect: until=0ba"),
+    ],
+)
+def test_warning_says_that_all_examples_are_never_used(trainer, indexed, until, duration, switch):
+    fit = trainer([SubsetSampling(SUBSET, until)], loader=DataLoader(indexed, batch_size=8))
+    found = warnings_of(fit, duration=duration)
+    assert len(found) == (switch is not None)
+    assert switch is None or found[0].endswith(switch)
+
+
+@pytest.mark.parametrize(("until", "warned"), [(3, False), (4, False), (5, True), ("2ep", False), ("3ep", True)])
+def test_warning_says_that_a_loader_with_indices_never_switches(trainer, until, warned):
+    loader = resettable_loader()
+    fit = trainer([SubsetSampling(SUBSET, until)], loader=loader, steps=4)
+    assert bool(warnings_of(fit)) == warned
+
+
+@pytest.mark.parametrize("kind", ["DataLoader", "Loader"])
+def test_loader_has_all_examples_after_the_end_and_the_subset_in_the_next_fit(trainer, indexed, kind):
+    loader = DataLoader(indexed, batch_size=8) if kind == "DataLoader" else resettable_loader()
+    spy = Spy(batch_start=lambda state: len(state.dataloader))
+    fit = trainer([SubsetSampling(SUBSET, 4)], loader=loader, callbacks=[spy])
+    for _ in range(4):
+        fit.fit(duration="2ba")
+        assert fit.state.dataloader is loader and int(fit.state.dataloader_len) == len(loader) == 6
+    assert spy.seen["batch_start"] == [2] * 4 + [6] * 4
+
+
+@pytest.mark.parametrize("kind", ["DataLoader", "Loader"])
+@pytest.mark.parametrize("new", [True, False])
+def test_training_after_an_interruption_starts_with_the_subset_again(trainer, indexed, kind, new):
+    def interrupt(state):
+        lengths.append(len(state.dataloader))
+        if len(lengths) == 2:
+            raise KeyboardInterrupt
+
+    loader = DataLoader(indexed, batch_size=8) if kind == "DataLoader" else resettable_loader()
+    algorithm, lengths = SubsetSampling(SUBSET, 4), []
+    fits = [
+        trainer([algorithm], steps=5, loader=loader, callbacks=[Spy(batch_start=interrupt)]) for _ in range(1 + new)
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        fits[0].fit()
+    fits[-1].fit()
+    assert lengths == [2] * 2 + [2] * (3 + new) + [6]
+
+
+@pytest.mark.parametrize(
+    ("indices", "until", "sentence"),
+    [(range(16), 4, "other indices"), (SUBSET, 6, "until=6ba; the checkpoint was saved with 4ba")],
+)
+def test_resuming_with_another_subset_or_time_raises(trainer, indexed, place, indices, until, sentence):
+    options = {"loader": DataLoader(indexed, batch_size=8), "steps": 3}
+    trainer([SubsetSampling(SUBSET, 4)], **options, save_folder="saved", save_filename="{batch}.pt").fit()
+    with pytest.raises(ValueError, match=sentence):
+        trainer([SubsetSampling(indices, until)], **options, load_path="saved/3.pt")
+
+
+RANKS = """
+import json
+import torch
+from composer import Trainer
+from composer.models import ComposerClassifier
+from composer.utils import dist
+from helpers import Spy
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from lth_diet.algorithms import Rewind, SubsetSampling
+
+def train(*algorithms):
+    spy = Spy(batch_start=lambda state: state.batch[0].flatten().int().tolist())
+    sampler = DistributedSampler(data, 2, rank, shuffle=False)
+    Trainer(
+        model=ComposerClassifier(network, num_classes=2),
+        train_dataloader=DataLoader(data, batch_size=4, sampler=sampler),
+        max_duration="8ba",
+        optimizers=torch.optim.SGD(network.parameters(), lr=1e-3),
+        algorithms=algorithms,
+        callbacks=[spy],
+        device="cpu",
+        progress_bar=False,
+    ).fit()
+    return spy.seen["batch_start"]
+
+dist.initialize_dist("cpu")
+rank, network, rewind = dist.get_global_rank(), torch.nn.Linear(1, 2), Rewind(2)
+data = TensorDataset(torch.arange(48.0)[:, None], torch.zeros(48, dtype=torch.long))
+first, second = train(rewind, SubsetSampling(range(0, 48, 3), 2)), train(rewind)
+try:
+    train(SubsetSampling(range(rank, 16), 2))
+except ValueError as error:
+    json.dump([first, second, sorted(rewind.state), str(error)], open(f"{rank}.json", "w"))
+"""
+
+
+@pytest.mark.integration
+def test_two_ranks_share_the_subset_and_the_state_and_must_have_the_same_indices(place):
+    Path("train.py").write_text(RANKS)
+    process = Process(["composer", "-n", 2, "train.py"])
+    output = process.communicate()
+    assert process.returncode == 0, output
+    for rank in range(2):
+        first, second, names, error = json.loads(Path(f"{rank}.json").read_text())
+        assert sum(first[:2], []) == SUBSET[rank::2]
+        assert sum(first[2:], []) == list(range(rank, 48, 2))
+        assert second == [*first[4:], *first[2:4]]  # the third batch of an epoch is the first after rewinding
+        assert names == ["bias", "weight"]
+        assert error == "the ranks have different subsets; draw the indices from the same seed on every rank"
+
+
+@pytest.mark.parametrize(("batches", "starts"), [(3, [0, 2, 5]), (1, [0, 1, 2, 3, 4, 5, 6, 7])])
+def test_train_subset_num_batches_applies_to_the_subset_and_to_all_examples(trainer, indexed, batches, starts):
     spy = Spy(epoch_start=lambda state: int(state.timestamp.batch))
-    options = {"train_subset_num_batches": 3, "steps": 8, "callbacks": [spy]}
+    options = {"train_subset_num_batches": batches, "steps": 8, "callbacks": [spy]}
     trainer([SubsetSampling(SUBSET, "2ba")], loader=DataLoader(indexed, batch_size=8), **options).fit()
-    assert spy.seen["epoch_start"] == [0, 2, 5]
+    assert spy.seen["epoch_start"] == starts
