@@ -13,6 +13,7 @@ from torch import Tensor
 from lth_diet.algorithms.bare_network import bare_network
 from lth_diet.algorithms.subset_sampling import SubsetSampling
 from lth_diet.algorithms.times import parse_time
+from lth_diet.networks.parameters import match_names
 
 
 class Rewind(Algorithm):
@@ -34,8 +35,8 @@ class Rewind(Algorithm):
     Args:
         to: Step t_r in batches, as an int or a time string such as ``"400ba"``, or in epochs, such as ``"2ep"``. Must
             be at least 0. A given state at an epoch needs a loader with a length.
-        state: State to start from, with the names of the bare network (see `ApplyMask`), of which a copy is made. None
-            saves the state of the first run at ``to``.
+        state: State to start from, of which a copy is made. Its names may have or lack the prefixes of wrappers (see
+            `ApplyMask`). None saves the state of the first run at ``to``.
         step_schedulers_every_batch: Whether schedulers are stepped every batch (True) or every epoch (False). Must be
             the value that the Trainer uses, which is checked after the first batch. The Trainer's default for PyTorch
             schedulers is False: pass ``step_schedulers_every_batch`` to the Trainer, too.
@@ -142,7 +143,9 @@ class Rewind(Algorithm):
                 "Trainer a new optimizer and scheduler",
                 stacklevel=2,
             )
-        bare_network(state.model).load_state_dict(self.state)
+        network = bare_network(state.model)
+        names = match_names(self.state, network.state_dict())
+        network.load_state_dict({names.get(name, name): value for name, value in self.state.items()})
         state.timestamp = clock
         with warnings.catch_warnings():  # PyTorch warns of scheduler.step() before optimizer.step()
             warnings.simplefilter("ignore")

@@ -183,6 +183,14 @@ def state_of_network(model):
     return {bare: model.state_dict()[name] for bare, name in names.items()}
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_names_of_a_given_state_may_have_prefixes_of_wrappers(trainer, prefix):
+    state, spy = state_of(build_classifier(8, 10, width=2, seed=2)), Spy(before_forward=lambda s: state_of(s.model))
+    rewind = Rewind(0, {f"{prefix}{name}": tensor for name, tensor in state.items()})
+    trainer([rewind], steps=1, callbacks=[spy]).fit()
+    assert equal(spy.seen["before_forward"][0], state)
+
+
 def test_given_state_is_copied(trainer):
     model = build_classifier(8, 10, width=2, seed=1)
     before, rewind = state_of(model), Rewind(2, model.module.state_dict())
