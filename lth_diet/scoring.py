@@ -67,8 +67,10 @@ class Scoring:
                 for number in self.order:
                     self.clean_up(number)
                 self.combine()
-            elif not self.has_pictures:
-                self.save_pictures(self.folder.load(self.labels))
+            else:
+                self.check_networks()
+                if not self.has_pictures:
+                    self.save_pictures(self.folder.load(self.labels))
             self.folder.store.upload()
         self.track()  # sends what an earlier launch could not send
 
@@ -114,11 +116,24 @@ class Scoring:
         return result
 
     def clean_up(self, number: int) -> None:
-        """Download a finished network and remove a checkpoint left by a process that was killed as it finished."""
+        """Download a finished network and remove what a killed or suspended process left."""
         store = self.folder.network_store(number)
         with store.lock(timeout=-1):
-            PhaseDirectory(store.path).remove_stale_checkpoints()
+            network = PhaseDirectory(store.path)
+            network.remove_stale_checkpoints()
+            if network.repair_curve():
+                self.progress.log(
+                    f"warning: {network.path / 'curve.jsonl'}: removed rows that a suspended process had appended"
+                )
             store.upload()
+
+    def check_networks(self) -> None:
+        """Repair the curves of finished networks, and warn of damaged files: the finished scores do not need them."""
+        for network in [] if self.folder.store.is_remote else self.folder.networks():
+            if network.done and network.damaged():
+                self.clean_up(int(network.name.partition("_")[2]))
+            for path in network.damaged() if network.done else ():
+                self.progress.log(f"warning: {path}: missing or damaged; `python -m lth_diet verify` says what to do")
 
     def combine(self) -> None:
         """Write the scores of all networks as one artifact."""

@@ -86,10 +86,10 @@ class ObjectStore:
     def download(self, name: str, path: Path) -> None:
         """Replace a file by an object, unless the object has been deleted."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part-{secrets.token_hex(8)}")
+        part = files.partial_path(path)
         try:
             self._call(self._fs.get_file, self._path(name), str(part), reraise=FileNotFoundError)
-            part.replace(path)
+            files.replace(part, path)
         except FileNotFoundError:
             part.unlink(missing_ok=True)
 

@@ -15,14 +15,14 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lth_diet import __version__
 from lth_diet.errors import UserError
-from lth_diet.files import read_json, sha256, write_atomically, write_json
+from lth_diet.files import open_atomically, read_json, remove, sha256, write_atomically, write_json
 
 _MEASUREMENT_TYPES = {"test_accuracy_percent": float | int, "timestamp": int}
 _RESULT_TYPES = {
@@ -74,6 +74,9 @@ class PhaseDirectory:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Mark the phase as done and remove its checkpoint."""
+        unique = _without_repeats(self._curve())
+        if unique not in (None, self._curve()):  # a checkpoint of an earlier version may have been of such a curve
+            self.write("curve.jsonl", unique)
         outputs = [path for path in self.path.iterdir() if path.suffix in (".safetensors", ".jsonl")]
         files = {path.name: sha256(path) for path in sorted(outputs)}
         result = {**result, "versions": versions(), "sha256": files}
@@ -93,13 +96,52 @@ class PhaseDirectory:
         return path
 
     def damaged(self) -> list[Path]:
-        """Files of a finished phase that are missing or damaged."""
+        """Files of a finished phase that are missing or damaged, and a curve that `repair_curve` would change."""
         try:
             files = self.result()["sha256"]
         except UserError:
             return [self.path / "result.json"]
         paths = {self.path / name: expected for name, expected in files.items()}
-        return [path for path, expected in paths.items() if not path.is_file() or sha256(path) != expected]
+        damaged = [path for path, expected in paths.items() if not path.is_file() or sha256(path) != expected]
+        curve = self.path / "curve.jsonl"
+        repeats = curve in paths and curve not in damaged and self.repaired_curve() != self._curve()
+        return [*damaged, curve] if repeats else damaged
+
+    def check(self) -> None:
+        """Check all files of the phase, if it is finished.
+
+        Raises:
+            UserError: If a file is missing or damaged.
+        """
+        if self.done and self.result() and (damaged := self.damaged()):
+            raise UserError(f"{damaged[0]}: missing or damaged; {self._how_to_recompute()}")
+
+    def repaired_curve(self) -> bytes | None:
+        """The curve of a finished phase without rows written by a process that had lost its lock.
+
+        Such rows follow those whose checksum is in result.json, or repeat them. Versions before fences wrote them.
+
+        Returns:
+            The content that curve.jsonl should have; None if it is damaged otherwise.
+        """
+        content, expected = self._curve(), self.result()["sha256"].get("curve.jsonl")
+        finished = _beginning(content, expected)
+        unique = _without_repeats(content if finished is None else finished)
+        return None if unique is None or (finished is None and _sha256(unique) != expected) else unique
+
+    def repair_curve(self) -> bool:
+        """Replace the curve of a finished phase by `repaired_curve`; returns whether they differed."""
+        try:
+            content = self.repaired_curve() if self.done else None
+        except UserError:
+            return False
+        if content in (None, self._curve()):
+            return False
+        result = self.result()
+        result["sha256"]["curve.jsonl"] = _sha256(content)
+        write_json(self.path / "result.json", result)  # first: if killed here, the curve without repeats matches it
+        self.write("curve.jsonl", content)
+        return True
 
     def checkpoint(self) -> tuple[Path, int] | None:
         """Path and step of the committed checkpoint; None if it, or the curve up to its step, is missing or damaged."""
@@ -108,12 +150,13 @@ class PhaseDirectory:
             entry = read_json(self.path / "checkpoint.json", types)
             path, step = self.checkpoint_path(entry["step"]), entry["step"]
             intact = (path.name, sha256(path)) == (entry["file"], entry["sha256"])
-            return (path, step) if intact and entry.get("curve_sha256") in (None, self._curve_sha256(step)) else None
+            intact &= entry.get("curve_sha256") in (None, self._curve_sha256(step))
+            return (path, step) if intact and _without_repeats(_encode(self._rows(step))) is not None else None
         except (OSError, UserError):
             return None
 
     def checkpoint_path(self, step: int) -> Path:
-        """Path at which to write the checkpoint of a step, before `commit_checkpoint`."""
+        """Path of the checkpoint of a step, which is written before `commit_checkpoint`."""
         return self.path / f"checkpoint-{step}.pt"
 
     def commit_checkpoint(self, step: int) -> None:
@@ -129,10 +172,32 @@ class PhaseDirectory:
             self._keep_only_checkpoint(None)
 
     def curve(self, until: int | None = None) -> list[dict[str, float]]:
-        """Rows of the training curve up to step `until`, inclusive; all rows by default."""
+        """Rows of the training curve up to step `until`, inclusive, each once; all rows by default."""
+        rows = self._rows(until)
+        unique = _without_repeats(_encode(rows))
+        return rows if unique is None else [json.loads(line) for line in unique.splitlines()]
+
+    @contextlib.contextmanager
+    def open_curve(self, until: int) -> Iterator[BinaryIO]:
+        """Drop the rows after step `until` and open the curve to append others.
+
+        The curve becomes another file. A process that had it open and has lost its lock appends to a deleted file.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = open_atomically(self.path / "curve.jsonl", _encode(self._rows(until)))
+        try:
+            yield file
+        finally:
+            with contextlib.suppress(OSError):  # rows that found no room, which `flush` has reported
+                file.close()
+
+    def _curve(self) -> bytes:
         path = self.path / "curve.jsonl"
+        return path.read_bytes() if path.exists() else b""
+
+    def _rows(self, until: int | None) -> list[dict[str, float]]:
         rows = []
-        for line in path.read_bytes().splitlines() if path.exists() else ():
+        for line in self._curve().splitlines():
             try:
                 row = json.loads(line)
                 if until is None or row["step"] <= until:
@@ -141,23 +206,56 @@ class PhaseDirectory:
                 break
         return rows
 
-    def truncate_curve(self, until: int) -> None:
-        """Drop the rows after step `until`."""
-        rows = self.curve(until)
-        self.write("curve.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-
     def _keep_only_checkpoint(self, keep: Path | None) -> None:
         if keep is None:
-            (self.path / "checkpoint.json").unlink(missing_ok=True)
+            remove(self.path / "checkpoint.json")
         for path in self.path.glob("checkpoint-*.pt"):
             if path != keep:
-                path.unlink()
+                remove(path)
 
     def _curve_sha256(self, until: int) -> str:
-        return hashlib.sha256(json.dumps(self.curve(until)).encode()).hexdigest()
+        return _sha256(json.dumps(self._rows(until)).encode())
 
     def _how_to_recompute(self) -> str:
         return f"delete {self.path} and everything computed from it, then rerun the training command"
+
+
+def _encode(rows: list[dict[str, float]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _beginning(curve: bytes, sha256: str | None) -> bytes | None:
+    """The first lines of a curve that have this checksum."""
+    digest, size = hashlib.sha256(), 0
+    for line in [b"", *curve.splitlines(keepends=True)]:
+        digest.update(line)
+        size += len(line)
+        if digest.hexdigest() == sha256:
+            return curve[:size]
+    return None
+
+
+def _without_repeats(curve: bytes) -> bytes | None:
+    """A curve without repeated rows; None if two rows have different values of the same metrics at the same step."""
+    kept: list[bytes] = []
+    values: dict[tuple, dict] = {}
+    for line in curve.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            measured = {key: row[key] for key in row if key != "timestamp"}
+            before = values.setdefault((row["step"], *sorted(measured)), measured)
+        except (ValueError, LookupError, TypeError):  # a torn line
+            kept.append(line)
+            continue
+        if before is measured:
+            kept.append(line)
+        elif before != measured:
+            return None
+    return b"".join(kept)
 
 
 @functools.cache

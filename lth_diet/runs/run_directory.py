@@ -21,6 +21,7 @@ Each phase (pretrain, level_<L>, network_<k>) also has the files that `phase_dir
 import contextlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 from lth_diet.config.run_ids import run_id, run_identity, run_name
 from lth_diet.config.schema import Config
 from lth_diet.errors import UserError
-from lth_diet.files import remove_partial_files, write_json
+from lth_diet.files import remove, remove_partial_files, write_json
 from lth_diet.runs.config_directory import HOW_TO_REPLACE, ConfigDirectory, read_config
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_store import RunStore, open_run_store
@@ -143,21 +144,32 @@ class ReplicateDirectory:
         return (self.path / "failed.json").exists()
 
     def record_failure(self, reason: str) -> None:
-        """Write why this attempt stopped to failed.json, unless the disk is full."""
-        with contextlib.suppress(OSError):
-            self.path.mkdir(parents=True, exist_ok=True)
+        """Write why this attempt stopped to failed.json, unless the disk is full or another process has the lock."""
+        with contextlib.suppress(OSError, UserError), self.store.lock(timeout=0):
             write_json(self.path / "failed.json", {"reason": reason})
             self.store.upload_file("failed.json")
 
     @contextlib.contextmanager
     def lock(self, timeout: float = 10.0) -> Iterator[None]:
-        """Lock the directory, and remove what a killed or failed attempt left; see `RunStore.lock`."""
+        """Lock the directory, remove what a killed or failed attempt left, and check all phases; see `RunStore.lock`.
+
+        Raises:
+            UserError: If a file of a finished phase is missing or damaged.
+        """
         with self.store.lock(timeout):
             remove_partial_files(self.path)
             for phase in self.phases():
                 phase.remove_stale_checkpoints()
-            (self.path / "failed.json").unlink(missing_ok=True)
+                if phase.repair_curve():
+                    print(
+                        f"warning: {phase.path / 'curve.jsonl'}: removed rows that a suspended process had appended",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            remove(self.path / "failed.json")
             self.store.upload()
+            for phase in self.phases():
+                phase.check()
             yield
 
 

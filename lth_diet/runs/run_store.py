@@ -25,7 +25,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from lth_diet.files import LockedError, cache_folder, lock, write_atomically
+from lth_diet.files import LockedError, cache_folder, lock, remove, write_atomically
 from lth_diet.runs.object_store import MANIFESTS, ObjectStore, Versions, is_safe_name
 from lth_diet.runs.store_lease import StoreLease
 
@@ -163,7 +163,7 @@ class RunStore:
                 state[name] = [remote[name], *stat]
         for name in local.keys() - remote.keys():
             if name.endswith(suffixes):
-                (self.path / name).unlink(missing_ok=True)
+                remove(self.path / name)
         if state or local:
             self._write_state({name: entry for name, entry in state.items() if name in remote and entry[1:]})
 

@@ -42,17 +42,22 @@ def _verify_replicate(path: Path) -> Iterator[tuple[Path, str]]:
         yield path / "pretrain/subset.json", "recreate it with python -m analysis.examples"
     phases = ReplicateDirectory(path).phases()
     for number, phase in enumerate(phases):
-        for file in phase.damaged() if phase.done else ():
-            later = ", ".join(str(following.path) for following in phases[number:])
-            yield file, f"delete {later}, then rerun the training command to recompute them"
+        later = ", ".join(str(following.path) for following in phases[number:])
+        yield from _verify_phase(phase, f"delete {later}, then rerun the training command to recompute them")
+
+
+def _verify_phase(phase: PhaseDirectory, remedy: str) -> Iterator[tuple[Path, str]]:
+    for file in phase.damaged() if phase.done else ():
+        repairable = file.name == "curve.jsonl" and phase.repaired_curve() is not None
+        yield file, "rerun the training command to remove rows of a suspended process" if repairable else remedy
 
 
 def _verify_scores(path: Path) -> Iterator[tuple[Path, str]]:
     manifest = path / "manifest.json"
     rerun = f"delete {manifest}, then rerun the training command to recompute the scores from their networks"
     for phase in (PhaseDirectory(network) for network in sorted(path.glob("network_*"))):
-        for file in phase.damaged() if phase.done else ():
-            yield file, f"delete {phase.path} and {manifest}, then rerun the training command to recompute them"
+        remedy = f"delete {phase.path} and {manifest}, then rerun the training command to recompute them"
+        yield from _verify_phase(phase, remedy)
     if _is_damaged(path / "examples/summary.json"):
         yield path / "examples/summary.json", "rerun the training command to recreate it"
     if manifest.exists():

@@ -125,8 +125,8 @@ class _Sync:
             child = self._deduplicate([run for run in children if run.data.tags["phase"] == phase.name])
             if (child and child.info.status == "FINISHED") or not (phase.done or checkpoint):
                 continue
-            if phase.done and (damaged := phase.damaged()):
-                raise UserError(f"{damaged[0]}: missing or damaged; `python -m lth_diet verify` says what to do")
+            if phase.done:
+                _check(phase)
             if child is None:
                 key_tags = _child_of(parent) | {"phase": phase.name}
                 child = self._create(f"{self.name}/{phase.name}", self.tags | key_tags, key_tags)
@@ -281,6 +281,11 @@ class _ScoresSync(_Sync):
         )
 
 
+def _check(phase: PhaseDirectory) -> None:
+    if damaged := phase.damaged():
+        raise UserError(f"{damaged[0]}: missing or damaged; `python -m lth_diet verify` says what to do")
+
+
 def _child_of(parent: MlflowRun) -> dict[str, str]:
     return {"mlflow.parentRunId": parent.info.run_id}
 
@@ -302,7 +307,7 @@ def updates(folder: Path, scored: bool) -> list[tuple[Path, Callable[[], None]]]
 
     Returns:
         The folder of each replicate, or of the scores artifact, and a function that brings MLflow up to date with it.
-        The function reads all results before it writes any, and raises UserError if a file is damaged.
+        The function checks all files of finished phases before it writes any, and raises UserError if one is damaged.
 
     Raises:
         UserError: If config.json is damaged.
@@ -312,6 +317,7 @@ def updates(folder: Path, scored: bool) -> list[tuple[Path, Callable[[], None]]]
         for phase in phases:
             if phase.done:
                 phase.result()
+                _check(phase)
         sync()
 
     read_config(folder)

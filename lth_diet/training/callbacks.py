@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from composer import Callback, Logger, State
@@ -15,6 +15,7 @@ from lth_diet.algorithms.bare_network import bare_network
 from lth_diet.config.schema import Intervals
 from lth_diet.data.loader import Loader
 from lth_diet.errors import TrainingError, add_path_to_errors
+from lth_diet.files import partial_path, replace
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.training.progress import Progress
 
@@ -36,6 +37,9 @@ class _Recorder(Callback):
 
     Losses stay on the device until a row, a checkpoint or an evaluation needs them. Then they are all read, and a loss
     that is not finite stops training.
+
+    Attributes:
+        curve: The open file of the training curve; None on ranks other than 0.
     """
 
     def __init__(self, phase: PhaseDirectory, loader: Loader, intervals: Intervals, progress: Progress):
@@ -44,6 +48,7 @@ class _Recorder(Callback):
         self.loader = loader
         self.intervals = intervals
         self.progress = progress
+        self.curve: BinaryIO | None = None
         self.unread: list[tuple[int, float, torch.Tensor]] = []
         self.losses = 0.0
         self.batches = 0
@@ -97,9 +102,10 @@ class _Recorder(Callback):
 
     def _append(self, step: int, metrics: dict[str, float]) -> None:
         row = {"step": step, "timestamp": time.time_ns() // 1_000_000, **metrics}
-        if dist.get_global_rank() == 0:
-            with add_path_to_errors(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+        if self.curve:
+            with add_path_to_errors(self.path):
+                self.curve.write(json.dumps(row).encode() + b"\n")
+                self.curve.flush()
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses, "batches": self.batches}
@@ -121,14 +127,16 @@ class _Checkpointer(Callback):
         step = int(state.timestamp.batch)
         if step % self.interval == 0 and step < state.max_duration.value:
             path = self.phase.checkpoint_path(step)
-            literal = str(path).replace("{", "{{").replace("}", "}}")
+            part = path.with_name(f"{partial_path(path).name}.pt")  # Composer takes other suffixes for compression
+            literal = str(part).replace("{", "{{").replace("}", "}}")
             try:
                 checkpoint.save_checkpoint(state, literal)
                 if dist.get_global_rank() == 0:
+                    replace(part, path)
                     self.phase.commit_checkpoint(step)
             except (OSError, RuntimeError) as error:  # PyTorch raises a RuntimeError when the disk is full
                 with contextlib.suppress(OSError):
-                    path.unlink()
+                    part.unlink()
                 reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
                 raise TrainingError(
                     f"{path} cannot be written ({reason}); rerun the same command to resume once there is room"

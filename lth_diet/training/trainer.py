@@ -79,8 +79,6 @@ def train(
             Algorithm, callback, optimizer or scheduler, or the network cannot be compiled.
     """
     resume = phase.checkpoint()
-    if dist.get_global_rank() == 0:
-        phase.truncate_curve(resume[1] if resume else -1)
     optimizer = SGD(
         model.parameters(),
         lr=schedule.lr,
@@ -117,7 +115,11 @@ def train(
     try:
         loader.current_step = lambda: int(trainer.state.timestamp.batch)
         progress.start_training(resume[1] if resume else schedule.start_step, schedule.end_step)
-        with _compile_errors(phase) if config.compile else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if dist.get_global_rank() == 0:
+                recorder.curve = stack.enter_context(phase.open_curve(resume[1] if resume else -1))
+            if config.compile:
+                stack.enter_context(_compile_errors(phase))
             trainer.fit()
         return {
             **measure(trainer.state),

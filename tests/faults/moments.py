@@ -1,6 +1,7 @@
-"""Moments at which a process can be made to end itself, and disks that can be made full.
+"""Moments at which a process can be made to end or stop itself, and disks that can be made full.
 
-{"moment", "call", "signal"}    the process ends itself the `call`-th time that a moment of MOMENTS comes
+{"moment", "call", "signal"}    the process ends itself the `call`-th time that a moment comes; SIGSTOP stops it
+{"host", ...}                   the process takes this for the name of its host
 {"opens", "disk"}               when a file whose path ends so is opened, that disk is full from then on; null: SIGKILL
 """
 
@@ -8,6 +9,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from mlflow import MlflowClient
 
 from lth_diet import files, imp
 from lth_diet.data import catalog, loader
+from lth_diet.runs import phase_directory
 from lth_diet.training import callbacks
 
 
@@ -29,7 +32,8 @@ class Fault:
         self.left -= 1
         if self.left == 0:
             os.kill(os.getpid(), self.number)
-            signal.pause()  # SIGTERM is handled between two instructions
+            if self.number != signal.SIGSTOP:
+                signal.pause()  # SIGTERM is handled between two instructions
 
 
 def before(owner, name):
@@ -99,6 +103,14 @@ MOMENTS = {
     "before a run is ended in MLflow": before(MlflowClient, "set_terminated"),
 }
 
+STOPS = MOMENTS | {
+    "before a row is appended": before(callbacks._Recorder, "_append"),
+    "before a checkpoint is written": before(checkpoint, "save_checkpoint"),
+    "before a checkpoint is removed": before(phase_directory, "remove"),
+    "before a result is written": before(phase_directory, "write_json"),
+}
+"""Moments before which a process can be stopped: between its last check and its write."""
+
 
 def fill(disk):
     """Leave no page of a small disk free."""
@@ -112,16 +124,25 @@ def at_opening(name, disk):
     full = []
 
     def hook(event, arguments):
-        if event == "open" and not full and re.sub(r"\.part-\w+$", "", str(arguments[0])).endswith(name):
+        if event == "open" and not full and re.sub(r"\.part-[\w.]+$", "", str(arguments[0])).endswith(name):
             full.append(True)
             fill(disk) if disk else os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+    append = callbacks._Recorder._append
+
+    def opened_again(recorder, *arguments):
+        hook("open", [recorder.path])
+        append(recorder, *arguments)
+
+    callbacks._Recorder._append = opened_again
 
 
 def arm(fault):
     callbacks.SYNC_SECONDS = 0.0
+    if "host" in fault:
+        socket.gethostname = lambda: fault["host"]
     if "moment" in fault:
-        MOMENTS[fault["moment"]](Fault(fault["call"], signal.Signals[fault["signal"]]))
+        STOPS[fault["moment"]](Fault(fault["call"], signal.Signals[fault["signal"]]))
     else:
         at_opening(fault["opens"], fault["disk"])

@@ -44,7 +44,7 @@ def told(output):
 WRITTEN = [  # in this order: a name that begins with a dot is that of a file which is not yet whole
     "/.config.json",
     "network_0/curve.jsonl",
-    "network_0/checkpoint-3.pt",
+    "network_0/.checkpoint-3.pt",
     "/.scores.safetensors",
     "pretrain/.weights.safetensors",
     "level_1/.result.json",
@@ -62,15 +62,15 @@ ALSO_WRITTEN = [
     "pretrain/.subset.json",
     "pretrain/.images.png",
     "pretrain/curve.jsonl",
-    "pretrain/checkpoint-3.pt",
+    "pretrain/.checkpoint-3.pt",
     "pretrain/.result.json",
     "level_0/.mask.safetensors",
     "level_0/.weights.safetensors",
     "level_1/.curve.jsonl",
     "level_1/curve.jsonl",
-    "level_1/checkpoint-6.pt",
+    "level_1/.checkpoint-6.pt",
     "level_1/.checkpoint.json",
-    "level_1/checkpoint-9.pt",
+    "level_1/.checkpoint-9.pt",
     "level_1/.weights.safetensors",
 ]
 
@@ -213,7 +213,7 @@ def check_mlflow_of(rooms, place, monkeypatch):
 @pytest.mark.parametrize("move", [shutil.move, shutil.copytree])
 def test_a_run_that_was_killed_and_taken_elsewhere_goes_on_there(commands, reference, tiny, place, monkeypatch, move):
     command = ["recipes.imp", "-f", tiny("easy"), *SMALL]
-    assert commands.run(*command, folder=place, fault=opening("level_1/checkpoint-9.pt"))[0] == -9
+    assert commands.run(*command, folder=place, fault=opening("level_1/.checkpoint-9.pt"))[0] == -9
     before = {path.relative_to("runs"): time for path, time in finished("runs").items()}
     elsewhere = place / "another machine"
     elsewhere.mkdir()
@@ -243,7 +243,7 @@ def test_names_that_mean_something_elsewhere_are_only_names(commands, tmp_path, 
         (folder / f"{name}.yaml").write_text(settings.replace("dataset: {name: digits}", dataset))
         monkeypatch.setenv("LTH_DIET_CACHE", str(folder / f"{name}cache"))
         command = ["recipes.imp", f"-f{name}.yaml", *SMALL]
-        assert commands.run(*command, folder=folder, fault=opening("level_1/checkpoint-9.pt"))[0] == -9
+        assert commands.run(*command, folder=folder, fault=opening("level_1/.checkpoint-9.pt"))[0] == -9
         status, output = commands.run(*command, folder=folder)
         assert status == 0 and "warning" not in output and "no report" not in output, output
         for module, *arguments in (
@@ -295,9 +295,8 @@ def test_verify_names_exactly_the_file_that_is_damaged(reference, place, capsys,
     assert main(["verify", "runs"]) == 0
 
 
-UNUSED = {  # of a finished run, by its own command
-    *("pretrain/curve.jsonl", "pretrain/subset.safetensors", "pretrain/subset.json"),
-    *("level_0/curve.jsonl", "level_0/mask.safetensors", "level_1/curve.jsonl"),
+UNUSED = {  # by the command of a finished run, which warns of them
+    "pretrain/subset.json",
     *(f"network_{k}/{name}" for k in (0, 1) for name in ("curve.jsonl", "el2n.safetensors", "result.json")),
 }
 
@@ -353,7 +352,7 @@ def test_mlflow_is_not_told_of_a_damaged_file(reference, place, capsys, damage):
 @pytest.mark.parametrize("name", ["checkpoint-6.pt", "checkpoint.json", "curve.jsonl", "mask.safetensors"])
 def test_a_killed_run_whose_files_were_damaged_ends_with_the_same_bits(commands, reference, tiny, place, damage, name):
     command = ["recipes.imp", "-f", tiny("easy"), *SMALL]
-    assert commands.run(*command, folder=place, fault=opening("level_1/checkpoint-9.pt"))[0] == -9
+    assert commands.run(*command, folder=place, fault=opening("level_1/.checkpoint-9.pt"))[0] == -9
     (path,) = Path("runs").glob(f"digits*/replicate_0/level_1/{name}")
     path.write_bytes(damage(path.read_bytes(), random.Random(4)))
     status, output = commands.run(*command, folder=place)

@@ -31,7 +31,8 @@ def test_a_modified_file_is_rejected(phase):
 def test_the_curve_ends_before_a_torn_line_and_at_the_requested_step(phase):
     assert [row["step"] for row in phase.curve()] == [2, 4]
     assert [row["step"] for row in phase.curve(until=3)] == [2]
-    phase.truncate_curve(2)
+    with phase.open_curve(2):
+        pass
     assert (phase.path / "curve.jsonl").read_text() == '{"step": 2, "a": 1}\n'
 
 
@@ -69,7 +70,8 @@ def test_a_checkpoint_whose_curve_is_damaged_is_ignored(phase, content):
     assert phase.checkpoint() == (phase.checkpoint_path(4), 4)
     (phase.path / "curve.jsonl").write_bytes(content)
     assert phase.checkpoint() is None
-    phase.truncate_curve(-1)
+    with phase.open_curve(-1):
+        pass
     assert (phase.path / "curve.jsonl").read_bytes() == b""
 
 

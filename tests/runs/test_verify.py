@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,8 @@ from helpers import MEASURED
 
 from lth_diet.__main__ import main
 from lth_diet.config import loading
+from lth_diet.errors import UserError
+from lth_diet.files import read_json, sha256, write_json
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.scores import artifact
@@ -67,3 +70,45 @@ def test_damaged_results_configurations_and_scores_are_found(finished, capsys):
     for path in damaged:
         assert f"{path}: damaged or missing; " in out
     assert out.endswith("4 files are damaged\n")
+
+
+@pytest.mark.parametrize("during", [False, True])
+def test_rows_of_a_suspended_process_are_found_by_verify_and_sync_and_removed_by_the_next_run(tiny, capsys, during):
+    run = RunDirectory(loading.load_config(tiny("init"), ["prune.levels=0"]))
+    run.create()
+    replicate = run.replicate(0)
+    phase = replicate.level(0)
+    rows = [json.dumps({"step": step, "timestamp": step, "train_loss": 1 / step}) + "\n" for step in range(4, 13, 2)]
+    repeated = json.dumps({"step": 8, "timestamp": 99, "train_loss": 1 / 8}) + "\n"
+    written = [*rows[:3], repeated, *rows[3:]] if during else rows
+    phase.write("curve.jsonl", "".join(rows).encode())
+    phase.finish(MEASURED)
+    (phase.path / "curve.jsonl").write_text("".join(written))
+    result = read_json(phase.path / "result.json")
+    result["sha256"]["curve.jsonl"] = sha256(phase.path / "curve.jsonl")
+    write_json(phase.path / "result.json", result)
+    if not during:
+        with open(phase.path / "curve.jsonl", "a") as file:
+            file.write(repeated + '{"step": 10, "timest')
+    curve = phase.path / "curve.jsonl"
+    assert main(["verify", "runs"]) == 1
+    remedy = "rerun the training command to remove rows of a suspended process"
+    assert f"{curve}: damaged or missing; {remedy}" in capsys.readouterr().out
+    assert main(["sync", "runs"]) == 2
+    assert f"{curve}: missing or damaged; `python -m lth_diet verify` says what to do" in capsys.readouterr().err
+    with replicate.lock():
+        assert f"{curve}: removed rows that a suspended process had appended" in capsys.readouterr().err
+    assert curve.read_text() == "".join(rows)
+    assert main(["verify", "runs"]) == 0 and main(["sync", "runs"]) == 0
+
+
+def test_a_curve_with_two_values_of_one_step_stops_the_replicate(tiny, capsys):
+    run = RunDirectory(loading.load_config(tiny("init"), ["prune.levels=0"]))
+    run.create()
+    phase = run.replicate(0).level(0)
+    phase.write("curve.jsonl", b'{"step": 4, "train_loss": 1}\n{"step": 4, "train_loss": 2}\n')
+    phase.finish(MEASURED)
+    assert main(["verify", "runs"]) == 1
+    assert f"delete {phase.path}, then rerun" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"curve\.jsonl: missing or damaged; delete "), run.replicate(0).lock():
+        pass

@@ -218,7 +218,7 @@ def test_losses_are_read_from_the_device_at_an_interval_and_not_at_every_step(tr
 def test_a_loss_that_is_not_finite_is_named_by_its_step_and_never_saved(train, phase):
     with pytest.raises(errors.TrainingError) as stopped:
         train(trainer.Schedule(0, 8, 1e30), overrides=["intervals.log=1", "intervals.checkpoint=100"])
-    phase.truncate_curve(-1)
+    (phase.path / "curve.jsonl").unlink()
     with pytest.raises(errors.TrainingError) as later:
         train(trainer.Schedule(0, 8, 1e30), overrides=["intervals.log=8", "intervals.checkpoint=6"])
     assert str(later.value) == str(stopped.value)
