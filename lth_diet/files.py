@@ -82,7 +82,7 @@ def _fence(folder: Path, lease: SoftFileLease) -> Iterator[None]:
         owner = _own_lease(folder, lease)  # after mkdir: whoever takes the lease over later sees this fence
         _fences[folder] = fence
         with contextlib.suppress(FileNotFoundError):
-            (fence / "process.json").write_text(json.dumps(owner))
+            (fence / ".process.json").write_text(json.dumps(owner))
         for other in folder.glob(".holder-*"):
             if other != fence:
                 _end_holder(other, owner)
@@ -105,7 +105,7 @@ def _own_lease(folder: Path, lease: SoftFileLease) -> dict[str, Any]:
 def _end_holder(fence: Path, this: dict[str, Any]) -> None:
     """Kill the process of a fence if it is on this host, stopped, and still the one that made the fence."""
     with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
-        holder = json.loads((fence / "process.json").read_text())
+        holder = json.loads((fence / ".process.json").read_text())
         boot, ticks = divmod(holder["start"], 2**64)  # as filelock writes it
         if holder["pid"] == this["pid"] or (holder["host"], boot) != (this["host"], this["start"] >> 64) or not boot:
             return
@@ -214,10 +214,9 @@ def open_atomically(path: Path, content: bytes | str) -> BinaryIO:
             replace(part, path)
             return file
     except BaseException:
-        with contextlib.suppress(OSError):
-            if file:
-                file.close()
-            part.unlink()  # frees space on a full disk
+        for clean_up in [file.close] * bool(file) + [part.unlink]:  # frees space on a full disk
+            with contextlib.suppress(OSError):
+                clean_up()
         raise
 
 

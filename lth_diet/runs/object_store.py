@@ -2,9 +2,10 @@
 
 import contextlib
 import functools
+import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -16,6 +17,13 @@ Versions = dict[str, str]
 T = TypeVar("T")
 MANIFESTS = ("checkpoint.json", "result.json", "manifest.json")
 """Files that refer to other files: uploaded and downloaded after them, deleted before them."""
+Objects = dict[str, tuple[str, str]]
+"""Object and version of each file by its name."""
+COMPLETE = ".complete"
+"""Object that makes a generation of a folder the one that counts."""
+LOCKED_SEPARATELY = re.compile(r"(replicate|network)_[0-9]+")
+"""Names of folders that are locked separately from the folder they are in."""
+_GENERATION = re.compile(r"((?:.*/)?)\.generation-([0-9]{1,9})/(.+)")
 _VERSION_KEYS = ("ETag", "etag", "mtime", "created", "size")
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "PermissionError")
 
@@ -151,10 +159,51 @@ def pull(url: str, folder: Path) -> int:
         Number of files.
     """
     store = ObjectStore(url.rstrip("/"))
-    names = [name for name in store.list("") if is_safe_name(name)]
-    for name in sorted(names, key=lambda name: (name.endswith(MANIFESTS), name)):
-        store.download(name, folder / name)
-    return len(names)
+    objects = {name: found for name, (found, _) in current_objects(store.list("")).items() if is_safe_name(name)}
+    for name in sorted(objects, key=lambda name: (name.endswith(MANIFESTS), name)):
+        store.download(objects[name], folder / name)
+    return len(objects)
+
+
+def generation_name(number: int, name: str) -> str:
+    """Name of an object in a generation of a folder; generation 0 has plain names."""
+    return f".generation-{number}/{name}" if number else name
+
+
+def newest_generation(listing: Iterable[str], folder: str = "") -> int:
+    """Number of the generation of a folder that counts."""
+    found = (match for match in map(_GENERATION.fullmatch, listing) if match)
+    return max((int(match[2]) for match in found if match[1] == folder and match[3] == COMPLETE), default=0)
+
+
+def current_objects(listing: Versions) -> Objects:
+    """The objects that count, by the names of the files.
+
+    A process that takes over a lock copies the folder to a new generation, `<folder>/.generation-<n>/`, so that what
+    the last holder still writes to the old one does not count.
+    """
+    found = {name: _GENERATION.fullmatch(name) for name in listing}
+    folders = {match[1]: newest_generation(listing, match[1]) for match in found.values() if match}
+    objects = {}
+    for name, match in found.items():
+        if match and int(match[2]) == folders[match[1]] > 0 and match[3] != COMPLETE:
+            objects[match[1] + match[3]] = name, listing[name]
+        elif not match and not any(number and _is_inside(name, folder) for folder, number in folders.items()):
+            objects[name] = name, listing[name]
+    return objects
+
+
+def old_objects(listing: Iterable[str], generation: int) -> list[str]:
+    """Objects of a folder in generations before this one, which do not count any more."""
+    numbers = {name: int(match[2]) if (match := _GENERATION.fullmatch(name)) else 0 for name in listing}
+    safe = [name for name in listing if numbers[name] or (is_safe_name(name) and _is_inside(name, ""))]
+    return [name for name in safe if numbers[name] < generation]
+
+
+def _is_inside(name: str, folder: str) -> bool:
+    """Whether a name is in a folder, and not in a folder in it that is locked separately."""
+    rest = name.removeprefix(folder)
+    return name.startswith(folder) and not LOCKED_SEPARATELY.fullmatch(rest.partition("/")[0])
 
 
 def is_safe_name(name: str) -> bool:

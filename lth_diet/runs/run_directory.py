@@ -147,7 +147,7 @@ class ReplicateDirectory:
         """Write why this attempt stopped to failed.json, unless the disk is full or another process has the lock."""
         with contextlib.suppress(OSError, UserError), self.store.lock(timeout=0):
             write_json(self.path / "failed.json", {"reason": reason})
-            self.store.upload_file("failed.json")
+            self.store.upload()
 
     @contextlib.contextmanager
     def lock(self, timeout: float = 10.0) -> Iterator[None]:

@@ -6,10 +6,12 @@ The object store is the source of truth. It has neither renames nor locks, so ea
 process locks the folder that it changes: the directory of a replicate, the directory of a scoring network, or the rest
 of a run directory or scores directory. Locking a folder first downloads its state from the store. Checkpoints and
 finished phases are uploaded, manifests after the files that they refer to, so that a process may be killed between any
-two uploads. A process that was suspended in the middle of an upload and lost its lock exits before the next upload. The
-store may still accept that one; if it damages a curve, `verify` reports it.
+two uploads. A process that was suspended in the middle of an upload and lost its lock exits before the next upload, but
+the store still accepts that one. So a process that takes over a lock first copies the folder to a new generation; from
+then on only that generation counts.
 
 <folder>/.lease-<n>           on the store: the n-th lock, which its holder keeps rewriting until it releases the lock
+<folder>/.generation-<n>/     on the store: the files, once the n-th lock was taken over; those of the highest n count
 <folder>/.remote.json         in the mirror: version of each file that is identical on the store
 
 python -m lth_diet pull s3://bucket/prefix runs      copies runs to a folder, for tools that read run directories
@@ -20,17 +22,27 @@ import functools
 import hashlib
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from lth_diet.files import LockedError, cache_folder, lock, remove, write_atomically
-from lth_diet.runs.object_store import MANIFESTS, ObjectStore, Versions, is_safe_name
+from lth_diet.runs.object_store import (
+    COMPLETE,
+    LOCKED_SEPARATELY,
+    MANIFESTS,
+    Objects,
+    ObjectStore,
+    Versions,
+    current_objects,
+    generation_name,
+    is_safe_name,
+    newest_generation,
+    old_objects,
+)
 from lth_diet.runs.store_lease import StoreLease
 
 _SYNC_STATE = ".remote.json"
-_LOCKED_SEPARATELY = re.compile(r"(replicate|network)_[0-9]+")
 _INDEX_SUFFIXES = (".json", ".jsonl")
 
 
@@ -50,6 +62,7 @@ class RunStore:
         self._store = store
         self._name = name
         self._lease: StoreLease | None = None
+        self._generation = 0
 
     def __truediv__(self, name: str) -> "RunStore":
         return RunStore(self.path / name, self._store, f"{self._name}/{name}".lstrip("/"))
@@ -85,6 +98,7 @@ class RunStore:
             with StoreLease(self._store, self._name, str(self), self._node_id()).lock(timeout) as self._lease:
                 try:
                     self._download(self._list_remote())
+                    self._choose_generation(self._lease)
                     yield
                 finally:
                     self._lease = None
@@ -98,23 +112,41 @@ class RunStore:
         state, local = self._read_state(), self._list_local()
         changed = [name for name, stat in local.items() if state.get(name, [None])[1:] != stat]
         for name in sorted(changed, key=lambda name: (name.endswith(MANIFESTS), local[name])):
-            self._store.upload(self.path / name, f"{self._name}/{name}")
+            self._store.upload(self.path / name, self._object(name))
         deleted = state.keys() - local.keys()
         for name in sorted(deleted, key=lambda name: not name.endswith(MANIFESTS)):
-            self._store.delete(f"{self._name}/{name}")
+            self._store.delete(self._object(name))
         if changed or deleted:
-            remote = self._list_remote()
+            versions = {name: version for name, (_, version) in self._list_remote().items()}
             self._write_state(
-                {name: [remote.get(name), *local[name]] if name in changed else state[name] for name in local}
+                {name: [versions.get(name), *local[name]] if name in changed else state[name] for name in local}
             )
 
+    def _choose_generation(self, lease: StoreLease) -> None:
+        """Begin a new generation of the folder on the store if its lock was taken over; delete older ones."""
+        listing = self._store.list(self._name)
+        self._generation = lease.number if lease.is_takeover else newest_generation(listing)
+        if lease.is_takeover:
+            lease.check()
+            local = self._list_local()
+            for name in sorted(local, key=lambda name: (name.endswith(MANIFESTS), local[name])):
+                self._store.upload(self.path / name, self._object(name))
+            self._store.write(self._object(COMPLETE), b"")
+            versions = {name: version for name, (_, version) in self._list_remote().items()}
+            self._write_state({name: [versions.get(name), *local[name]] for name in local})
+        for name in old_objects(listing, self._generation):
+            self._store.delete(f"{self._name}/{name}")
+
+    def _object(self, name: str) -> str:
+        return f"{self._name}/{generation_name(self._generation, name)}"
+
     def upload_file(self, name: str) -> None:
-        """Upload one file, without a lock."""
+        """Upload one file of a folder that is never locked, such as a log."""
         if self._store:
             self._store.upload(self.path / name, f"{self._name}/{name}")
 
     def download_file(self, name: str) -> None:
-        """Download one file, without a lock."""
+        """Download one file of a folder that is never locked."""
         if self._store:
             self._store.download(f"{self._name}/{name}", self.path / name)
 
@@ -134,41 +166,40 @@ class RunStore:
         listings: dict[str, Versions] = {"": {}}
         for name, version in self._store.list(self._name).items():
             first, _, rest = name.partition("/")
-            if _LOCKED_SEPARATELY.fullmatch(first):
+            if LOCKED_SEPARATELY.fullmatch(first):
                 listings.setdefault(first, {})[rest] = version
             else:
                 listings[""][name] = version
         for inner in self.path.glob("*_*"):
-            if _LOCKED_SEPARATELY.fullmatch(inner.name):
+            if LOCKED_SEPARATELY.fullmatch(inner.name):
                 listings.setdefault(inner.name, {})
         for name, listing in listings.items():
             folder = self / name if name else self
-            remote = {name: version for name, version in listing.items() if _belongs_to_folder(name)}
-            if folder._index_differs(remote):
+            if folder._index_differs(_select(listing)):
                 with contextlib.suppress(LockedError), lock(folder.path, 0):
                     folder._download(folder._list_remote(), _INDEX_SUFFIXES)
 
-    def _index_differs(self, remote: Versions) -> bool:
+    def _index_differs(self, remote: Objects) -> bool:
         state = self._read_state()
         known = {name: [*state.get(name, [])[:1]] for name in self._list_local() if name.endswith(_INDEX_SUFFIXES)}
-        return known != {name: [version] for name, version in remote.items() if name.endswith(_INDEX_SUFFIXES)}
+        return known != {name: [version] for name, (_, version) in remote.items() if name.endswith(_INDEX_SUFFIXES)}
 
-    def _download(self, remote: Versions, suffixes: str | tuple[str, ...] = "") -> None:
+    def _download(self, remote: Objects, suffixes: str | tuple[str, ...] = "") -> None:
         """Download files that differ and delete those that do not exist remotely, of names with these suffixes."""
         state, local = self._read_state(), self._list_local()
         for name in sorted(remote, key=lambda name: (name.endswith(MANIFESTS), name)):
-            if name.endswith(suffixes) and state.get(name) != [remote[name], *local.get(name, [])]:
-                self._store.download(f"{self._name}/{name}", self.path / name)
-                stat = self._stat(self.path / name)
-                state[name] = [remote[name], *stat]
+            found, version = remote[name]
+            if name.endswith(suffixes) and state.get(name) != [version, *local.get(name, [])]:
+                self._store.download(f"{self._name}/{found}", self.path / name)
+                state[name] = [version, *self._stat(self.path / name)]
         for name in local.keys() - remote.keys():
             if name.endswith(suffixes):
                 remove(self.path / name)
         if state or local:
             self._write_state({name: entry for name, entry in state.items() if name in remote and entry[1:]})
 
-    def _list_remote(self) -> Versions:
-        return {name: version for name, version in self._store.list(self._name).items() if _belongs_to_folder(name)}
+    def _list_remote(self) -> Objects:
+        return _select(self._store.list(self._name))
 
     def _list_local(self) -> dict[str, list[int]]:
         paths = {path.relative_to(self.path).as_posix(): path for path in self.path.rglob("*")}
@@ -215,6 +246,11 @@ def _open_object_store(url: str, endpoint: str) -> ObjectStore:
     return ObjectStore(url)
 
 
+def _select(listing: Versions) -> Objects:
+    """The objects of a folder that count."""
+    return {name: found for name, found in current_objects(listing).items() if _belongs_to_folder(name)}
+
+
 def _belongs_to_folder(name: str) -> bool:
     """Whether a file is neither hidden nor in a subfolder that is locked separately."""
-    return is_safe_name(name) and not _LOCKED_SEPARATELY.fullmatch(name.partition("/")[0])
+    return is_safe_name(name) and not LOCKED_SEPARATELY.fullmatch(name.partition("/")[0])

@@ -27,12 +27,18 @@ class StoreLease:
         folder: Name of the folder in the store.
         title: Name of the folder in error messages.
         node: Id of this node. A process takes over a lease held by its own node immediately.
+
+    Attributes:
+        number: Number of the lease. A lease with a lower number never holds again.
+        is_takeover: Whether the last holder did not release its lease.
     """
 
     def __init__(self, store: ObjectStore, folder: str, title: str, node: str):
         self.store, self.folder, self.title = store, folder, title
         self._owner = {"node": node, "host": socket.gethostname(), "process": os.getpid(), "is": secrets.token_hex(8)}
-        self._number = self._renewals = 0
+        self._renewals = 0
+        self.number = 0
+        self.is_takeover = False
         self._stop = threading.Event()
 
     @contextlib.contextmanager
@@ -47,11 +53,11 @@ class StoreLease:
             self._stop.set()
             thread.join()
             with contextlib.suppress(OSError):  # the lease expires by itself
-                self.store.write(self._object(self._number), b"{}")
+                self.store.write(self._object(self.number), b"{}")
 
     def check(self) -> None:
         """Exit this process if another one has taken over the lease."""
-        if self._newest() != self._number:
+        if self._newest() != self.number:
             files.exit_without_lock(self.title, "a newer lease")
 
     def _acquire(self, timeout: float) -> None:
@@ -61,8 +67,9 @@ class StoreLease:
             number, owner = seen
             now = time.monotonic()
             if not owner or owner["node"] == self._owner["node"] or now - changed > files.LEASE_SECONDS:
-                self._number = number + 1
-                if self.store.create(self._object(self._number), self._content()):
+                self.number, self.is_takeover = number + 1, bool(owner)
+                created = self.store.create(self._object(self.number), self._content())
+                if created and self._newest() == self.number:  # newer if this process was stopped before `create`
                     break
             elif timeout == 0 or (0 <= timeout < now - start and seen != first):
                 raise LockedError(
@@ -73,7 +80,7 @@ class StoreLease:
             before, seen = seen, self._read_newest()
             changed = changed if seen == before else time.monotonic()
         for number in self._numbers():
-            if number < self._number:
+            if number < self.number:
                 self.store.delete(self._object(number))
 
     def _renew(self) -> None:
@@ -83,7 +90,7 @@ class StoreLease:
             try:
                 self.check()
                 self._renewals += 1
-                self.store.write(self._object(self._number), self._content())
+                self.store.write(self._object(self.number), self._content())
                 renewed = start
             except OSError as error:
                 if time.monotonic() - renewed > files.LEASE_SECONDS:

@@ -61,7 +61,8 @@ def files(folder):
 def objects(memory, folder="unit"):
     root = f"/bucket/runs/{folder}/"
     found = {path.removeprefix(root): file.getvalue() for path, file in memory.items() if path.startswith(root)}
-    return {name: content.decode() for name, content in found.items() if not name.startswith(".")}
+    current = object_store.current_objects(dict.fromkeys(found, "1"))
+    return {name: found[key].decode() for name, (key, _) in current.items() if not name.startswith(".")}
 
 
 def test_a_node_starts_from_what_the_previous_one_uploaded(node):
@@ -201,6 +202,31 @@ def test_a_lock_without_renewal_is_taken_over_and_its_suspended_holder_exits(nod
         two.upload()
     with node("three").lock(0):
         pass
+
+
+def test_what_a_suspended_process_uploads_or_deletes_after_a_takeover_does_not_count(node, monkeypatch, exits, memory):
+    one, two = node("one"), node("two")
+    lock = lock_without_renewal(one, monkeypatch)
+    write(one.path, **{"curve.jsonl": "old", "weights": "old", "gone": "old"})
+    one.upload()
+    with two.lock(0.1):
+        write(two.path, **{"curve.jsonl": "new"})
+        two.upload()
+        with monkeypatch.context() as patch:  # one is stopped between its check and its uploads
+            patch.setattr(store_lease.StoreLease, "check", lambda self: None)
+            write(one.path, **{"curve.jsonl": "late", "weights": "late", "more": "late"})
+            (one.path / "gone").unlink()
+            one.upload()
+        lock.__exit__(None, None, None)
+    expected = {"curve.jsonl": "new", "weights": "old", "gone": "old"}
+    assert objects(memory) == expected
+    object_store.pull(URL, Path("pulled"))
+    assert files("pulled/unit") == expected
+    three = node("three")
+    with three.lock(0):
+        assert files(three.path) == expected
+    plain = {name for name in memory if name.startswith("/bucket/runs/unit/") and "/." not in name}
+    assert not plain, "the next holder deletes what does not count"
 
 
 def test_the_lock_of_a_dead_process_on_the_same_node_is_taken_over_at_once(node, monkeypatch, memory):
