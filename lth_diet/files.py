@@ -157,7 +157,7 @@ def _through(fence: Path, source: Path, target: Path | None) -> None:
             with contextlib.suppress(OSError):
                 if target:
                     source.unlink()
-            exit_without_lock(str(fence.parent), "its fence is gone")
+            exit_without_lock(str(fence.parent), "its lock was removed")
         if error.errno != errno.ENOENT or target:
             raise
         return  # there was nothing to remove
