@@ -1,5 +1,6 @@
 """One of two ranks is killed, or their launcher: the launch fails, and the same command resumes bit-identically."""
 
+import contextlib
 import os
 import random
 import signal
@@ -10,6 +11,8 @@ import psutil
 import pytest
 from faults.runs import bits, check_mlflow
 from helpers import TINY, run, start
+
+from lth_diet.runs.verify import verify
 
 pytestmark = pytest.mark.integration
 
@@ -66,4 +69,27 @@ def test_a_launch_that_lost_a_rank_resumes_bit_identically(
     code, _, err = run(*command, ranks=2)
     assert code == 0, err
     assert bits("runs") == reference
+    check_mlflow()
+
+
+def test_a_suspended_data_parallel_launch_changes_no_file_after_another_took_over(references, tiny, monkeypatch):
+    reference = references("data")
+    monkeypatch.setenv("LEASE_SECONDS", "1.0")
+    command = [tiny(), *LONGER, "parallelism=data"]
+    process = start(*command, ranks=2)
+    while not list(Path("runs").glob("*/replicate_0/level_0/checkpoint.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    ranks = psutil.Process(process.pid).children()
+    for rank in ranks:
+        rank.suspend()
+    code, out, err = run(*command, ranks=2)
+    assert code == 0, out + err
+    assert "which was suspended; it was killed" in out + err
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.resume()
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert bits("runs") == reference and list(verify(Path("runs"))) == []
     check_mlflow()
