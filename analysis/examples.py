@@ -39,7 +39,7 @@ def load(artifact: Path, root: str) -> ScoredExamples:
     known = get_args(Dataset.model_fields["name"].annotation)
     if about["dataset"] not in known:
         raise UserError(f"{path}: data set {about['dataset']!r} is not known; expected one of {', '.join(known)}")
-    check_dataset(path, about["dataset"], catalog.info(about["dataset"], root).fingerprint)
+    check_dataset(path, about["dataset"], catalog.info(about["dataset"], root))
     data = catalog.load(about["dataset"], root)
     noise, seed = about.get("label_noise") or 0, about.get("seed") or 0
     labels = label_noise.noisy_labels(data.train.labels, noise, len(data.class_names), seed)

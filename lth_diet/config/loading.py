@@ -203,7 +203,7 @@ def _check(config: Config, invalid: Callable[[str, Any, str], UserError]) -> Non
             problem = "must be a scores.safetensors; save scores of your own with save_scores, as in docs/extending.md"
             raise invalid("scores.file", config.scores.file, problem)
         try:
-            artifact.check_dataset(Path(config.scores.file), config.dataset.name, data.fingerprint)
+            artifact.check_dataset(Path(config.scores.file), config.dataset.name, data)
         except UserError as error:
             raise invalid("scores.file", config.scores.file, str(error)) from None
 

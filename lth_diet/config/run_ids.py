@@ -11,19 +11,28 @@ from lth_diet.data import catalog
 from lth_diet.scores import artifact
 
 
-def run_id(config: Config) -> str:
-    """Run id: ten hexadecimal digits, a hash of the identity fields that differ from their frozen defaults."""
-    return _hash(run_identity(config))
+def run_id(config: Config, fingerprint: str | None = None) -> str:
+    """Run id: ten hexadecimal digits, a hash of the identity fields that differ from their frozen defaults.
+
+    Args:
+        config: Configuration of the run.
+        fingerprint: Fingerprint of other images, to get the id that a run on them has.
+    """
+    return _hash(run_identity(config) | _replace(fingerprint))
 
 
-def run_name(config: Config) -> str:
-    """Name of the run directory: `<dataset>_<arm>-<run id>`."""
-    return f"{config.dataset.name}_{config.arm}-{run_id(config)}"
+def run_name(config: Config, fingerprint: str | None = None) -> str:
+    """Name of the run directory: `<dataset>_<arm>-<run id>`. Arguments as of `run_id`."""
+    return f"{config.dataset.name}_{config.arm}-{run_id(config, fingerprint)}"
 
 
-def scores_id(config: Config) -> str:
-    """Id of the scores: ten hexadecimal digits, a hash of the fields in `scores_identity`."""
-    return _hash(scores_identity(config))
+def scores_id(config: Config, fingerprint: str | None = None) -> str:
+    """Id of the scores: ten hexadecimal digits, a hash of `scores_identity`. Arguments as of `run_id`."""
+    return _hash(scores_identity(config) | _replace(fingerprint))
+
+
+def _replace(fingerprint: str | None) -> dict[str, str]:
+    return {} if fingerprint is None else {"dataset.fingerprint": fingerprint}
 
 
 def run_identity(config: Config) -> dict[str, Any]:

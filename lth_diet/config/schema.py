@@ -31,7 +31,7 @@ class Dataset(Section):
     name: Literal["cifar10", "cifar100", "cinic10", "image_folder", "digits"]
     """Dataset: cifar10, cifar100, cinic10, digits (8 x 8 pixels, needs no download), or image_folder."""
     root: PathText = "data"
-    """Folder of the dataset, where downloads go. The run id depends on names and sizes of files in an image folder."""
+    """Folder of the dataset, where downloads go. The run id depends on the images in an image folder."""
 
 
 class Model(Section):

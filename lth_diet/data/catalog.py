@@ -4,12 +4,15 @@ To add a dataset, write a module with `decode(root)` that returns the training s
 add it to `_decode` and `_INFO`, and add its name to `Dataset` in `config/schema.py`.
 """
 
+import contextlib
 import functools
-import hashlib
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -17,7 +20,7 @@ from filelock import FileLock
 from lth_diet.data import image_folder
 from lth_diet.data.dataset import Dataset, DatasetInfo, Split
 from lth_diet.errors import UserError, raise_if_corrupt
-from lth_diet.files import cache_folder
+from lth_diet.files import cache_folder, read_json, sha256, write_json
 
 # Per-channel mean and standard deviation over the training set, with pixels scaled to 0 to 1; others are computed.
 _STATISTICS = {
@@ -31,6 +34,8 @@ _INFO = {
     "cinic10": DatasetInfo(180_000, "cinic10", classes=10),  # train and valid merged, as in the paper
     "digits": DatasetInfo(1442, "digits", classes=10, channels=1),
 }
+_ARRAYS = ("train_x.npy", "train_y.npy", "test_x.npy", "test_y.npy")
+_prepared: set[Path] = set()  # caches that this process has verified or built
 
 
 @functools.cache
@@ -46,14 +51,25 @@ def info(name: str, root: str) -> DatasetInfo:
     """
     if name != "image_folder":
         return _INFO[name]
-    try:
+    with _name_unreadable_files():
         return image_folder.info(root)
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
+
+
+def warnings(name: str, root: str) -> list[str]:
+    """Return one sentence for each kind of file in an image folder that is not used, and for odd classes.
+
+    Args:
+        name: Name of the dataset, as in `config.schema.Dataset`.
+        root: Folder of its files.
+
+    Raises:
+        UserError: As `info`.
+    """
+    return list(info(name, root).warnings)
 
 
 def load(name: str, root: str) -> Dataset:
-    """Load a dataset from the cache, which is built on the first call; only one process builds it.
+    """Load a dataset from the cache, which is prepared first unless this process has done so.
 
     Args:
         name: Name of the dataset, as in `config.schema.Dataset`.
@@ -63,24 +79,90 @@ def load(name: str, root: str) -> Dataset:
         The dataset, with memory-mapped arrays.
 
     Raises:
-        UserError: If files are missing, cannot be downloaded or decoded, or the cache cannot be written or read.
+        UserError: As `prepare`, or if the cache cannot be read.
     """
     folder = _cache_folder(name, root)
-    if not folder.exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):
-                if not folder.exists():
-                    _build(name, root, folder)
-        except OSError as error:
+    if folder not in _prepared:
+        warning = prepare(name, root)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    with raise_if_corrupt(folder, f"the cache of {name}; delete it to rebuild it"):
+        about = read_json(folder / "about.json", {"mean": list, "std": list, "class_names": list})
+        train, test = _map_split(folder, "train"), _map_split(folder, "test")
+        return Dataset(name, train, test, tuple(about["mean"]), tuple(about["std"]), tuple(about["class_names"]))
+
+
+def prepare(name: str, root: str, launch: str | None = None) -> str | None:
+    """Verify the checksums of a dataset's cache, and build it if it is missing or damaged; only one process does so.
+
+    Args:
+        name: Name of the dataset, as in `config.schema.Dataset`.
+        root: Folder of its files.
+        launch: Name that the processes of a launch share on a node: only the first one verifies. None: this process
+            verifies.
+
+    Returns:
+        A sentence if the cache had to be replaced; all processes of the launch get it.
+
+    Raises:
+        UserError: If files are missing, cannot be downloaded or decoded, or the cache cannot be written.
+    """
+    folder = _cache_folder(name, root)
+    verified = Path(f"{folder}.verified")
+    warning = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            done = _read_verified(verified)
+            if launch is not None and done.get("launch") == launch and folder.exists():
+                warning = done.get("warning")
+            else:
+                warning = _replace_if_damaged(name, root, folder)
+                write_json(verified, {"launch": launch, "warning": warning})
+    except OSError as error:
+        if _find_damage(folder):  # a whole cache may be on a disk that is full or read-only
             raise UserError(
                 f"{folder}: the cache of {name} cannot be written ({error.strerror or error}); free some disk space or "
                 "set LTH_DIET_CACHE to another folder"
             ) from None
-    with raise_if_corrupt(folder, f"the cache of {name}; delete it to rebuild it"):
-        about = json.loads((folder / "about.json").read_text())
-        train, test = _map_split(folder, "train"), _map_split(folder, "test")
-        return Dataset(name, train, test, tuple(about["mean"]), tuple(about["std"]), tuple(about["class_names"]))
+    _prepared.add(folder)
+    return warning
+
+
+def cached_fingerprints() -> list[str]:
+    """Fingerprints of the image folders that are in the cache."""
+    return sorted(
+        path.parent.name.removeprefix("image_folder-") for path in cache_folder().glob("image_folder-*/files.json")
+    )
+
+
+def changes_since(fingerprint: str, root: str) -> str | None:
+    """Describe how an image folder differs from an earlier state of it that is in the cache.
+
+    Args:
+        fingerprint: Fingerprint of the earlier state.
+        root: The folder.
+
+    Returns:
+        Such as "1 changed (train/ant/0.png)"; None if they seem to be different folders: they are at other paths, and
+        fewer than half of the images are the same.
+    """
+    now = {image.name: image.sha256 for image in info("image_folder", root).images}
+    try:
+        before = read_json(cache_folder() / f"image_folder-{fingerprint}" / "files.json", {"root": str, "files": dict})
+    except UserError:
+        return None
+    same = sum(now.get(name) == sha256 for name, sha256 in before["files"].items())
+    is_earlier_state = before["root"] == str(Path(root).resolve()) or 2 * same >= len(before["files"])
+    return image_folder.describe_changes(before["files"], now) if is_earlier_state else None
+
+
+@contextlib.contextmanager
+def _name_unreadable_files() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
 
 
 def _map_split(folder: Path, part: str) -> Split:
@@ -89,12 +171,44 @@ def _map_split(folder: Path, part: str) -> Split:
 
 
 def _cache_folder(name: str, root: str) -> Path:
-    key = info(name, root).fingerprint
-    if name == "image_folder":  # the fingerprint misses an image that was rewritten with the same size
-        train, test = image_folder.list_images(Path(root))
-        modification_times = [path.stat().st_mtime_ns for _, path in train + test]
-        key += "-" + hashlib.sha256(repr(modification_times).encode()).hexdigest()[:8]
-    return cache_folder() / (name if key == name else f"{name}-{key}")
+    fingerprint = info(name, root).fingerprint
+    return cache_folder() / (name if fingerprint == name else f"{name}-{fingerprint}")
+
+
+def _read_verified(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(UserError):
+        return read_json(path, {"launch": str | None, "warning": str | None})
+    return {}
+
+
+def _replace_if_damaged(name: str, root: str, folder: Path) -> str | None:
+    """Build a cache if it is missing or damaged. Returns a sentence if it was damaged. The caller holds the lock."""
+    damage = _find_damage(folder)
+    if damage is None:
+        return None
+    if not folder.exists():
+        _build(name, root, folder)
+        return None
+    try:
+        _build(name, root, folder)
+    except UserError as error:
+        raise UserError(f"the cache {folder} {damage} and cannot be rebuilt: {error}") from None
+    return f"the cache {folder} {damage}; it was rebuilt"
+
+
+def _find_damage(folder: Path) -> str | None:
+    """Verify the checksums of a cache. Returns what is wrong with it: "is missing", ...; None if it is whole."""
+    if not folder.exists():
+        return "is missing"
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        if "sha256" not in about:
+            return "has no checksums"
+        expected = read_json(folder / "about.json", {"sha256": dict})["sha256"]
+        damaged = [name for name in _ARRAYS if sha256(folder / name) != expected.get(name)]
+    except (OSError, ValueError, TypeError, RecursionError, UserError):
+        return "is damaged"
+    return f"is damaged (the checksum of {damaged[0]} is wrong)" if damaged else None
 
 
 def _build(name: str, root: str, folder: Path) -> None:
@@ -109,11 +223,18 @@ def _build(name: str, root: str, folder: Path) -> None:
         for key, split in (("train", train), ("test", test)):
             np.save(part / f"{key}_x.npy", split.images)
             np.save(part / f"{key}_y.npy", split.labels.astype(np.int64))
-        (part / "about.json").write_text(json.dumps({"mean": mean, "std": std, "class_names": class_names}))
+        if name == "image_folder":
+            files = {image.name: image.sha256 for image in info(name, root).images}
+            write_json(part / "files.json", {"root": str(Path(root).resolve()), "files": files})
+        about = {"mean": mean, "std": std, "class_names": class_names}
+        write_json(part / "about.json", {**about, "sha256": {array: sha256(part / array) for array in _ARRAYS}})
+        if folder.exists():
+            folder.rename(part.with_name(f"{part.name}-damaged"))
         part.rename(folder)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)
         raise
+    shutil.rmtree(part.with_name(f"{part.name}-damaged"), ignore_errors=True)
 
 
 def _decode(name: str, root: str) -> tuple[Split, Split, list[str]]:
@@ -124,9 +245,10 @@ def _decode(name: str, root: str) -> tuple[Split, Split, list[str]]:
         "cifar100": functools.partial(cifar.decode, "CIFAR100"),
         "cinic10": cinic10.decode,
         "digits": digits.decode,
-        "image_folder": image_folder.decode,
+        "image_folder": lambda root: image_folder.decode(root, info(name, root).images),
     }
-    return decoders[name](root)
+    with _name_unreadable_files():
+        return decoders[name](root)
 
 
 def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

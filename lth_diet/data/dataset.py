@@ -1,21 +1,40 @@
 """Dataset and Split: images, labels, per-channel statistics and class names."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
+
+
+class ImageFile(NamedTuple):
+    """A file of an image folder: its path relative to the folder, its class, and the SHA-256 of its content."""
+
+    name: str
+    class_name: str
+    sha256: str
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
     """What is known of a dataset before it is decoded.
 
-    The images of a folder are taken to have three channels; one that is grayscale has fewer weights in the network.
+    Attributes:
+        train_size: Number of training examples.
+        fingerprint: Identifies the examples; part of the run id of an image folder.
+        classes: Number of classes.
+        channels: Number of channels; 3 for an image folder, although its images may turn out to be grayscale.
+        old_fingerprint: Fingerprint that earlier versions gave an image folder: of names and sizes, not contents.
+        images: Files of an image folder: training images, then test images, in the order of the examples.
+        warnings: One sentence for each kind of file that is not used, and for classes that look wrong.
     """
 
     train_size: int
     fingerprint: str
     classes: int
     channels: int = 3
+    old_fingerprint: str | None = None
+    images: tuple[ImageFile, ...] = dataclasses.field(default=(), repr=False)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,110 +1,101 @@
 """Image folders of the user: `<root>/<part>/<class>/<image>`, with JPEG or PNG files of one size."""
 
 import hashlib
-import stat
-import warnings
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lth_diet.data.dataset import DatasetInfo, Split
+from lth_diet.data.dataset import DatasetInfo, ImageFile, Split
+from lth_diet.data.file_hashes import hash_files
+from lth_diet.data.image_file import DECODER_VERSION, read_pixels
+from lth_diet.data.image_layout import PARTS, Layout
 from lth_diet.errors import UserError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-MAX_SIDE = 1024  # pixels; a file of a few bytes may claim to be of any size
-_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+from lth_diet.files import sha256_of
 
 
 def info(root: str) -> DatasetInfo:
-    """Return the number of training images, and a fingerprint of the names and sizes of all images.
+    """Return the number of training images, and a fingerprint of the names and contents of all images.
 
     Raises:
         UserError: If the images are not in the expected layout.
+        OSError: If a file or folder cannot be read.
     """
-    train, test = list_images(Path(root))
-    classes = {label for label, _ in train}
-    if classes != {label for label, _ in test}:
-        unmatched = sorted(classes.symmetric_difference(label for label, _ in test))
-        raise UserError(f"{root}: class {unmatched[0]!r} is not in both train/ and test/; expected the same classes")
-    if len(classes) < 2:
-        raise UserError(f"{root} has only one class, {next(iter(classes))!r}; expected at least two")
-    files = []
-    for _, path in train + test:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading from a pipe may block forever
-            raise UserError(f"{path} is not a regular file; expected a JPEG or PNG file")
-        files.append(f"{path.relative_to(root)} {status.st_size}")
-    fingerprint = hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()[:16]
-    return DatasetInfo(len(train), fingerprint, len(classes))
+    layout = Layout(Path(root))
+    layout.check()
+    found = [image for part in PARTS for image in layout.images[part]]
+    hashes = hash_files(Path(root), {name: status for _, name, status in found})
+    images = tuple(ImageFile(name, class_name, hashes[name]) for class_name, name, _ in found)
+    options = json.dumps({"decoder": DECODER_VERSION})
+    return DatasetInfo(
+        train_size=len(images) - len(layout.images["test"]),
+        classes=len({image.class_name for image in images}),
+        fingerprint=_hash([options, *(f"{image.name}\0{image.sha256}" for image in images)]),
+        old_fingerprint=_hash([f"{name} {status.st_size}" for _, name, status in found]),
+        images=images,
+        warnings=tuple(layout.warnings()),
+    )
 
 
-def decode(root: str) -> tuple[Split, Split, list[str]]:
+def _hash(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def decode(root: str, images: Sequence[ImageFile]) -> tuple[Split, Split, list[str]]:
     """Return the training set (train/ and valid/ merged), test set and class names.
 
+    Args:
+        root: The folder.
+        images: Its images, as `info` found them.
+
     Raises:
-        UserError: If a file cannot be decoded, or its size or number of channels differs from the first image's.
+        UserError: If a file changed, cannot be decoded, or differs from the first one in size or number of channels.
+        OSError: If a file cannot be read.
     """
-    train, test = list_images(Path(root))
-    class_names = sorted({label for label, _ in train})
-    shape = None
-    splits = []
-    for listing in (train, test):
-        images = []
-        for _, path in listing:
-            image = _read_image(path)
-            shape = shape or image.shape
-            if image.shape != shape:
-                found, expected = _describe_shape(image.shape), _describe_shape(shape)
-                raise UserError(f"{path}: {found}; expected {expected}, like {train[0][1].name}")
-            images.append(image)
-        labels = [class_names.index(label) for label, _ in listing]
-        splits.append(Split(np.stack(images), np.array(labels)))
+    class_names = sorted({image.class_name for image in images})
+    splits: list[Split] = []
+    for is_test in (False, True):
+        mine = [image for image in images if image.name.startswith("test/") == is_test]
+        decoded = None
+        for index, image in enumerate(mine):
+            pixels = _read(Path(root) / image.name, image)
+            shape = splits[0].images.shape[1:] if splits else pixels.shape
+            if decoded is None:
+                decoded = np.empty((len(mine), *shape), np.uint8)
+            if pixels.shape != decoded.shape[1:]:
+                found, expected = _describe_shape(pixels.shape), _describe_shape(decoded.shape[1:])
+                raise UserError(f"{Path(root) / image.name}: {found}; expected {expected}, like {images[0].name}")
+            decoded[index] = pixels
+        splits.append(Split(decoded, np.array([class_names.index(image.class_name) for image in mine])))
     return splits[0], splits[1], class_names
 
 
-def _read_image(path: Path) -> np.ndarray:
-    """Decode a file to uint8 of shape (H, W, C), with one channel for Pillow's mode L and three for others."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images, which are rejected
-            with Image.open(path, formats=("PNG", "JPEG")) as image:
-                if max(image.size) > MAX_SIDE:
-                    width, height = image.size
-                    raise UserError(f"{path}: {width} x {height} pixels; expected at most {MAX_SIDE} per side")
-                if image.mode not in _EIGHT_BIT_MODES:
-                    raise UserError(f"{path}: pixels of mode {image.mode}; expected 8 bits per channel")
-                image = image if image.mode == "L" else image.convert("RGB")
-                pixels = np.asarray(image)
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises many types of exceptions for a damaged file
-        raise UserError(f"{path}: not a readable image ({error}); expected a complete JPEG or PNG file") from None
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+def _read(path: Path, image: ImageFile) -> np.ndarray:
+    with open(path, "rb") as file:
+        if sha256_of(file) != image.sha256:
+            raise UserError(f"{path} changed while the images were read; rerun the command when it is complete")
+        return read_pixels(file, path)
 
 
 def _describe_shape(shape: tuple[int, ...]) -> str:
     return f"{shape[1]} x {shape[0]} pixels, {'grayscale' if shape[2] == 1 else 'color'}"
 
 
-def list_images(root: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, Path]]]:
-    """List (class name, path) of every training image (train/, then valid/) and of every test image.
+def describe_changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """Count the images that changed, were added or were removed, and name one of each: `1 changed (train/ant/a.png)`.
 
-    Images are in `root/<part>/<class>/` and are sorted by class and name within a part.
-
-    Raises:
-        UserError: If train/ or test/ does not exist, or has no image.
+    Args:
+        before: SHA-256 of each image, by name.
+        after: The same, later.
     """
-    return _list_parts(root, "train", "valid"), _list_parts(root, "test")
-
-
-def _list_parts(root: Path, *parts: str) -> list[tuple[str, Path]]:
-    if not (root / parts[0]).is_dir():
-        raise UserError(f"{root} has no folder {parts[0]}/; expected train/<class>/ and test/<class>/")
-    folders = [path for part in parts if (root / part).is_dir() for path in sorted((root / part).iterdir())]
-    images = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
-    listing = [(path.parent.name, path) for path in images if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not listing:
-        raise UserError(f"{root / parts[0]} has no images; expected one folder per class with JPEG or PNG files")
-    return listing
+    changes = {
+        "changed": [name for name in after if name in before and after[name] != before[name]],
+        "added": [name for name in after if name not in before],
+        "removed": [name for name in before if name not in after],
+    }
+    return ", ".join(
+        f"{len(names):,} {change} ({'such as ' * (len(names) > 1)}{names[0]})"
+        for change, names in changes.items()
+        if names
+    )

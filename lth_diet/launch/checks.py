@@ -12,8 +12,9 @@ from lth_diet.config.schema import Config
 from lth_diet.config.weights import levels_problem
 from lth_diet.data import catalog
 from lth_diet.data.label_noise import noisy_labels
-from lth_diet.errors import UserError
+from lth_diet.errors import UserError, print_warnings
 from lth_diet.launch.processes import ProcessInfo
+from lth_diet.runs import changed_images
 from lth_diet.runs.run_store import open_run_store
 from lth_diet.runs.scores_directory import ScoresDirectory, load_arm_scores
 
@@ -59,6 +60,9 @@ def check_environment(config: Config, process: ProcessInfo) -> None:
         UserError: If one of them cannot be used with this configuration.
     """
     open_run_store(config.runs).check()
+    warning = catalog.prepare(config.dataset.name, config.dataset.root, process.launch)
+    if warning and process.local_rank == 0:
+        print_warnings([warning])
     data = catalog.load(config.dataset.name, config.dataset.root)
     images = len(data.test.labels)
     if config.parallelism == "data" and images < process.world_size:
@@ -81,7 +85,7 @@ def check_environment(config: Config, process: ProcessInfo) -> None:
 
 
 def warnings(loaded: Loaded, ranks: int = 1, scoring: bool = False) -> list[str]:
-    """List what is valid but hardly meant, one sentence each: settings without effect, too many threads.
+    """List what is valid but hardly meant, one sentence each: settings without effect, threads, files, changed images.
 
     Args:
         loaded: The configuration. Settings without effect are listed if its file or the command line has them; those
@@ -94,7 +98,12 @@ def warnings(loaded: Loaded, ranks: int = 1, scoring: bool = False) -> list[str]
     for reason in dict.fromkeys(unused.values()):
         sentences.append(describe_unused([key for key in unused if unused[key] == reason], *reason))
     threads = thread_warnings(loaded.config.threads, ranks, available_cpus())
-    return [*sentences, *schedule_warnings(loaded, scoring), *threads]
+    return [*sentences, *schedule_warnings(loaded, scoring), *threads, *data_warnings(loaded.config)]
+
+
+def data_warnings(config: Config) -> list[str]:
+    """Warn of files that are not used, and of images that have changed since an earlier run."""
+    return [*catalog.warnings(config.dataset.name, config.dataset.root), *changed_images.warnings(config)]
 
 
 def repeated_warnings(keys: Iterable[str]) -> list[str]:

@@ -68,14 +68,15 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
             print(plan.plan(run, scores))
             return 0
         process.exit_with_launcher()
-        if read_only := run.done and not run.is_writable:  # such as an archive: its results are only shown
-            scores = None
-        else:
+        read_only = run.done and not run.is_writable  # such as an archive: its results are only shown
+        if not read_only:
             checks.check_environment(config, process)
+        _warn(loaded, process)
+        if not read_only:
             run.create()
+        scores = None if read_only else scores
         if scores:
             scores.create()
-        _warn(loaded, process)
         board = _start(config, process)
     except (UserError, OSError) as error:
         return report_invalid_input(error)
@@ -123,8 +124,9 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
         read_only = folder.done and not folder.is_writable
         if not read_only:
             checks.check_environment(config, process)
-            folder.create()
         _warn(loaded, process, scoring=True)
+        if not read_only:
+            folder.create()
         board = _start(config, process)
     except (UserError, OSError) as error:
         return report_invalid_input(error)

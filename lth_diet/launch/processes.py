@@ -89,6 +89,12 @@ class ProcessInfo:
         text = os.environ.get("LOCAL_WORLD_SIZE", "")
         return int(text) if text.isdecimal() else self.world_size
 
+    def launch(self) -> str:
+        """Name of this launch, which its ranks on one node share."""
+        if self.world_size == 1:
+            return f"{os.getpid()} {time.monotonic_ns()}"
+        return f"{os.getppid()} {self.address}:{self.port}"
+
     def exit_with_launcher(self) -> None:
         """Exit when the launcher is killed. A rank that outlived it would keep its replicates locked."""
         if "WORLD_SIZE" in os.environ:

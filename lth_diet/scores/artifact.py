@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from lth_diet.data.dataset import DatasetInfo
 from lth_diet.errors import UserError
 from lth_diet.files import read_json, write_atomically, write_json
 
@@ -119,22 +120,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_dataset(path: Path, dataset: str, dataset_fingerprint: str) -> None:
+def check_dataset(path: Path, dataset: str, info: DatasetInfo) -> None:
     """Check that scores belong to a data set, without reading its images.
+
+    Scores with the fingerprint that earlier versions gave the images of an image folder are accepted if they are of as
+    many examples; `load_scores` compares the labels.
 
     Args:
         path: Path of the scores.safetensors.
         dataset: Name of the data set.
-        dataset_fingerprint: Fingerprint of the data set, `catalog.info(...).fingerprint`.
+        info: Fingerprints and size of the data set, `catalog.info(...)`.
 
     Raises:
         UserError: If the scores are invalid or were computed on other data.
     """
     manifest = read_manifest(path)
-    if (manifest["dataset"], manifest["dataset_fingerprint"]) != (dataset, dataset_fingerprint):
+    theirs = manifest["dataset_fingerprint"]
+    is_same = theirs == info.fingerprint
+    is_same_under_old_name = theirs == info.old_fingerprint and manifest.get("examples") == info.train_size
+    if manifest["dataset"] != dataset or not (is_same or is_same_under_old_name):
         raise UserError(
-            f"{path}: scores of {manifest['dataset']} ({manifest['dataset_fingerprint']}); "
-            f"expected scores of {dataset} ({dataset_fingerprint})"
+            f"{path}: scores of {manifest['dataset']} ({theirs}); expected scores of {dataset} ({info.fingerprint})"
         )
 
 

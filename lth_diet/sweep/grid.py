@@ -224,7 +224,7 @@ class Sweep:
             theirs = checks.unused_settings(loaded)
             unused |= {(key, where) for key, (where, _) in theirs.items()}
             used |= {(key, loaded.where[key]) for key in loaded.written - theirs.keys()}
-            sentences += checks.schedule_warnings(loaded)
+            sentences += checks.schedule_warnings(loaded) + checks.data_warnings(loaded.config)
         for key, where in sorted(unused - used):
             sentences.append(checks.describe_unused([key], where, "on any of its runs"))
         threads, each = max(point.run.config.threads for point in self.points), self.settings.cpus_per_run

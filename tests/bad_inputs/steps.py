@@ -1,7 +1,6 @@
 """Steps of cases.yaml that prepare the working folder: each function is called with the step's value."""
 
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -135,10 +134,3 @@ def mask(about):
     path, name, dtype, remaining = about
     header = {"mask": json.dumps({"remaining": remaining, "total": 4, "order": [name]})}
     Path(path).write_bytes(save({name: np.ones(4, dtype)}, header))
-
-
-def npy(about):
-    """[path, object]: a NumPy file that can only be read by unpickling."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([about[1]], object), allow_pickle=True)
-    Path(about[0]).write_bytes(buffer.getvalue())

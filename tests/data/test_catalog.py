@@ -1,4 +1,6 @@
 import hashlib
+import io
+import json
 import os
 import pickle
 import shutil
@@ -11,8 +13,9 @@ from helpers import write_image_folder
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from lth_diet.data import catalog
+from lth_diet.data import catalog, image_folder
 from lth_diet.errors import UserError
+from lth_diet.files import read_json, sha256, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +23,7 @@ def empty_cache(place, monkeypatch):
     """Give every test an empty cache."""
     monkeypatch.setenv("LTH_DIET_CACHE", str(place / "cache"))
     catalog.info.cache_clear()
+    catalog._prepared.clear()
 
 
 def test_digits_are_split_into_1442_and_355_stratified_and_the_same_every_time():
@@ -67,23 +71,81 @@ def test_grayscale_images_have_one_channel(place):
     assert catalog.load("image_folder", str(root)).train.images.shape[-1] == 1
 
 
-def test_fingerprint_depends_on_file_names_and_not_on_the_root(place):
-    fingerprints = [catalog.info("image_folder", str(write_image_folder(place / name))).fingerprint for name in "ab"]
-    assert fingerprints[0] == fingerprints[1]
-    (place / "b/train/ant/0000.png").rename(place / "b/train/ant/9999.png")
+def fingerprint(root):
     catalog.info.cache_clear()
-    assert catalog.info("image_folder", str(place / "b")).fingerprint != fingerprints[0]
+    return catalog.info("image_folder", str(root)).fingerprint
 
 
-def test_image_rewritten_in_place_is_decoded_again(place):
+def replace(path, image):
+    """Write another image of the same size in bytes and with the same modification time, in place."""
+    status = path.stat()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    with open(path, "r+b") as file:
+        file.write(buffer.getvalue().ljust(status.st_size, b"\0"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+
+
+def test_fingerprint_depends_on_names_and_contents_and_not_on_the_root_or_times(place):
+    roots = [write_image_folder(place / name) for name in "ab"]
+    os.utime(roots[1] / "train/ant/0000.png", (0, 0))
+    first = fingerprint(roots[0])
+    assert fingerprint(roots[1]) == first
+    path = roots[1] / "train/ant/0000.png"
+    path.rename(path.with_name("9999.png"))
+    assert fingerprint(roots[1]) != first
+    path.with_name("9999.png").rename(path)
+    assert fingerprint(roots[1]) == first
+    replace(path, Image.new("RGB", (8, 8)))
+    assert fingerprint(roots[1]) != first
+
+
+def test_a_new_version_of_the_decoder_changes_the_fingerprint(place, monkeypatch):
+    root = write_image_folder(place / "data")
+    first = fingerprint(root)
+    monkeypatch.setattr(image_folder, "DECODER_VERSION", 3)
+    assert fingerprint(root) != first
+
+
+def test_the_old_fingerprint_is_the_one_of_earlier_versions(place):
+    root = write_image_folder(place / "data")
+    files = [f"{path.relative_to(root)} {path.stat().st_size}" for path in sorted(root.glob("train/*/*"))]
+    files += [f"{path.relative_to(root)} {path.stat().st_size}" for path in sorted(root.glob("test/*/*"))]
+    expected = hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
+    assert catalog.info("image_folder", str(root)).old_fingerprint == expected
+
+
+def test_an_image_replaced_with_the_same_size_and_time_is_decoded_again(place):
     root = write_image_folder(place / "data")
     before = catalog.load("image_folder", str(root)).train.images.copy()
-    path = root / "train/ant/0000.png"
-    size = path.stat().st_size
-    Image.fromarray(255 - before[0]).save(path)
-    path.write_bytes(path.read_bytes().ljust(size, b"\0")[:size] if path.stat().st_size < size else path.read_bytes())
+    replace(root / "train/ant/0000.png", Image.fromarray(before[0] // 2))
     catalog.info.cache_clear()
-    assert np.array_equal(catalog.load("image_folder", str(root)).train.images[0], 255 - before[0])
+    after = catalog.load("image_folder", str(root)).train.images
+    assert np.array_equal(after[0], before[0] // 2) and np.array_equal(after[1:], before[1:])
+
+
+def test_an_image_that_changes_while_the_images_are_read_raises(place):
+    root = write_image_folder(place / "data")
+    catalog.info("image_folder", str(root))
+    replace(root / "train/ant/0000.png", Image.new("RGB", (8, 8)))
+    with pytest.raises(UserError, match=r"ant/0000\.png changed while the images were read; rerun the command"):
+        catalog.load("image_folder", str(root))
+
+
+def test_changes_since_an_earlier_state_are_counted_and_named(place):
+    root = write_image_folder(place / "data")
+    catalog.load("image_folder", str(root))
+    (first,) = catalog.cached_fingerprints()
+    for name in ("0001", "0002"):
+        replace(root / f"train/ant/{name}.png", Image.new("RGB", (8, 8)))
+    (root / "test/ant/0000.png").rename(root / "test/ant/new.png")
+    catalog.info.cache_clear()
+    assert catalog.changes_since(first, str(root)) == (
+        "2 changed (such as train/ant/0001.png), 1 added (test/ant/new.png), 1 removed (test/ant/0000.png)"
+    )
+    write_image_folder(place / "other", seed=1)
+    assert catalog.changes_since(first, str(place / "other")) is None
 
 
 def write_cifar(root, cls, monkeypatch, count=20):
@@ -142,9 +204,9 @@ def test_concurrent_processes_build_the_cache_once(place):
     script = (
         "import sys; from lth_diet.data import catalog, image_folder\n"
         "real = image_folder.decode\n"
-        "def counted(root):\n"
+        "def counted(root, images):\n"
         "    open(sys.argv[2], 'a').write('built\\n')\n"
-        "    return real(root)\n"
+        "    return real(root, images)\n"
         "image_folder.decode = counted\n"
         "print(catalog.load('image_folder', sys.argv[1]).train.images.sum())"
     )
@@ -179,7 +241,9 @@ def test_image_folder_without_images_raises(place):
 def test_class_in_only_one_of_train_and_test_raises(place):
     root = write_image_folder(place / "data")
     (root / "test/bee").rename(root / "test/wasp")
-    with pytest.raises(UserError, match="class 'bee' is not in both"):
+    with pytest.raises(
+        UserError, match="class 'bee' only in train/, class 'wasp' only in test/; expected the same classes"
+    ):
         catalog.info("image_folder", str(root))
 
 
@@ -189,6 +253,80 @@ def test_image_of_another_size_raises_with_its_path_and_nothing_is_cached(place)
     with pytest.raises(UserError, match=r"bee/0001\.png: 9 x 8 pixels, color; expected 8 x 8 pixels, color"):
         catalog.load("image_folder", str(root))
     assert not list((place / "cache").glob("*/*.npy"))
+
+
+@pytest.mark.parametrize("name", ["train_x.npy", "test_y.npy", "about.json"])
+def test_a_damaged_cache_is_rebuilt_and_every_process_of_the_launch_is_told(place, name):
+    before = catalog.load("digits", "unused").train.images.copy()
+    path = place / "cache/digits" / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    reason = "" if name == "about.json" else f" (the checksum of {name} is wrong)"
+    for _ in range(2):
+        warning = catalog.prepare("digits", "unused", "launch")
+        assert warning == f"the cache {place}/cache/digits is damaged{reason}; it was rebuilt"
+    assert path.read_bytes() == content
+    assert np.array_equal(catalog.load("digits", "unused").train.images, before)
+    assert catalog.prepare("digits", "unused", "next launch") is None
+    assert {path.name for path in (place / "cache").iterdir()} == {"digits", "digits.lock", "digits.verified"}
+
+
+def test_a_cache_without_checksums_is_rebuilt(place, capfd):
+    expected = catalog.load("digits", "unused").train.images.copy()
+    folder = place / "cache/digits"
+    about = json.loads((folder / "about.json").read_text())
+    (folder / "about.json").write_text(json.dumps({key: about[key] for key in ("mean", "std", "class_names")}))
+    np.save(folder / "train_x.npy", np.zeros_like(expected))
+    catalog._prepared.clear()
+    assert np.array_equal(catalog.load("digits", "unused").train.images, expected)
+    assert capfd.readouterr().err == f"warning: the cache {folder} has no checksums; it was rebuilt\n"
+
+
+def test_a_damaged_cache_whose_data_is_gone_is_reported_with_both(place):
+    root = write_image_folder(place / "data")
+    catalog.load("image_folder", "data")
+    (array,) = (place / "cache").glob("*/train_x.npy")
+    array.write_bytes(b"")
+    shutil.move(root / "train/ant/0000.png", place)
+    with pytest.raises(
+        UserError, match=r"image_folder-\w+ is damaged .* and cannot be rebuilt: .*0000.png cannot be read"
+    ):
+        catalog.prepare("image_folder", "data")
+
+
+def test_a_cache_is_verified_once_per_launch_and_once_by_a_process_without_launch(monkeypatch):
+    catalog.load("digits", "unused")
+    hashed = []
+    original = catalog.sha256
+    monkeypatch.setattr(catalog, "sha256", lambda path: hashed.append(path.name) or original(path))
+    for launch, count in (("1", 4), ("1", 4), ("2", 8), ("2", 8)):
+        catalog.prepare("digits", "unused", launch)
+        catalog.load("digits", "unused")
+        assert len(hashed) == count
+    catalog._prepared.clear()  # as in a new process
+    catalog.load("digits", "unused")
+    catalog.load("digits", "unused")
+    assert len(hashed) == 12
+
+
+def test_a_whole_cache_that_cannot_be_written_is_used(monkeypatch):
+    catalog.load("digits", "unused")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(catalog, "FileLock", refuse)
+    assert catalog.prepare("digits", "unused", "launch") is None
+
+
+def test_a_cache_with_other_content_and_right_checksums_raises(place):
+    catalog.load("digits", "unused")
+    folder = place / "cache/digits"
+    np.save(folder / "train_x.npy", np.array([{"a": "b"}], object), allow_pickle=True)
+    about = read_json(folder / "about.json")
+    write_json(folder / "about.json", about | {"sha256": {name: sha256(folder / name) for name in about["sha256"]}})
+    with pytest.raises(UserError, match="cache/digits is damaged; expected the cache of digits; delete it to rebuild"):
+        catalog.load("digits", "unused")
 
 
 def test_damaged_image_raises_with_its_path(place):

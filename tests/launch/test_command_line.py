@@ -87,6 +87,7 @@ def test_an_image_of_another_size_is_rejected_before_anything_is_written(tiny, p
     Image.new("RGB", (9, 9)).save(root / "train/ant/0001.png")
     path = tiny("all")
     before = files(place)
+    catalog.info.cache_clear()
     assert imp.main(["-f", str(path), "dataset.name=image_folder"]) == 2
     assert "train/ant/0001.png: 9 x 9 pixels, color; expected 8 x 8 pixels, color" in capsys.readouterr().err
     assert files(place) == before
@@ -267,3 +268,22 @@ def test_the_plan_counts_steps_from_finished_phases_and_checkpoints(tiny):
     assert work_left.steps_left(work_left.phases_of(run, replicate)) == 3 + 8 + 8
     assert "pretrain  100.0 % of weights  steps 0 to 4  done" in plan.plan(run)
     assert "level 0   100.0 % of weights  steps 4 to 12  resumes at step 9" in plan.plan(run)
+
+
+@pytest.mark.parametrize("arguments", [["--plan"], []])
+def test_what_is_not_used_and_changed_images_are_reported_by_plan_and_launch(tiny, place, capsys, arguments):
+    root = write_image_folder(place / "data", {"train": 40, "test": 2})
+    (root / "train/0.png").touch()
+    settings = ["dataset.name=image_folder", "train.batch_size=16"]
+    catalog.info.cache_clear()
+    old = RunDirectory(loading.load_config(tiny("all"), settings))
+    old.create()
+    catalog.load("image_folder", "data")
+    Image.new("RGB", (8, 8)).save(root / "train/ant/0001.png")
+    catalog.info.cache_clear()
+    if not arguments:
+        (root / "train/ant/0002.png").write_bytes(b"")  # ends the launch after its warnings
+    imp.main(["-f", "tiny.yaml", *settings, *arguments])
+    unused, changed = capsys.readouterr().err.splitlines()[:2]
+    assert unused == "warning: data: 1 image directly in train/ is not used (train/0.png); expected train/<class>/"
+    assert changed.startswith(f"warning: the images in data are not those of {old.path}: ")

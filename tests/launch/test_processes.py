@@ -80,3 +80,9 @@ def test_invalid_input_without_a_launcher_is_the_last_line(tiny):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 2
     assert re.fullmatch("error: train.lr = 'fast' on the command line: must be a number.*\n", done.stdout)
+
+
+def test_ranks_of_a_launch_share_its_name_and_single_processes_do_not():
+    ranks = [ProcessInfo(rank, 2, rank, "127.0.0.1", 1234) for rank in (0, 1)]
+    assert ranks[0].launch == ranks[1].launch != ProcessInfo(0, 2, 0, "127.0.0.1", 1235).launch
+    assert ProcessInfo(0, 1, 0, "127.0.0.1", 0).launch != ProcessInfo(0, 1, 0, "127.0.0.1", 0).launch
