@@ -1,6 +1,7 @@
 """Error rates of the verdicts in seeded simulations."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,51 @@ def test_simultaneous_interval_covers_the_worst_level():
         assert covered.mean() > 1 - ALPHA - SLACK
 
 
-def test_command_prints_a_table(capsys):
-    assert power.main(["--simulations", "20"]) == 0
-    assert capsys.readouterr().out.count("| CINIC-10, t* = 800 |") == 4
+@pytest.mark.parametrize("pairs", [None, 0.0, 0.5, 0.9])
+@pytest.mark.parametrize("levels", [0.0, 0.5, 1.0])
+def test_simulated_differences_have_the_given_means_spreads_and_correlations(pairs, levels):
+    n, sds, deficit = (2, 2) if pairs is not None else (2, 4), np.array([[0.5, 2.0], [1.0, 0.2]]), np.array([0.3, 1.0])
+    found = power.simulate(np.random.default_rng(0), 40_000, n, tuple(sds), deficit, levels, pairs)
+    assert (found.paired, found.n) == (pairs is not None, n)
+    ours, theirs = sds / np.sqrt(n)[:, None]
+    common = (pairs or 0) * ours * theirs
+    sd = np.sqrt(ours**2 + theirs**2 - 2 * common)
+    assert found.mean.mean(0) == pytest.approx(-deficit, abs=4 * sd.max() / 200)
+    assert found.mean.std(0) == pytest.approx(sd, rel=0.02)
+    between = ours.prod() + theirs.prod() - (pairs or 0) * (ours[0] * theirs[1] + ours[1] * theirs[0])
+    assert np.corrcoef(found.mean.T)[0, 1] == pytest.approx(levels * between / sd.prod(), abs=0.02)
+
+
+def test_a_verdict_includes_the_stronger_ones():
+    found = simulate(paper.CIFAR10, 4, 4, None, -9.0)
+    for verdict, rate in (("dominates", 1), ("weakly dominates", 1), ("dominated", 0), ("undecided", 0)):
+        assert set(power.verdict_rates(found, verdict, 0.3).values()) == {rate}
+
+
+def test_bounds_have_a_confidence_of_95_percent():
+    found = simulate(paper.CIFAR10, 4, 4, 0.5, 0.0)
+    for name, (lower, upper) in power.bounds(found).items():
+        for same, expected in zip(power.bounds(found, 0.95)[name], (lower, upper), strict=True):
+            assert np.array_equal(same, expected)
+
+
+def test_command_prints_the_power_tables_of_the_documentation(capsys):
+    """With fewer simulations than the documentation's 4,000, within four standard errors."""
+    assert power.main(["--simulations", "400"]) == 0
+    rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| C")]
+    documented = (Path(__file__).parents[2] / "docs/statistics.md").read_text()
+    for index, test in enumerate(("Per-level test", "Pooled test", "Mean test")):
+        table = documented.split(f"**{test}")[1].split("\n\n")[1]
+        expected = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| C")]
+        assert len(expected) == len(rows) == 12
+        for row, known in zip(rows, expected, strict=True):
+            assert [cell.strip() for cell in row[:3]] == [cell.strip() for cell in known[:3]]
+            for cell, rate in zip(row[3:], map(float, known[3:]), strict=True):
+                error = 400 * np.sqrt(max(rate, 1) * max(100 - rate, 1) / 1e4 * (1 / 400 + 1 / 4000))
+                assert abs(float(cell.split("/")[index]) - rate) <= error + 1, (test, known)
+
+
+@pytest.mark.parametrize("simulations", ["0", "100001"])
+def test_invalid_number_of_simulations_is_reported(capsys, simulations):
+    assert power.main(["--simulations", simulations]) == 2
+    assert f"--simulations = {simulations}: must be between 1 and 100,000" in capsys.readouterr().err
