@@ -45,6 +45,18 @@ def test_mean_and_std_are_computed_from_the_training_images():
     assert digits.std == pytest.approx(pixels.std((0, 1, 2)).tolist())
 
 
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("cifar10", (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
+        ("cifar100", (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
+        ("cinic10", (0.47889522, 0.47227842, 0.43047404), (0.24205776, 0.23828046, 0.25874835)),  # README of CINIC-10
+    ],
+)
+def test_known_mean_and_std_are_the_published_ones(name, mean, std):
+    assert catalog._STATISTICS[name] == (pytest.approx(mean, abs=5.1e-5), pytest.approx(std, abs=5.1e-5))
+
+
 def test_images_are_memory_mapped_uint8_and_labels_int64():
     digits = catalog.load("digits", "unused")
     assert isinstance(digits.train.images, np.memmap) and digits.train.images.dtype == np.uint8
@@ -177,6 +189,9 @@ def test_cifar_is_read_from_the_official_layout(place, monkeypatch, name, cls, f
     assert data.train.images.shape == (20 * files, 32, 32, 3)
     assert np.array_equal(data.train.images, expected.data)
     assert data.train.labels.tolist() == expected.targets
+    assert np.array_equal(data.test.images, cls("data", train=False).data)
+    assert data.test.labels.tolist() == cls("data", train=False).targets
+    assert (data.mean, data.std) == catalog._STATISTICS[name]
     assert len(data.class_names) == (10 if name == "cifar10" else 100)
     assert data.flip
 

@@ -22,6 +22,14 @@ def test_at_most_the_given_fraction_of_labels_changes_and_labels_stay_in_range(l
     assert noisy.min() >= 0 and noisy.max() < 5
 
 
+@pytest.mark.parametrize(
+    ("fraction", "expected"), [(0.0, 0), (0.001, 1), (0.07, 7), (0.101, 11), (0.999, 100), (1.0, 100)]
+)
+def test_fraction_of_labels_is_resampled_rounded_up(fraction, expected):
+    noisy = randomize_labels(np.full(100, -1), fraction, 10, seed=1)  # -1 is no class: every resampled label differs
+    assert (noisy >= 0).sum() == expected
+
+
 @pytest.mark.parametrize(("fraction", "classes"), [(0.1, 10), (0.5, 10), (0.1, 100), (1.0, 2)])
 def test_fraction_of_wrong_labels_excludes_those_resampled_to_the_true_label(fraction, classes):
     labels = np.arange(50_000) % classes

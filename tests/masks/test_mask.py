@@ -1,4 +1,5 @@
 import fractions
+import json
 import math
 import warnings
 from decimal import Decimal
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from lth_diet.errors import UserError
 from lth_diet.masks.mask import Mask
@@ -130,6 +132,21 @@ def test_saved_mask_is_loaded_unchanged(tmp_path_factory, values):
     mask.save(path, {"level": "3"})
     assert Mask.load(path) == mask
     assert list(Mask.load(path)) == list(mask)
+
+
+def test_saved_metadata_is_in_the_header_next_to_the_counts(place):
+    mask_of(True, False, True).save("mask.safetensors", {"level": "3", "run": "a"})
+    with safe_open("mask.safetensors", "pt") as file:
+        header = json.loads(file.metadata()["mask"])
+    assert header == {"remaining": 2, "total": 3, "order": ["a"], "level": "3", "run": "a"}
+
+
+def test_weights_are_zero_outside_only_if_every_pruned_weight_is_zero():
+    mask = Mask({"a": torch.tensor([True, False, False]), "b": torch.tensor([False, True])})
+    zero = {"a": torch.tensor([1.0, 0.0, -0.0]), "b": torch.tensor([0.0, 2.0])}
+    assert mask.is_zero_outside(zero)
+    for name, values in (("a", [1.0, 0.0, 1e-9]), ("b", [-1.0, 2.0])):
+        assert not mask.is_zero_outside({**zero, name: torch.tensor(values)})
 
 
 def test_equal_masks_give_equal_files():

@@ -53,6 +53,22 @@ def test_width_scales_the_last_stage():
     assert ResNet(20, 10, width=4).fc.in_features == 16
 
 
+def test_stages_after_the_first_halve_the_image_once():
+    x, sizes = torch.zeros(1, 16, 32, 32), []
+    for block in ResNet(20, 10).eval().stages:
+        x = block(x)
+        sizes.append(tuple(x.shape[1:]))
+    assert sizes == [(16, 32, 32)] * 3 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3
+
+
+def test_block_adds_its_input_before_the_last_relu():
+    block, x = ResNet(20, 10).eval().stages[0], torch.randn(2, 16, 8, 8)
+    scale = (1 + 1e-5) ** -0.5  # of BatchNorm with its initial statistics
+    inner = scale * nn.functional.conv2d(x, block.conv1.weight, padding=1).relu()
+    outer = scale * nn.functional.conv2d(inner, block.conv2.weight, padding=1)
+    assert torch.allclose(block(x), (outer + x).relu(), atol=1e-5)
+
+
 def test_initialization_has_the_distributions_of_the_paper():
     network = ResNet(56, 100, width=32)
     initialize(network, seed=1)
@@ -64,7 +80,8 @@ def test_initialization_has_the_distributions_of_the_paper():
     assert 0 <= float(scales.min()) < 0.01 and 0.99 < float(scales.max()) <= 1
     assert float(scales.mean()) == pytest.approx(0.5, abs=0.03)
     assert all(bool((m.bias == 0).all()) for m in network.modules() if isinstance(m, nn.BatchNorm2d))
-    assert 0 < float(network.fc.bias.abs().max()) <= network.fc.in_features**-0.5
+    bound = network.fc.in_features**-0.5
+    assert -bound <= float(network.fc.bias.min()) < -0.5 * bound < 0.5 * bound < float(network.fc.bias.max()) <= bound
 
 
 def test_initialization_depends_on_the_seed_and_not_on_global_state():
