@@ -84,6 +84,12 @@ def test_slightly_worse_at_every_level_is_weak_dominance_with_a_note():
     assert found.verdict == "weakly dominates" and found.notes == ["worse at every level, but by less than the margin"]
 
 
+def test_slightly_worse_at_some_levels_is_weak_dominance_without_a_note():
+    shift = np.where(np.arange(len(LEVELS)) < 5, -0.1, 0.1)
+    found = compare(curve(noise(16, sd=0.01) + shift), curve(noise(16, sd=0.01, seed=1)))
+    assert found.verdict == "weakly dominates" and found.notes == []
+
+
 def test_a_single_replicate_is_undecided_with_unknown_bounds():
     found = compare(curve(noise(1) + 5), curve(noise(4, seed=1)))
     assert {statement.verdict for statement in found.statements.values()} == {"undecided"}
@@ -102,6 +108,11 @@ def test_replicates_pair_by_seed_and_number_and_the_others_are_excluded():
     expected = difference.paired(ours[1:], theirs[:3]).mean
     assert np.allclose(found.statements["pooled"].levels.difference, expected)
     assert not compare(curve(ours), curve(theirs, first=9)).paired
+
+
+def test_one_common_replicate_is_not_enough_for_pairs():
+    found = compare(curve(noise(4)), curve(noise(4, seed=1), first=3))
+    assert not found.paired and found.n == (4, 4) and found.notes == []
 
 
 def test_a_replicate_that_lacks_a_level_is_excluded_with_a_note():
