@@ -169,6 +169,7 @@ def test_paired_matches_scipy():
     found = difference.paired(ours, theirs)
     lower, upper = difference.bounds(found.mean, found.variance, found.df, 0.95)
     expected = stats.ttest_rel(ours, theirs).confidence_interval(0.9)
+    assert (found.n, found.paired) == ((5, 5), True)
     assert np.allclose(lower, expected.low) and np.allclose(upper, expected.high)
 
 
@@ -177,6 +178,7 @@ def test_welch_matches_scipy_from_replicates_and_from_summaries():
     expected = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.9)
     means, sds = [part.mean(0) for part in (ours, theirs)], [part.std(0, ddof=1) for part in (ours, theirs)]
     for found in (difference.welch(ours, theirs), difference.from_summaries(means, sds, (3, 6))):
+        assert (found.n, found.paired) == ((3, 6), False)
         lower, upper = difference.bounds(found.mean, found.variance, found.df, 0.95)
         assert np.allclose(lower, expected.low) and np.allclose(upper, expected.high)
 
