@@ -245,7 +245,7 @@ def test_replicates_needed_at_one_level_are_those_of_the_noncentral_t(paired, ef
 
 def test_replicates_needed_is_none_beyond_1000():
     assert difference.replicates_needed(observed([0.25], 3), np.array([0.0787]), 0.95) == 1000
-    assert difference.replicates_needed(observed([0.25], 3), np.array([0.0786]), 0.95) is None
+    assert difference.replicates_needed(observed([0.25], 3), np.array([0.07866]), 0.95) is None
 
 
 def test_replicates_needed_is_none_for_a_negative_or_tiny_gap():
