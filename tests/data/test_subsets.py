@@ -129,6 +129,19 @@ def test_equal_scores_are_ordered_by_index():
     assert hard(scores, labels, 2).tolist() == [4, 5]
 
 
+@pytest.mark.parametrize("balanced", [False, True])
+def test_equal_scores_of_many_examples_are_ordered_by_index(balanced):
+    random = np.random.default_rng(0)
+    scores, labels = random.integers(0, 3, 1000).astype(np.float32), random.integers(0, 4, 1000)
+    order = sorted(range(1000), key=lambda index: scores[index])
+    for choose, ranking in ((easy, order), (hard, order[::-1])):
+        ranks = np.arange(1000)
+        if balanced:
+            ranks = [sum(labels[ranking[:rank]] == labels[index]) for rank, index in enumerate(ranking)]
+        expected = [ranking[rank] for rank in sorted(range(1000), key=lambda rank: ranks[rank])[:301]]
+        assert choose(scores, labels, 301, balanced).tolist() == sorted(expected)
+
+
 @pytest.mark.parametrize("choose", [easy, hard])
 def test_nan_scores_and_too_large_subsets_raise(choose):
     scores, labels = np.array([0.1, np.nan, 0.3], np.float32), np.zeros(3, int)

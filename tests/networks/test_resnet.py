@@ -13,7 +13,8 @@ from lth_diet.networks.resnet import Block, ResNet
     [(20, 10, 272_474, 270_896, 22), (32, 100, 472_756, 470_192, 34), (56, 10, 855_770, 851_504, 58)],
 )
 def test_numbers_of_parameters_and_prunable_weights_match_the_paper(depth, classes, parameters, weights, tensors):
-    network = ResNet(depth, classes)
+    network = build_classifier(depth, classes).module
+    assert repr(network) == repr(ResNet(depth, classes))
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert len(prunable(network)) == tensors
     assert Mask.dense(network).total == weights

@@ -1,9 +1,11 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from lth_diet.data.dataset import Split
 from lth_diet.scores.artifact import Scores
 from lth_diet.scores.summary import ScoredExamples, describe_scores, describe_subset
 
@@ -29,6 +31,29 @@ def test_summary_compares_the_two_halves_of_the_networks(noisy):
     assert summary["halves_overlap_of_easiest_percent"]["25"] == pytest.approx(100 * len(common) / size, abs=1e-4)
     one_network = ScoredExamples(noisy.data, noisy.labels, Scores(noisy.scores.el2n[:1], {}))
     assert "halves_spearman" not in describe_scores(one_network)
+
+
+def test_summary_ranks_equal_scores_by_index(noisy):
+    examples = ScoredExamples(noisy.data, noisy.labels, Scores(np.round(noisy.scores.el2n), {}))
+    summary, count = describe_scores(examples), len(noisy.labels)
+    first, second = (
+        sorted(range(count), key=lambda index, half=half: half[index])[: round(0.25 * count)]
+        for half in (examples.scores.el2n[:2].mean(0), examples.scores.el2n[2:].mean(0))
+    )
+    expected = 100 * len(set(first) & set(second)) / len(first)
+    assert summary["halves_overlap_of_easiest_percent"]["25"] == pytest.approx(expected, abs=1e-4)
+    hardest = sorted(range(count), key=lambda index: examples.scores.mean[index])[-round(0.05 * count) :]
+    expected = 100 * noisy.mislabeled[hardest].mean()
+    assert summary["wrong_labels_in_hardest_percent"]["5"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_summary_has_shares_of_1_to_50_percent_and_at_least_one_example(noisy):
+    few = np.array([0, 1, 2])
+    train = Split(noisy.data.train.images[few], noisy.data.train.labels[few])
+    data = dataclasses.replace(noisy.data, train=train)
+    scores = Scores(np.array([[0.1, 0.2, 0.3], [0.3, 0.1, 0.2]], np.float32), {})
+    overlap = describe_scores(ScoredExamples(data, noisy.labels[few], scores))["halves_overlap_of_easiest_percent"]
+    assert overlap == {"1": 0, "5": 0, "10": 0, "25": 0, "50": 50}
 
 
 def test_summary_of_clean_labels_has_no_statistics_of_mislabeled_examples(noisy):
