@@ -138,8 +138,9 @@ def test_equal_scores_of_many_examples_are_ordered_by_index(balanced):
         ranks = np.arange(1000)
         if balanced:
             ranks = [sum(labels[ranking[:rank]] == labels[index]) for rank, index in enumerate(ranking)]
-        expected = [ranking[rank] for rank in sorted(range(1000), key=lambda rank: ranks[rank])[:301]]
-        assert choose(scores, labels, 301, balanced).tolist() == sorted(expected)
+        expected = [ranking[rank] for rank in sorted(range(1000), key=lambda rank: ranks[rank])]
+        for size in range(200, 800, 19):
+            assert choose(scores, labels, size, balanced).tolist() == sorted(expected[:size])
 
 
 @pytest.mark.parametrize("choose", [easy, hard])
