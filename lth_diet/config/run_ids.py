@@ -38,17 +38,23 @@ def _replace(fingerprint: str | None) -> dict[str, str]:
 def run_identity(config: Config) -> dict[str, Any]:
     """Fields that change the result of a run, by dotted key, without those that its arm ignores."""
     fields = _fields(config)
-    ignored = ["prune.levels"]
-    if config.arm == "init":
-        ignored += ["pretrain."]
-    if not config.needs_scores:
-        ignored += ["scores.", "pretrain.subset.class_balanced", "pretrain.subset.offset"]
-    elif config.scores.file is not None:
-        ignored += ["scores.networks", "scores.steps"]
+    if config.needs_scores and config.scores.file is not None:
         fields["scores.file"] = artifact.read_manifest(Path(config.scores.file))["sha256"]
-    if config.arm not in ("random", "easy", "hard"):
+    return without_ignored(fields)
+
+
+def without_ignored(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a configuration, by dotted key, without those that its arm ignores."""
+    ignored = ["prune.levels"]
+    if fields["arm"] == "init":
+        ignored += ["pretrain."]
+    if fields["arm"] not in ("easy", "hard"):
+        ignored += ["scores.", "pretrain.subset.class_balanced", "pretrain.subset.offset"]
+    elif fields["scores.file"] is not None:
+        ignored += ["scores.networks", "scores.steps"]
+    if fields["arm"] not in ("random", "easy", "hard"):
         ignored += ["pretrain.subset"]
-    if config.parallelism == "replicates":
+    if fields["parallelism"] == "replicates":
         ignored += ["parallelism"]
     return {key: value for key, value in fields.items() if not key.startswith(tuple(ignored))}
 

@@ -78,7 +78,7 @@ class _Sync:
         self.config = read_config(folder)
         self.experiment_id = self._create_experiment(self.config["experiment"])
         self.name = name
-        tags = {key: self.config[key] for key in keys} | tags
+        tags = {key: self.config.get(key) for key in keys} | tags
         self.tags = {key: str(value) for key, value in tags.items() if value is not None}
         self.key_tags = {key: self.tags[key] for key in key_tags}
 
@@ -205,7 +205,7 @@ class _ReplicateSync(_Sync):
         self.replicate = replicate
         run = replicate.path.parent
         keys = ("run_id", "dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed")
-        keys += ("planned_levels", "train_steps")
+        keys += ("planned_levels", "train_steps", "ranks")
         tags, key_tags = {"replicate": replicate.index, "phase": "all"}, ("run_id", "replicate", "phase")
         super().__init__(run, f"{run.name}/{replicate.name}", keys, tags, key_tags)
 
