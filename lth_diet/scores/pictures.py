@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lth_diet.files import write_atomically, write_json
+from lth_diet.scores.fonts import drawable_names
 from lth_diet.scores.summary import ScoredExamples, SubsetRule, describe_scores, describe_subset, percent
 
 CORRECT, MISLABELED, OTHER = "#0072B2", "#D55E00", "#BBBBBB"  # distinct to color-blind readers
@@ -49,7 +50,7 @@ def _draw_histogram(axes: Any, examples: ScoredExamples, indices: np.ndarray) ->
 
 def subset_figure(examples: ScoredExamples, indices: np.ndarray) -> Figure:
     """Scores of a subset among all scores, if there are any, and its number of examples per class."""
-    names = examples.class_names
+    names, families = drawable_names(examples.class_names)
     show_names = len(names) <= 30
     has_scores = examples.scores is not None
     figure = Figure(figsize=(11 if has_scores else 6, max(4, 0.26 * len(names) if show_names else 4)), dpi=120)
@@ -66,11 +67,11 @@ def subset_figure(examples: ScoredExamples, indices: np.ndarray) -> Figure:
         start += counts
     class_axes.axvline(len(indices) / len(names), color="black", linestyle="--", label="class balance")
     if show_names:
-        class_axes.set_yticks(range(len(names)), names)
+        class_axes.set_yticks(range(len(names)), names, family=families)
     else:
         class_axes.set_ylabel(f"Class (0 to {len(names) - 1})")
     class_axes.invert_yaxis()
-    class_axes.set_xlabel("Examples of the subset, by given label")
+    class_axes.set_xlabel("Examples of the subset, by given label" + _describe_numbered(examples, names))
     class_axes.legend()
     title = f"{examples.data.name}: subset of {len(indices):,} of {len(examples.labels):,} training examples"
     if examples.mislabeled.any():
@@ -78,6 +79,10 @@ def subset_figure(examples: ScoredExamples, indices: np.ndarray) -> Figure:
         title += f"\nmislabeled: {in_subset:.2f} % of the subset, {in_data:.2f} % of the data"
     figure.suptitle(title)
     return figure
+
+
+def _describe_numbered(examples: ScoredExamples, names: list[str]) -> str:
+    return "" if names == examples.class_names else "\n(class <label>: no font on this machine has its name)"
 
 
 def contact_sheet(examples: ScoredExamples, groups: dict[str, list[np.ndarray]], title: str) -> Figure:
@@ -90,7 +95,8 @@ def contact_sheet(examples: ScoredExamples, groups: dict[str, list[np.ndarray]],
         groups: Groups of images, side by side: the heading of each and the indices to show, one array per class.
         title: Title of the figure.
     """
-    names = examples.class_names[:_MAX_CLASSES]
+    all_names, families = drawable_names(examples.class_names)
+    names = all_names[:_MAX_CLASSES]
     groups = {heading: rows[:_MAX_CLASSES] for heading, rows in groups.items()}
     stride = -(-max(examples.data.train.images.shape[1:3]) // _MAX_PIXELS)
     images = examples.data.train.images[:, ::stride, ::stride]
@@ -108,7 +114,7 @@ def contact_sheet(examples: ScoredExamples, groups: dict[str, list[np.ndarray]],
                 top, left = row * (height + gap), column * (width + gap)
                 canvas[top : top + height, left : left + width] = images[index]
                 if mislabeled[index]:
-                    frames.append((top, left, examples.class_names[examples.data.train.labels[index]]))
+                    frames.append((top, left, all_names[examples.data.train.labels[index]]))
             if examples.scores is not None and len(indices):
                 values = examples.scores.mean[indices]
                 ranges[row].append(f"{values.min():.3g} to {values.max():.3g}")
@@ -124,21 +130,22 @@ def contact_sheet(examples: ScoredExamples, groups: dict[str, list[np.ndarray]],
     for top, left, name in frames:
         axes.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=MISLABELED, linewidth=2))
         style = {"boxstyle": "square,pad=0.1", "facecolor": MISLABELED, "linewidth": 0}
-        axes.text(left, top + height - 1, name, fontsize=5, color="white", va="bottom", bbox=style, clip_on=True)
+        font = {"family": families, "fontsize": 5, "color": "white"}
+        axes.text(left, top + height - 1, name, **font, va="bottom", bbox=style, clip_on=True)
     centers = [row * (height + gap) + height / 2 for row in range(len(names))]
     has_images = [any(len(rows[row]) for rows in groups.values()) for row in range(len(names))]
     labels = [
         "\n".join([name, *(lines if nonempty else ["none"])])
         for name, lines, nonempty in zip(names, ranges, has_images, strict=True)
     ]
-    axes.set_yticks(centers, labels)
+    axes.set_yticks(centers, labels, family=families)
     axes.set_xticks([center for center, _ in headings], [heading for _, heading in headings])
     axes.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     rows_show = "given label" if examples.scores is None else "given label, and scores of the images shown"
     frame = "; framed: mislabeled, with the true class" if frames else ""
     axes.set_title(title, fontsize=9)
-    axes.set_xlabel(f"rows: {rows_show}{frame}", fontsize=7)
+    axes.set_xlabel(f"rows: {rows_show}{frame}{_describe_numbered(examples, all_names)}", fontsize=7)
     return figure
 
 

@@ -94,3 +94,23 @@ def test_class_names_with_special_characters_are_drawn(noisy, place, name):
     data = dataclasses.replace(noisy.data, class_names=(name, *noisy.data.class_names[1:]))
     pictures.save_subset_pictures(place, dataclasses.replace(noisy, data=data), np.arange(100), None)
     assert name in read_json(place / "subset.json")["classes"]
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_a_class_name_that_no_font_can_draw_is_replaced_by_its_label_and_says_so(noisy, monkeypatch):
+    names = ("ant", "\U000f0000", "bee", *noisy.data.class_names[3:])
+    examples = dataclasses.replace(noisy, data=dataclasses.replace(noisy.data, class_names=names))
+    axes = pictures.subset_figure(examples, np.arange(100)).axes[-1]
+    assert [text.get_text() for text in axes.get_yticklabels()][:3] == ["ant", "class 1", "bee"]
+    assert "class <label>" in axes.get_xlabel()
+    pictures._png(axes.figure)
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_class_names_are_drawn_with_any_installed_font_that_has_their_characters(noisy):
+    letter = "の"  # in a font of matplotlib, but not in its default font
+    names = (letter, *noisy.data.class_names[1:])
+    examples = dataclasses.replace(noisy, data=dataclasses.replace(noisy.data, class_names=names))
+    figure = pictures.subset_figure(examples, np.arange(100))
+    assert figure.axes[-1].get_yticklabels()[0].get_text() == letter
+    pictures._png(figure)
