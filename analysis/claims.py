@@ -107,7 +107,8 @@ class Finding:
         """Describes the claim, its outcome and the comparison."""
         if self.comparison is None:
             return f"{self.family}: {self.claim.text}: not tested: {self.reason}"
-        return f"{self.family}: {self.claim.text}: {self.outcome}. {self.detail}"
+        also = f". The arms also differ in {self.comparison.numerical}" if self.comparison.numerical else ""
+        return f"{self.family}: {self.claim.text}: {self.outcome}. {self.detail}{also}"
 
 
 def evaluate(
@@ -121,9 +122,10 @@ def evaluate(
         no_subset = family.size is None and names & {"random", "easy", "hard"}
         if (claim.noise and not family.label_noise) or no_hard or no_subset:
             continue
-        challenger, reference = claim.arms(family)
-        missing = [arms.describe_missing(arm, curves) for arm in (challenger, reference) if arm not in curves]
-        if missing:
+        wanted = claim.arms(family)
+        challenger, reference = (arms.lookup(arm, curves) for arm in wanted)
+        if challenger is None or reference is None:
+            missing = [arms.describe_missing(arm, curves) for arm in wanted if arms.lookup(arm, curves) is None]
             findings.append(Finding(claim, family, None, " and ".join(missing)))
             continue
         try:
@@ -136,7 +138,7 @@ def evaluate(
 
 def dense_accuracy_kept(
     family: Family, curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], confidence: float
-) -> tuple[float | None, float | None] | None:
+) -> tuple[float | None, float | None]:
     """Finds how far all examples at t* can be pruned and stay within the margin of their own level 0.
 
     Levels are tested in order from level 1 until one fails; a fixed sequence of tests needs no correction. Each
@@ -145,18 +147,24 @@ def dense_accuracy_kept(
 
     Returns:
         Percentage of weights remaining at the last level that passes, by the pooled test and by the means alone; an
-        entry is None if level 1 fails. None instead of the pair if the arm or its level 0 or a pruned level is missing.
+        entry is None if level 1 fails.
+
+    Raises:
+        UserError: If the arm or its level 0 or a pruned level is missing, or several arms are all examples at t*.
     """
-    arm = family.arm("all", family.t_star)
-    if arm not in curves or 0 not in curves[arm].levels or max(curves[arm].levels) == 0:
-        return None
+    wanted = family.arm("all", family.t_star)
+    arm = arms.lookup(wanted, curves)
+    if arm is None:
+        raise UserError(arms.describe_missing(wanted, curves))
+    if 0 not in curves[arm].levels or max(curves[arm].levels) == 0:
+        raise UserError(f"{arm} has no level 0 or no pruned level")
     curve, unpruned = curves[arm], Arm("dense")
     first = curve.summary.loc[[0] * len(curve.levels)].set_index(curve.summary.index)
     values = curve.values
     if values is not None:
         values = pd.DataFrame(dict.fromkeys(values.columns, values[0]))
     comparison = compare(
-        {arm: curve, unpruned: Curve(first, values)}, arm, unpruned, margin, (1, levels[1]), confidence
+        {arm: curve, unpruned: Curve(first, values, curve.identity)}, arm, unpruned, margin, (1, levels[1]), confidence
     )
     table = comparison.statements["pooled"].levels
     weights = table.weights_remaining_percent
@@ -171,12 +179,15 @@ def dense_accuracy_kept(
 def table(frame: pd.DataFrame, margin: float, levels: tuple[int, int], confidence: float) -> str:
     """Formats two Markdown tables: one row per claim and family, and the dense accuracy by family."""
     findings, dense = [], {}
-    for dataset, rows in frame.groupby("dataset", sort=False):
-        curves = arms.curves_by_arm(collect.select_one(rows, dataset, None))
+    for dataset, rows in frame.groupby(collect.dataset_names(frame), sort=False):
+        curves = arms.curves_by_arm(rows)
         for family in paper.families(dataset, curves):
             findings += evaluate(family, curves, margin, levels, confidence)
-            kept = dense_accuracy_kept(family, curves, margin, levels, confidence) or (None, None)
-            dense[family] = ["-" if weights is None else f"to {weights:.1f} %" for weights in kept]
+            try:
+                kept = dense_accuracy_kept(family, curves, margin, levels, confidence)
+                dense[family] = ["-" if weights is None else f"to {weights:.1f} %" for weights in kept]
+            except UserError as error:
+                dense[family] = [f"not tested: {error}", ""]
     order = [family for family in paper.FAMILIES if family in dense]
     order += [family for family in dense if family not in order]
     findings.sort(key=lambda finding: (CLAIMS.index(finding.claim), order.index(finding.family)))
@@ -191,14 +202,23 @@ def _row(finding: Finding) -> list[str]:
     """Claim, data, outcome, worst level, area between the curves, and margin and n at which the claim would hold."""
     start = [finding.claim.text, str(finding.family)]
     if finding.comparison is None:
-        return [*start, "not tested", *[""] * 6]
+        return [*start, f"not tested: {finding.reason}", *[""] * 6]
     statement = finding.comparison.statements["pooled"]
     worst, (area,) = statement.worst, finding.comparison.statements["mean"].levels.itertuples()
-    row = [*start, f"**{finding.outcome}**", f"{worst['difference']:+.2f}", f"{worst['weights_remaining_percent']:.1f}"]
+    row = [
+        *start,
+        f"**{finding.outcome}**{_also(finding.comparison)}",
+        f"{worst['difference']:+.2f}",
+        f"{worst['weights_remaining_percent']:.1f}",
+    ]
     row += [f"{area.difference:+.2f}", dominance.interval(area.lower, area.upper)]
     if finding.outcome == "holds":
         return [*row, "", ""]
     return [*row, f"{statement.holds_at_margin:.2f}", str(finding.replicates or "none")]
+
+
+def _also(comparison: Comparison) -> str:
+    return f", with {comparison.numerical}" if comparison.numerical else ""
 
 
 def _markdown(head: list[str], rows: list[list[str]], text_columns: int) -> str:

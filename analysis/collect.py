@@ -7,10 +7,12 @@ incomplete replicates are listed. Accuracies are in percent, differences and mar
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from mlflow import MlflowClient
@@ -22,6 +24,7 @@ from lth_diet.errors import Parser, UserError, print_error
 from lth_diet.program import run_program
 from lth_diet.tracking.mlflow_store import describe_move, failure_reason, tracking_uri, without_secrets
 
+from . import identities
 from .arms import Arm
 
 COLUMNS = {
@@ -39,10 +42,14 @@ COLUMNS = {
     "weights_remaining_percent": float,
     "test_accuracy_percent": float,
     "run_id": str,
+    "identity": str,
 }
-"""Columns and their types. subset_size is empty for all examples and for no pre-training."""
+"""Columns and their types. subset_size is empty for all examples and for no pre-training.
 
-OPTIONAL = ("seed", "planned_levels", "train_steps")
+identity is a JSON object: the keys of the configuration that change the result and differ from their defaults.
+"""
+
+OPTIONAL = ("seed", "planned_levels", "train_steps", "identity")
 """Columns that a CSV file may lack. Without seeds, replicates are identified by their number."""
 
 SUMMARY = {name: COLUMNS[name] for name in ("dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise")}
@@ -61,18 +68,59 @@ def collect(tracking_uri: str, experiment: str | None = None) -> pd.DataFrame:
         experiment: Name of the experiment; None for all experiments of the store.
 
     Returns:
-        One row per replicate and level, with `COLUMNS`.
+        One row per replicate and level, with `COLUMNS`. `attrs["left_out"]` has a sentence for each part of a run that
+        was left out, because a value is invalid or because another experiment has the same replicate with another
+        result.
 
     Raises:
         UserError: If the store or experiment does not exist, or no level is finished.
     """
     client, experiments = open_store(tracking_uri, experiment)
-    rows = [row for run in search_runs(client, experiments, "tags.phase = 'all'") for row in _levels(client, run)]
+    names = {entry.experiment_id: entry.name for entry in client.search_experiments()}
+    rows = []
+    for run in search_runs(client, experiments, "tags.phase = 'all'"):
+        source = f"run {run.info.run_name} of experiment {names.get(run.info.experiment_id)!r}"
+        rows += [row | {"mlflow_run": run.info.run_id, "source": source} for row in _levels(client, run)]
     if not rows:
         where = f"experiment {experiment!r}" if experiment else "any experiment"
         raise UserError(f"no level is finished yet in {where} of the MLflow store")
-    source = f"MLflow experiment {experiment!r}" if experiment else "the MLflow store"
-    return _typed(pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates(), COLUMNS, source)
+    table = pd.DataFrame(rows)
+    typed, problems = _convert(table, COLUMNS)
+    left_out = [
+        f"{source}, level{'s' * (len(part) > 1)} {format_levels(sorted(part.level))}, is left out: {problem}"
+        for (source, problem), part in table.assign(problem=problems)[problems != ""].groupby(["source", "problem"])
+    ]
+    if typed.empty:
+        raise UserError(f"the MLflow store has no valid level; {left_out[0]}")
+    merged, conflicts = _merge_experiments(typed.join(table[["mlflow_run", "source"]]))
+    result = _sorted(merged[list(COLUMNS)], "the MLflow store")
+    result.attrs["left_out"] = left_out + conflicts
+    invalid = table[problems != ""]
+    result.attrs["invalid"] = [f"{row.run_id} {row.replicate} {row.level}" for row in invalid.itertuples()]
+    return result
+
+
+def _merge_experiments(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Merges replicates that several experiments have, and leaves out those with another result than the first."""
+    kept, conflicts = [], []
+    for (run_id, _, _, replicate), rows in frame.groupby(["run_id", "seed", "identity", "replicate"], dropna=False):
+        merged, *others = (part for _, part in rows.groupby("mlflow_run", sort=False))
+        for part in others:
+            pairs = merged.merge(part, on="level", suffixes=("", "_other"))
+            different = pairs[pairs.test_accuracy_percent != pairs.test_accuracy_percent_other]
+            if different.empty:
+                planned = pd.concat([merged, part]).planned_levels.max()
+                new = part[~part.level.isin(merged.level)]
+                merged = pd.concat([merged, new]).assign(planned_levels=planned)
+            else:
+                row = different.iloc[0]
+                conflicts.append(
+                    f"{row.source_other} is left out: replicate {replicate} of run id {run_id} has "
+                    f"{row.test_accuracy_percent_other:g} % at level {row.level} there, but "
+                    f"{row.test_accuracy_percent:g} % in {row.source}; choose one with --experiment"
+                )
+        kept.append(merged)
+    return pd.concat(kept), conflicts
 
 
 def open_store(tracking_uri: str, experiment: str | None) -> tuple[MlflowClient, list[str]]:
@@ -116,7 +164,9 @@ def _levels(client: MlflowClient, run: Run) -> list[dict]:
         {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)} if name in run.data.metrics else {}
         for name in names
     ]
-    tags = {column: run.data.tags.get(column) for column in COLUMNS if column not in ("level", *names)}
+    tags = {column: run.data.tags.get(column) for column in COLUMNS if column not in ("level", "identity", *names)}
+    identity = identities.from_params(run.data.params, run.data.tags.get("ranks"))
+    tags["identity"] = json.dumps(identity, sort_keys=True) if identity else None
     return [
         {**tags, "level": level} | {name: history[level] for name, history in zip(names, histories, strict=True)}
         for level in sorted(set(histories[0]) & set(histories[1]))
@@ -136,6 +186,7 @@ def load(path: str | Path) -> pd.DataFrame:
         raise UserError(
             f"{path} cannot be read: {reason}; expected a CSV file written by python -m analysis.collect"
         ) from None
+    _reject_delimiter(path, frame.columns)
     columns = SUMMARY if {"mean", "sd"} <= set(frame.columns) else COLUMNS
     needed = [name for name in columns if name not in OPTIONAL]
     missing = [name for name in needed if name not in frame]
@@ -143,7 +194,39 @@ def load(path: str | Path) -> pd.DataFrame:
         raise UserError(f"{path}: column {missing[0]} is missing; expected columns {', '.join(needed)}")
     if frame.empty:
         raise UserError(f"{path}: no rows; expected one row per replicate and level")
-    return _typed(frame.reindex(columns=list(columns)), columns, str(path))
+    typed, problems = _convert(frame.reindex(columns=list(columns)), columns)
+    if (problems != "").any():
+        row = int((problems != "").idxmax())
+        raise UserError(f"{path}: row {row + 1}: {problems[row]}")
+    _reject_fractions(path, typed)
+    return _sorted(typed, str(path))
+
+
+def _reject_delimiter(path: str | Path, columns: Sequence[str]) -> None:
+    for delimiter, name in ((";", "semicolons"), ("\t", "tabs")):
+        if any(delimiter in column for column in columns):
+            raise UserError(
+                f"{path}: the columns are separated by {name}; expected commas, and a point before the decimals"
+            )
+
+
+def _reject_fractions(path: str | Path, frame: pd.DataFrame) -> None:
+    """Rejects fractions of 1 in place of percentages; files of `python -m analysis.collect` have an identity."""
+    if "identity" in frame and frame.identity.notna().any():
+        return
+    dense = frame[frame.level == 0].weights_remaining_percent  # 100 by definition
+    for column in ("test_accuracy_percent", "mean"):
+        values = frame[column] if column in frame else pd.Series(dtype=float)
+        if len(values) and values.max() <= 1 and (values.between(0, 1, "neither").any() or (dense <= 1).any()):
+            raise UserError(
+                f"{path}: {column} is at most {values.max():g}, which looks like fractions of 1; expected percent, "
+                "0 to 100"
+            )
+    if len(dense) and (dense <= 1).all():
+        raise UserError(
+            f"{path}: weights_remaining_percent is {dense.iloc[0]:g} at level 0, which looks like fractions of 1; "
+            "expected percent, 100 at level 0"
+        )
 
 
 def published() -> pd.DataFrame:
@@ -151,21 +234,29 @@ def published() -> pd.DataFrame:
     return load(_PUBLISHED)
 
 
-def _typed(frame: pd.DataFrame, columns: dict, source: str) -> pd.DataFrame:
-    """Validates all values, converts the columns to their types and sorts the rows."""
+def _convert(frame: pd.DataFrame, columns: dict) -> tuple[pd.DataFrame, pd.Series]:
+    """Converts the columns of the valid rows to their types.
+
+    Returns:
+        The valid rows, and the problem of every row; empty text if it has none.
+    """
     frame = frame.reset_index(drop=True)
+    problems = pd.Series("", frame.index)
 
     def reject(bad: pd.Series, column: str, expected: str) -> None:
-        if bad.any():
-            row = int(bad.idxmax())
+        for row in frame.index[bad & (problems == "")]:
             value = frame.loc[row, column]
-            shown = "is empty or NaN" if pd.isna(value) else f"= {value!r}"
-            raise UserError(f"{source}: row {row + 1}: {column} {shown}: must be {expected}")
+            shown = "is empty or NaN" if pd.isna(value) else f"= {str(value)!r}"
+            problems[row] = f"{column} {shown}: must be {expected}"
 
     typed = {}
     no_subset = frame.arm.isin(["init", "all"])
     for column, kind in columns.items():
         values = frame[column]
+        if column == "identity":
+            reject(~values.map(_is_json_object), column, "a JSON object or empty")
+            typed[column] = values.astype(object)
+            continue
         if kind is str:
             reject(values.isna(), column, "text")
             typed[column] = values.astype(str)
@@ -182,14 +273,32 @@ def _typed(frame: pd.DataFrame, columns: dict, source: str) -> pd.DataFrame:
             reject((numbers % 1 != 0) & numbers.notna(), column, "a whole number")
         if column == "subset_size":
             numbers = numbers.where(~no_subset)
-        typed[column] = numbers.astype(kind)
-    result = pd.DataFrame(typed)
-    keys = [name for name in (*_ORDER, "run_id", "seed", "replicate", "level") if name in result]
-    duplicated = result.duplicated(keys)
+        typed[column] = numbers
+    valid = pd.DataFrame(typed)[problems == ""]
+    return valid.astype({name: kind for name, kind in columns.items() if name != "identity"}), problems
+
+
+def _is_json_object(value: object) -> bool:
+    try:
+        return pd.isna(value) or isinstance(json.loads(value), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _sorted(frame: pd.DataFrame, source: str = "") -> pd.DataFrame:
+    """Sorts the rows, and rejects a second row of the same replicate and level."""
+    keys = [name for name in (*_ORDER, "run_id", "seed", "replicate", "level") if name in frame]
+    keys += [name for name in ("identity",) if name in frame]
+    duplicated = frame.duplicated(keys)
     if duplicated.any():
-        row = result[duplicated].iloc[0]
-        raise UserError(f"{source}: {row.arm}, level {row.level}: two rows for the same replicate and level")
-    return result.sort_values(keys, ignore_index=True)
+        row = frame[duplicated].iloc[0]
+        same = frame.index[(frame[keys].astype(str) == row[keys].astype(str)).all(axis=1)]
+        which = f", replicate {row.replicate} of run id {row.run_id}" if "run_id" in frame else ""
+        raise UserError(
+            f"{source}: {row.arm}, level {row.level}: two rows for the same replicate and level: rows {same[0] + 1} "
+            f"and {same[1] + 1}{which}"
+        )
+    return frame.sort_values(keys, ignore_index=True)
 
 
 _RANGES: dict[str, tuple[float, float, str]] = {
@@ -201,18 +310,42 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 }
 
 
+def dataset_names(frame: pd.DataFrame) -> pd.Series:
+    """Name of the data set of each row; image folders with different images get their fingerprint."""
+    if "identity" not in frame or frame.empty:
+        return frame.dataset
+    marks = {text: _fingerprint(text) for text in frame.identity.unique()}
+    fingerprints = frame.identity.map(marks)
+    several = fingerprints.groupby(frame.dataset).transform("nunique") > 1
+    return frame.dataset.where(~several | (fingerprints == ""), frame.dataset + "-" + fingerprints.str[:8])
+
+
+def _fingerprint(identity: Any) -> str:
+    return "" if pd.isna(identity) else str(json.loads(identity).get("dataset.fingerprint", ""))
+
+
 def select(frame: pd.DataFrame, dataset: str | None, model: str | None) -> pd.DataFrame:
     """Returns the rows of a data set and a model; None selects all.
 
     Raises:
         UserError: If the data set or the model is not in the table.
     """
-    for column, wanted in (("dataset", dataset), ("model", model)):
-        available = sorted(frame[column].unique())
-        if wanted is not None and wanted not in available:
-            raise UserError(f"--{column} = {wanted!r}: not in these results; expected one of {', '.join(available)}")
-        frame = frame if wanted is None else frame[frame[column] == wanted]
+    names = dataset_names(frame)
+    if dataset is not None:
+        chosen = (frame.dataset == dataset) | (names == dataset)
+        _require(chosen, "dataset", dataset, names)
+        frame = frame[chosen]
+    if model is not None:
+        chosen = frame.model == model
+        _require(chosen, "model", model, frame.model)
+        frame = frame[chosen]
     return frame
+
+
+def _require(chosen: pd.Series, column: str, wanted: str, available: pd.Series) -> None:
+    if not chosen.any():
+        expected = ", ".join(sorted(available.unique()))
+        raise UserError(f"--{column} = {wanted!r}: not in these results; expected one of {expected}")
 
 
 def select_one(frame: pd.DataFrame, dataset: str | None, model: str | None) -> pd.DataFrame:
@@ -222,26 +355,32 @@ def select_one(frame: pd.DataFrame, dataset: str | None, model: str | None) -> p
         UserError: If the selection is not in the table, or still has several data sets or models.
     """
     frame = select(frame, dataset, model)
-    for column in ("dataset", "model"):
-        available = sorted(frame[column].unique())
+    for column, names in (("dataset", dataset_names(frame)), ("model", frame.model)):
+        available = sorted(names.unique())
         if len(available) > 1:
             raise UserError(f"these results mix {column}s; choose one with --{column} {' | '.join(available)}")
     return frame
 
 
 def describe_incomplete(frame: pd.DataFrame) -> list[str]:
-    """Describes each replicate that lacks planned levels, or levels that others of its data set have."""
+    """Describes each replicate that lacks planned levels, or levels that others have."""
     sentences = []
     if "replicate" not in frame:
         return sentences
-    for (dataset, _), rows in frame.groupby(["dataset", "model"]):
-        keys = ["arm", "subset_size", "rewind_steps", "label_noise", "run_id", "seed", "replicate"]
-        for (name, size, steps, noise, *_, replicate), levels in rows.groupby(keys, dropna=False):
+    core = ["arm", "subset_size", "rewind_steps", "label_noise"]
+    for (dataset, _), rows in frame.groupby([dataset_names(frame), "model"]):
+        several = rows.groupby(core, dropna=False).run_id.transform("nunique") > 1
+        keys = [*core, several, "run_id", "seed", "replicate"]
+        for (name, size, steps, noise, ambiguous, run_id, _, replicate), levels in rows.groupby(keys, dropna=False):
             planned = levels.planned_levels.max()
             last = rows.level.max() if pd.isna(planned) else int(planned)
-            missing = sorted(set(range(last + 1)) - set(levels.level))
+            missing = [
+                level
+                for level in sorted(set(range(last + 1)) - set(levels.level))
+                if f"{run_id} {replicate} {level}" not in frame.attrs.get("invalid", ())
+            ]
             if missing:
-                arm = Arm(name, None if pd.isna(size) else int(size), int(steps), noise)
+                arm = Arm(name, None if pd.isna(size) else int(size), int(steps), noise, run_id=run_id * ambiguous)
                 which = f"level{'s' * (len(missing) > 1)} {format_levels(missing)} of {last}"
                 sentences.append(f"{dataset}, {arm}, replicate {replicate}: {which} not finished")
     return sentences
@@ -269,7 +408,9 @@ def catch_user_errors(command: Callable[[Sequence[str] | None], int]) -> Callabl
 
 
 def print_incomplete(frame: pd.DataFrame) -> None:
-    """Prints incomplete replicates on standard error."""
+    """Prints what was left out, and incomplete replicates, on standard error."""
+    for sentence in frame.attrs.get("left_out", ()):
+        print(f"warning: {sentence}", file=sys.stderr)
     for sentence in describe_incomplete(frame):
         print(f"incomplete: {sentence}", file=sys.stderr)
 

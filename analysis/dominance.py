@@ -37,7 +37,7 @@ import pandas as pd
 from lth_diet.errors import Parser, UserError
 from lth_diet.program import run_program
 
-from . import arms, collect
+from . import arms, collect, identities
 from .arms import Arm, Curve
 from .difference import (
     MAX_REPLICATES,
@@ -113,6 +113,7 @@ class Comparison:
         confidence: Confidence of each one-sided test.
         statements: Results of the tests per_level, pooled and mean.
         notes: Remarks for the reader, such as replicates that were excluded.
+        numerical: Numerical settings in which the arms differ, such as `threads = 1 and 2`.
     """
 
     challenger: Arm
@@ -123,6 +124,7 @@ class Comparison:
     confidence: float
     statements: dict[str, Statement]
     notes: list[str]
+    numerical: str = ""
 
     def __repr__(self) -> str:
         return f"Comparison({self.challenger} against {self.reference}: {self.verdict})"
@@ -193,9 +195,13 @@ def compare(
         confidence: Confidence of each one-sided test, 0.5 to 1.
 
     Raises:
-        UserError: If the arms have no level of the range in common, or an arm has no replicate with all of them.
+        UserError: If the arms differ in more than their pre-training and numerical settings, have no level of the range
+            in common, or an arm has no replicate with all of them.
     """
     ours, theirs = curves[challenger], curves[reference]
+    forbidden, numerical = identities.differences(ours.identity, theirs.identity)
+    if forbidden:
+        raise UserError(f"{challenger} and {reference} cannot be compared: they differ in {forbidden}")
     common = [level for level in ours.levels if level in theirs.levels and levels[0] <= level <= levels[1]]
     if not common:
         available = " and ".join(
@@ -205,6 +211,8 @@ def compare(
             f"levels {levels[0]} to {levels[1]}: the arms have none in common; the results have levels {available}"
         )
     difference, notes = _difference(ours, theirs, common)
+    if numerical:
+        notes.append(f"the arms also differ in {numerical}")
     weights = ours.summary.weights_remaining_percent.loc[common].to_numpy()
     caveat = _PERFECT_CORRELATION if ours.values is None or theirs.values is None else ""
     average = dataclasses.replace(
@@ -222,7 +230,9 @@ def compare(
         notes.append("worse at every level, but by less than the margin")
     if common != list(range(levels[0], levels[1] + 1)):
         notes.append(f"levels {levels[0]} to {levels[1]} requested; both arms have {collect.format_levels(common)}")
-    return Comparison(challenger, reference, difference.n, difference.paired, margin, confidence, statements, notes)
+    return Comparison(
+        challenger, reference, difference.n, difference.paired, margin, confidence, statements, notes, numerical
+    )
 
 
 def _difference(ours: Curve, theirs: Curve, levels: list[int]) -> tuple[Difference, list[str]]:
@@ -334,7 +344,7 @@ def table(comparison: Comparison) -> str:
 
 
 def matrix(curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], confidence: float) -> pd.DataFrame:
-    """Verdict of every arm (rows) against every other (columns); empty if two arms have no levels in common."""
+    """Verdict of every arm (rows) against every other (columns); empty if two arms cannot be compared."""
     names = [arm.spec for arm in curves]
     cells = pd.DataFrame("", index=names, columns=names)
     for challenger in curves:
@@ -428,17 +438,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.all_pairs and not (arguments.challenger and arguments.reference):
         raise UserError("--challenger and --reference must be given together; give both, or --all-pairs")
     frame = collect.select_one(load_results(arguments), arguments.dataset, arguments.model)
+    dataset, model = arguments.dataset or frame.dataset.iloc[0], frame.model.iloc[0]
     curves = arms.curves_by_arm(frame)
     settings = arguments.margin, arguments.levels, arguments.confidence
-    about = {"dataset": str(frame.dataset.iloc[0]), "model": str(frame.model.iloc[0])}
+    about = {"dataset": str(dataset), "model": str(model)}
+    about_arms = arms.describe_differences(curves)
     if arguments.all_pairs:
         cells = matrix(curves, *settings)
         if arguments.json:
-            print(json.dumps(about | {"verdicts": cells.T.to_dict()}, indent=2))
+            print(json.dumps(about | {"verdicts": cells.T.to_dict(), "notes": about_arms}, indent=2))
         else:
             first, last = arguments.levels
             print(f"{about['dataset']}, {about['model']}: levels {first} to {last}, margin {arguments.margin:g} points")
-            print(to_symbols(cells))
+            print(*(f"note: {note}" for note in about_arms), to_symbols(cells), sep="\n")
         return 0
     challenger, reference = (arms.find(spec, curves) for spec in (arguments.challenger, arguments.reference))
     if challenger == reference:

@@ -8,7 +8,7 @@ python -m analysis.figures --published -o figures                         draws 
 import argparse
 import dataclasses
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from matplotlib.ticker import NullLocator
 
 from lth_diet.errors import Parser, UserError
 from lth_diet.program import run_program
+from lth_diet.tracking.figures import STYLES
 
 from . import arms, collect, paper
 from .arms import Arm, Curve
@@ -40,6 +41,7 @@ _STYLES = {
 }
 _DENSE = {"color": "#777777", "linestyle": (0, (3, 3)), "linewidth": 1}
 _SUBSETS = ("random", "easy", "hard")
+_MAX_OTHERS = len(STYLES)
 
 Results = dict[str, dict[Arm, Curve]]
 """Curves by data set and arm."""
@@ -53,64 +55,104 @@ class Panel:
         family: The arms to compare.
         size: Subset size of the arms; None if the x axis is the subset size.
         level: Pruning level if the x axis is the subset size; None if it is weights remaining.
+        others: Arms that no other panel shows, instead of those of the family.
     """
 
     family: Family
     size: int | None = None
     level: int | None = None
+    others: tuple[Arm, ...] = ()
 
     @property
     def title(self) -> str:
+        if self.others:
+            return f"{dataclasses.replace(self.family, label_noise=0.0)}: other arms"
         if self.level is not None:
             return f"{self.family}, {100 * 0.8**self.level:.1f} % of weights"
         return f"{self.family}" + (f", {self.size:,} examples" if self.size else "")
 
 
 def results_by_dataset(frame: pd.DataFrame) -> Results:
-    """Groups results by data set and arm.
-
-    Raises:
-        UserError: If a data set has several models.
-    """
-    return {name: arms.curves_by_arm(collect.select_one(rows, name, None)) for name, rows in frame.groupby("dataset")}
+    """Groups results by data set and arm."""
+    return {name: arms.curves_by_arm(rows) for name, rows in frame.groupby(collect.dataset_names(frame))}
 
 
 def panels(number: int, results: Results) -> list[list[Panel]]:
     """Panels of a figure, row by row, for the families that have results."""
     found = [family for name, curves in results.items() for family in paper.families(name, curves)]
-    found.sort(key=lambda f: paper.FAMILIES.index(f) if f in paper.FAMILIES else len(paper.FAMILIES))
+    order = {family: index for index, family in enumerate(paper.FAMILIES)}
+    found.sort(key=lambda family: order.get(family.without_setup, len(order)))
     clean = [family for family in found if not family.label_noise]
-    shown = [family for family in clean if family != paper.CINIC10_400 or paper.CINIC10 not in clean]
+    larger = {family.setup for family in clean if family.without_setup == paper.CINIC10}
+    shown = [f for f in clean if f.without_setup != paper.CINIC10_400 or f.setup not in larger]
     cinic = [family for family in clean if family.dataset == "cinic10"]
     noisy = [family for family in found if family.label_noise]
     several = [family for family in shown if len(_sizes(family, results[family.dataset])) > 1]
-    return {
-        2: [[Panel(family, family.size) for family in shown]],
+    others = [panel for name, curves in results.items() for panel in _other_panels(name, curves)]
+    if number == 2:
+        others = [panel for name, curves in results.items() for panel in _other_panels(name, curves)]
+        return _in_rows([*_drawable([Panel(family, family.size) for family in shown], results), *others])
+    found = {
         3: [[Panel(family, family.size) for family in noisy]],
         4: [[Panel(family, level=level) for level in LEVELS_DRAWN] for family in several],
         5: _every_size([family for family in clean if family not in cinic], results),
         6: _every_size(sorted(cinic, key=lambda family: family.t_star), results),
         7: _every_size(noisy, results),
     }[number]
+    return [row for row in (_drawable(row, results) for row in found) if row]
+
+
+def _drawable(panels: list[Panel], results: Results) -> list[Panel]:
+    """Panels with an arm other than init."""
+
+    def drawable(panel: Panel) -> bool:
+        return bool(_lines(panel, results[panel.family.dataset])[0].keys() - {"init"})
+
+    return [panel for panel in panels if drawable(panel)]
+
+
+def _other_panels(dataset: str, curves: dict[Arm, Curve]) -> list[Panel]:
+    """Panels of the arms that have no role in the families of their setup, such as t_r = 30 if t* is 40."""
+    panels = []
+    for setup, mine in arms.by_setup(curves).items():
+        families = paper.families(dataset, mine)
+        with_role = {
+            arms.lookup(arm, mine)
+            for family in families
+            for size in (family.size, *family.sizes)
+            for arm in _roles(Panel(family, size)).values()
+        }
+        others = [arm for arm in mine if arm not in with_role]
+        family = families[0] if families else Family(dataset, 0, setup=setup)
+        panels += [
+            Panel(family, others=tuple(others[start : start + _MAX_OTHERS]))
+            for start in range(0, len(others), _MAX_OTHERS)
+        ]
+    return panels
 
 
 def _sizes(family: Family, curves: dict[Arm, Curve]) -> list[int]:
     """Subset sizes of a family that have results."""
-    return [size for size in family.sizes if any(family.arm(name, size=size) in curves for name in _SUBSETS)]
+    return [size for size in family.sizes if any(arms.lookup(family.arm(n, size=size), curves) for n in _SUBSETS)]
 
 
 def _every_size(families: list[Family], results: Results) -> list[list[Panel]]:
     rows = []
     for family in families:
-        row = [Panel(family, size) for size in _sizes(family, results[family.dataset])]
-        across = 3 if len(row) % 3 == 0 else 4
-        rows += [row[start : start + across] for start in range(0, len(row), across)]
+        rows += _in_rows([Panel(family, size) for size in _sizes(family, results[family.dataset])])
     return rows
+
+
+def _in_rows(panels: list[Panel]) -> list[list[Panel]]:
+    across = 3 if len(panels) % 3 == 0 else 4
+    return [panels[start : start + across] for start in range(0, len(panels), across)]
 
 
 def _roles(panel: Panel) -> dict[str, Arm]:
     """Arms of a panel by role: init, half and full (all examples at t*/2 and t*), and the subsets at t*/2."""
     family = panel.family
+    if panel.others:
+        return {"init": family.arm("init")} | {str(arm): arm for arm in panel.others}
     roles = {"init": family.arm("init"), "half": family.arm("all"), "full": family.arm("all", family.t_star)}
     subsets = _SUBSETS[:2] if family.label_noise else _SUBSETS  # the paper has no hard arm under noise
     return roles | {name: family.arm(name, size=panel.size) for name in subsets if panel.size}
@@ -119,8 +161,9 @@ def _roles(panel: Panel) -> dict[str, Arm]:
 def _dense(family: Family, curves: dict[Arm, Curve]) -> float | None:
     """Accuracy of the unpruned network, all examples at t* (for CINIC-10 at 400 steps, as in the paper)."""
     steps = 400 if family.dataset == "cinic10" else family.t_star
-    for arm in (family.arm("all", steps), family.arm("all", family.t_star)):
-        if arm in curves and 0 in curves[arm].levels:
+    for wanted in (family.arm("all", steps), family.arm("all", family.t_star)):
+        arm = arms.lookup(wanted, curves)
+        if arm is not None and 0 in curves[arm].levels:
             return float(curves[arm].summary.loc[0, "mean"])
     return None
 
@@ -134,20 +177,23 @@ def draw(axes: Axes, panel: Panel, curves: dict[Arm, Curve], published: dict[Arm
         curves: Curves of the panel's data set.
         published: Published curves to add as thin lines.
     """
-    for line in _lines(panel, published or {})[0].values():
-        _plot(axes, line, thin=True)
+    if published and not differs_from_published(panel, curves) and not panel.others:
+        for line in _lines(dataclasses.replace(panel, family=panel.family.without_setup), published)[0].values():
+            _plot(axes, line, thin=True)
     lines, missing = _lines(panel, curves)
     for line in lines.values():
-        _plot(axes, line, thin=False)
+        _plot(axes, line, False, panel.others)
     dense = _dense(panel.family, curves)
-    if dense is not None and panel.level is None:
+    if dense is not None and panel.level is None and not panel.others:
         axes.axhline(dense, **_DENSE)
     axes.set_title(panel.title, fontsize=9)
     axes.set_ylabel("Test accuracy (%)", fontsize=8)
     axes.tick_params(labelsize=7.5)
     axes.grid(alpha=0.25, linewidth=0.5)
     _x_axis(axes, panel, lines)
-    notes = {"below": _set_y_range(axes, lines), "missing": missing}
+    several = [name for name, arm in missing.items() if arms.candidates(arm, curves)]
+    absent = [name for name in missing if name not in several]
+    notes = {"below": _set_y_range(axes, lines), "missing": absent, "several configurations": several}
     text = "; ".join(f"{label}: {', '.join(names)}" for label, names in notes.items() if names)
     box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1} if text else None
     axes.text(0.02, 0.02, textwrap.fill(text, 46), transform=axes.transAxes, fontsize=6.5, color="#333333", bbox=box)
@@ -163,48 +209,83 @@ class _Line:
     sd: np.ndarray
 
 
-def _lines(panel: Panel, curves: dict[Arm, Curve]) -> tuple[dict[str, _Line], list[str]]:
-    """Lines of a panel by role, and names of missing arms."""
+def differs_from_published(panel: Panel, curves: dict[Arm, Curve]) -> str:
+    """Says in what the arms of a panel differ from the published ones; empty if they agree, or it is not known."""
+    shown = (arms.lookup(arm, curves) for arm in _roles(panel).values())
+    found = (paper.differences_from_published(panel.family.dataset, curves[arm].identity) for arm in shown if arm)
+    return next(filter(None, found), "")
+
+
+def describe_unpublished(results: Results) -> list[str]:
+    """Says which arms are not compared with the published curves, because they are not runs of Table 1 of the paper."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, curves in results.items():
+        for arm, curve in curves.items():
+            if differences := paper.differences_from_published(name, curve.identity):
+                found.setdefault((name, differences), []).append(str(arm))
+    return [
+        f"{paper.NAMES[name]}: {'; '.join(names)}: not compared with the published curves ({differences} there)"
+        for (name, differences), names in found.items()
+    ]
+
+
+def _lines(panel: Panel, curves: dict[Arm, Curve]) -> tuple[dict[str, _Line], dict[str, Arm]]:
+    """Lines of a panel by role, and the arms that are missing or that several configurations have, by name."""
     return (_against_size if panel.level is not None else _against_weights)(panel, curves)
 
 
-def _against_weights(panel: Panel, curves: dict[Arm, Curve]) -> tuple[dict[str, _Line], list[str]]:
-    lines, missing = {}, []
-    for role, arm in _roles(panel).items():
-        if arm in curves:
+def _against_weights(panel: Panel, curves: dict[Arm, Curve]) -> tuple[dict[str, _Line], dict[str, Arm]]:
+    lines, missing = {}, {}
+    for role, wanted in _roles(panel).items():
+        arm = arms.lookup(wanted, curves)
+        if arm is not None:
             summary = curves[arm].summary.loc[: panel.family.last_level]
             columns = ("weights_remaining_percent", "mean", "sd")
             lines[role] = _Line(role, *(summary[name].to_numpy() for name in columns))
-        else:
-            same_runs = panel.family == paper.CIFAR10 and arm == paper.SAME_RUNS
-            missing.append(str(arm) + " (same runs as all, t*/2, in the paper)" * same_runs)
+        elif not panel.others:
+            same_runs = panel.family == paper.CIFAR10 and wanted == paper.SAME_RUNS
+            missing[_short(wanted) + " (same runs as all, t*/2, in the paper)" * same_runs] = wanted
     return lines, missing
 
 
-def _against_size(panel: Panel, curves: dict[Arm, Curve]) -> tuple[dict[str, _Line], list[str]]:
-    family, level, lines, missing = panel.family, panel.level, {}, []
+def _short(arm: Arm) -> str:
+    return str(dataclasses.replace(arm, setup=()))
+
+
+def _against_size(panel: Panel, curves: dict[Arm, Curve]) -> tuple[dict[str, _Line], dict[str, Arm]]:
+    family, level, lines, missing = panel.family, panel.level, {}, {}
     available = {arm: curve.summary.loc[level] for arm, curve in curves.items() if level in curve.levels}
-    for role, arm in _roles(panel).items():
-        if arm in available:
+    for role, wanted in _roles(panel).items():
+        arm = arms.lookup(wanted, available)
+        if arm is not None:
             lines[role] = _Line(role, None, available[arm]["mean"], available[arm]["sd"])
         else:
-            missing.append(str(arm))
+            missing[_short(wanted)] = wanted
     for role in _SUBSETS:
-        points = {a.subset_size: row for a, row in available.items() if a == family.arm(role, size=a.subset_size)}
+        found = {size: arms.lookup(family.arm(role, size=size), available) for size in _subset_sizes(available)}
+        points = {size: available[arm] for size, arm in found.items() if arm is not None}
         if points:
             mean, sd = (np.array([points[size][name] for size in sorted(points)]) for name in ("mean", "sd"))
             lines[role] = _Line(role, np.array(sorted(points)), mean, sd)
         else:
-            missing.append(f"{role}, t_r = {family.half}")
+            missing[f"{role}, t_r = {family.half}"] = family.arm(role)
     return lines, missing
 
 
-def _style(role: str) -> dict:
+def _subset_sizes(available: Iterable[Arm]) -> set[int]:
+    return {arm.subset_size for arm in available if arm.subset_size is not None}
+
+
+def _style(role: str, others: tuple[Arm, ...] = ()) -> dict:
+    names = [str(arm) for arm in others]
+    if role in names:
+        color, marker = STYLES[names.index(role)]
+        return {"linewidth": 1.6, "markersize": 4.5, "color": color, "marker": marker}
     return {"linewidth": 1.6, "markersize": 4.5} | _STYLES[role]
 
 
-def _plot(axes: Axes, line: _Line, thin: bool) -> None:
-    style = _style(line.role) | ({"linewidth": 0.7, "markersize": 2, "alpha": 0.6, "zorder": 1} if thin else {})
+def _plot(axes: Axes, line: _Line, thin: bool, others: tuple[Arm, ...] = ()) -> None:
+    style = _style(line.role, others) | ({"linewidth": 0.7, "markersize": 2, "alpha": 0.6, "zorder": 1} if thin else {})
     if line.x is None:
         axes.axhline(line.mean, **style)
         return
@@ -251,16 +332,22 @@ def legend(chosen: list[Panel], results: Results) -> tuple[list[Line2D], list[st
     """Legend handles and labels of the arms in the given panels, with their numbers of replicates."""
     names = {"init": "init: no pre-training", "half": "all, t*/2", "full": "all, t*"}
     names |= {name: f"{name}, t*/2" for name in _SUBSETS}
-    counts: dict[str, set[int]] = {}
+    counts: dict[tuple[str, tuple[Arm, ...]], set[int]] = {}
     for panel in chosen:
         curves = results[panel.family.dataset]
         for size in panel.family.sizes if panel.level is not None else [panel.size]:
-            for role, arm in _roles(dataclasses.replace(panel, size=size)).items():
-                if arm in curves:
-                    counts.setdefault(role, set()).update(curves[arm].summary.n.astype(int))
-    handles = [Line2D([], [], **_style(role)) for role in counts]
-    labels = [f"{names[role]} (n = {'–'.join(map(str, sorted({min(n), max(n)})))})" for role, n in counts.items()]
-    if any(panel.level is None and _dense(panel.family, results[panel.family.dataset]) for panel in chosen):
+            for role, wanted in _roles(dataclasses.replace(panel, size=size)).items():
+                arm = arms.lookup(wanted, curves)
+                if arm is not None:
+                    key = role, () if role in _STYLES else panel.others
+                    counts.setdefault(key, set()).update(curves[arm].summary.n.astype(int))
+    handles = [Line2D([], [], **_style(role, others)) for role, others in counts]
+    labels = [
+        f"{names.get(role, role)} (n = {'–'.join(map(str, sorted({min(n), max(n)})))})"
+        for (role, _), n in counts.items()
+    ]
+    with_dense = [panel for panel in chosen if panel.level is None and not panel.others]
+    if any(_dense(panel.family, results[panel.family.dataset]) for panel in with_dense):
         handles, labels = [*handles, Line2D([], [], **_DENSE)], [*labels, "dense (unpruned)"]
     return handles, labels
 
@@ -286,7 +373,7 @@ def figure(number: int, results: Results, published: Results | None = None) -> F
     Raises:
         UserError: If the results have no arm of this figure.
     """
-    rows = [row for row in panels(number, results) if row]
+    rows = panels(number, results)
     if not rows:
         raise UserError(f"these results have no arm of figure {number} ({_CAPTIONS[number].lower()})")
     across = max(map(len, rows))
@@ -304,13 +391,15 @@ def figure(number: int, results: Results, published: Results | None = None) -> F
         title += "; thin: published" + _describe_missing_panels(number, rows, published)
     drawn.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9.5)
     handles, labels = legend([panel for row in rows for panel in row], results)
-    drawn.legend(handles, labels, loc="outside lower center", ncols=min(across + 1, 4), fontsize=8, handlelength=3.5)
+    long_names = any(panel.others for row in rows for panel in row)
+    columns = across if long_names else min(across + 1, 4)
+    drawn.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, handlelength=3.5)
     return drawn
 
 
 def _describe_missing_panels(number: int, rows: list[list[Panel]], published: Results) -> str:
     """Names the panels of the published figure that have no results."""
-    shown = {panel for row in rows for panel in row}
+    shown = {dataclasses.replace(panel, family=panel.family.without_setup) for row in rows for panel in row}
     missing: dict[Family, list[Panel]] = {}
     for panel in (panel for row in panels(number, published) for panel in row if panel not in shown):
         missing.setdefault(panel.family, []).append(panel)
@@ -351,6 +440,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     collect.print_incomplete(frame)
     results = results_by_dataset(collect.select(frame, arguments.dataset, arguments.model))
     published = results_by_dataset(collect.published()) if arguments.published and arguments.results else None
+    for note in describe_unpublished(results) if published else ():
+        print(f"note: {note}", file=sys.stderr)
     numbers = [arguments.figure] if arguments.figure else _distinct_figures(results)
     figures = {number: figure(number, results, published) for number in numbers}
     collect.write(arguments.output, lambda path: path.mkdir(parents=True, exist_ok=True))

@@ -9,7 +9,6 @@ separately, without correction: of many arms that fall short by the margin, a fe
 """
 
 import argparse
-import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -67,11 +66,13 @@ class Match:
         family: The family.
         entries: The arms, by increasing cost.
         missing: Why there is no reference arm; empty if there is one.
+        untested: Arms that could not be compared, and why.
     """
 
     family: Family
     entries: list[Entry]
     missing: str = ""
+    untested: tuple[str, ...] = ()
 
     @property
     def cheapest(self) -> Entry | None:
@@ -81,16 +82,21 @@ class Match:
 
 def match(family: Family, curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], confidence: float) -> Match:
     """Tests every arm of a family against all examples at t*; settings as in `dominance.compare`."""
-    reference = family.arm("all", family.t_star)
-    entries = []
-    for arm in curves if reference in curves else ():
+    wanted = family.arm("all", family.t_star)
+    reference = arms.lookup(wanted, curves)
+    if reference is None:
+        return Match(family, [], arms.describe_missing(wanted, curves))
+    entries, untested = [], []
+    for arm in arms.by_setup(curves)[family.setup]:
         if arm == reference or (arm.label_noise != family.label_noise and arm.name != "init"):
             continue
-        with contextlib.suppress(UserError):  # no common level yet
+        try:
             comparison = dominance.compare(curves, arm, reference, margin, levels, confidence)
             entries.append(Entry(arm, _cost(family.dataset, arm), comparison))
+        except UserError as error:  # no common level yet
+            untested.append(f"{arm} ({error})")
     entries.sort(key=lambda entry: (math.isnan(entry.cost), entry.cost))
-    return Match(family, entries, "" if reference in curves else arms.describe_missing(reference, curves))
+    return Match(family, entries, "", tuple(untested))
 
 
 def _cost(dataset: str, arm: Arm) -> float:
@@ -110,14 +116,15 @@ def describe(found: Match) -> str:
     if found.missing:
         return start + f"matching initializations not tested: {found.missing}"
     cheapest, tested = found.cheapest, len(found.entries)
+    untested = f"; not tested: {'; '.join(found.untested)}" if found.untested else ""
     if not found.entries:
-        return start + "matching initializations not tested: no other arm"
+        return start + "matching initializations not tested: " + ("; ".join(found.untested) or "no other arm")
     if cheapest is None:
-        return start + f"none of {tested} arms is shown to be a matching initialization"
+        return start + f"none of {tested} arms is shown to be a matching initialization{untested}"
     count = sum(entry.matching for entry in found.entries)
     return (
         f"{start}{count} of {tested} arms are matching initializations; the cheapest is {cheapest.arm} "
-        f"({cheapest.cost:,.0f} examples × steps)"
+        f"({cheapest.cost:,.0f} examples × steps){untested}"
     )
 
 
@@ -128,7 +135,7 @@ def heat_map(axes: Axes, found: Match) -> None:
     rows = _rows(found)
     grid = np.full((len(rows), len(columns)), np.nan)
     for entry in shown:
-        y, x = rows.index((entry.arm.name, entry.arm.rewind_steps)), columns.index(entry.arm.subset_size)
+        y, x = rows.index(_row(entry.arm)), columns.index(entry.arm.subset_size)
         grid[y, x] = entry.worst["difference"]
         style = {"color": "white" if abs(grid[y, x]) > 2 else "black", "ha": "center", "va": "center", "fontsize": 7}
         axes.text(x, y, f"{grid[y, x]:+.2f}" + "\nmatching" * entry.matching, **style)
@@ -137,16 +144,20 @@ def heat_map(axes: Axes, found: Match) -> None:
     # the color scale is the same in all figures and saturates at ±3 points
     axes.imshow(np.ma.masked_invalid(grid), cmap="PuOr", norm=TwoSlopeNorm(0, -3, 3), aspect="auto")
     axes.set_xticks(range(len(columns)), [f"{size:,}" if size else "all" for size in columns], fontsize=7.5)
-    axes.set_yticks(range(len(rows)), [f"{name}, t_r = {steps}" for name, steps in rows], fontsize=7.5)
+    axes.set_yticks(range(len(rows)), list(map(str, rows)), fontsize=7.5)
     axes.set_xlabel("Subset size (examples)", fontsize=8)
     title = f"{found.family}: difference to all, t_r = {found.family.t_star}, at the worst level (points)"
     axes.set_title(title, fontsize=8)
 
 
-def _rows(found: Match) -> list[tuple[str, int]]:
-    """Rows of a heat map: arm and rewind step."""
-    rows = {(entry.arm.name, entry.arm.rewind_steps) for entry in found.entries if entry.arm.name != "init"}
-    return sorted(rows, key=lambda row: Arm(row[0], None, row[1]).sort_key)
+def _rows(found: Match) -> list[Arm]:
+    """Rows of a heat map: arms of any subset size."""
+    rows = {_row(entry.arm) for entry in found.entries if entry.arm.name != "init"}
+    return sorted(rows, key=lambda row: row.sort_key)
+
+
+def _row(arm: Arm) -> Arm:
+    return dataclasses.replace(arm, subset_size=None, label_noise=0.0, setup=())
 
 
 def figure(matches: Sequence[Match]) -> Figure:
@@ -194,7 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe(family))
         for entry in family.entries:
             worst = f"worst {entry.worst['difference']:+.2f} at level {entry.worst['level']}"
-            print(f"  {entry.arm!s:36} {entry.cost:>14,.0f}  {entry.comparison.verdict:16}  {worst}")
+            also = f"  (also differs in {entry.comparison.numerical})" if entry.comparison.numerical else ""
+            print(f"  {entry.arm!s:36} {entry.cost:>14,.0f}  {entry.comparison.verdict:16}  {worst}{also}")
     for path in paths:
         print(path)
     return 0

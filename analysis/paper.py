@@ -1,11 +1,20 @@
 """Experiments of the paper: data sets, t*, subset sizes, and which of them each figure shows."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
+from pathlib import Path
 
-from .arms import Arm
+from lth_diet.config.loading import load_config
+from lth_diet.config.run_ids import run_identity
+
+from . import identities
+from .arms import ORDER, Arm, Settings, describe_settings
+from .identities import Identity
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cinic10": "CINIC-10"}
+_NAMED = ("pretrain.steps", "pretrain.label_noise", "pretrain.subset.size")  # in the name of an arm
+_CONFIGURATIONS = Path(__file__).parents[1] / "yamls"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +28,7 @@ class Family:
         size: Subset size of Figures 2 and 3; None if there are no subset arms.
         sizes: All subset sizes (Figures 5 to 7).
         last_level: Last level drawn in figures; None for all.
+        setup: Setup of the arms, see `Arm.setup`.
     """
 
     dataset: str
@@ -27,11 +37,16 @@ class Family:
     size: int | None = None
     sizes: tuple[int, ...] = ()
     last_level: int | None = None
+    setup: Settings = ()
 
     def __str__(self) -> str:
         noise = f", {100 * self.label_noise:g} % label noise" if self.label_noise else ""
         several = f", t* = {self.t_star}" if self.dataset == "cinic10" else ""
-        return NAMES.get(self.dataset, self.dataset) + noise + several
+        return NAMES.get(self.dataset, self.dataset) + noise + several + describe_settings(self.setup)
+
+    @property
+    def without_setup(self) -> "Family":
+        return dataclasses.replace(self, setup=())
 
     @property
     def half(self) -> int:
@@ -47,10 +62,10 @@ class Family:
             size: Subset size; default `Family.size`.
         """
         if name == "init":
-            return Arm("init")
+            return Arm("init", setup=self.setup)
         if name == "all":
-            return Arm("all", None, steps or self.half, self.label_noise)
-        return Arm(name, size or self.size, steps or self.half, self.label_noise)
+            return Arm("all", None, steps or self.half, self.label_noise, setup=self.setup)
+        return Arm(name, size or self.size, steps or self.half, self.label_noise, setup=self.setup)
 
 
 _CIFAR10 = (256, 512, 1024, 2048, 3200, 6400, 12800, 25600)
@@ -67,22 +82,46 @@ SAME_RUNS = Arm("random", 25600, 200)
 FAMILIES = (*CLEAN, CINIC10_400, NOISE_10, NOISE_50)
 
 
-def families(dataset: str, arms: Iterable[Arm]) -> list[Family]:
-    """Returns the families of the paper that the arms belong to.
+def title(dataset: str, setup: Settings) -> str:
+    """Name of a data set and setup, such as `CIFAR-10, train.lr = 0.1`."""
+    return NAMES.get(dataset, dataset) + describe_settings(setup)
 
-    For any other data set or t*, a family is derived from the arms: t* is the largest rewind step of the `all` arms (or
-    of any arm if there is no `all`), and `size` is the largest subset size at t*/2.
+
+def families(dataset: str, arms: Iterable[Arm]) -> list[Family]:
+    """Returns the families of the paper that the arms belong to, for each setup.
+
+    For any other data set or t*, a family is derived from the arms: t* is the largest rewind step of the `all` arms, or
+    twice that of the others if there is no `all`, and `size` is the largest subset size at t*/2.
     """
     arms, found = list(arms), []
-    for noise in sorted({arm.label_noise for arm in arms}):
-        mine = [arm for arm in arms if arm.label_noise == noise and arm.name != "init"]
+    for setup, noise in sorted({(arm.setup, arm.label_noise) for arm in arms}):
+        mine = [arm for arm in arms if (arm.setup, arm.label_noise) == (setup, noise) and arm.name != "init"]
         steps = {arm.rewind_steps for arm in mine}
         paper = [family for family in FAMILIES if (family.dataset, family.label_noise) == (dataset, noise)]
         known = [f for f in paper if f.half in steps] or [f for f in paper if f.t_star in steps]
         if known or not mine:
-            found += known
+            found += [dataclasses.replace(family, setup=setup) for family in known]
             continue
-        t_star = max([arm.rewind_steps for arm in mine if arm.name == "all"] or steps)
+        t_star = max([arm.rewind_steps for arm in mine if arm.name == "all"] or [2 * max(steps)])
         sizes = {a.subset_size for a in mine if a.subset_size is not None and a.rewind_steps == t_star // 2}
-        found.append(Family(dataset, t_star, noise, max(sizes, default=None), tuple(sorted(sizes))))
+        found.append(Family(dataset, t_star, noise, max(sizes, default=None), tuple(sorted(sizes)), setup=setup))
     return found
+
+
+@functools.cache
+def _published_identity(dataset: str, arm: str) -> Identity:
+    return identities.normalize(run_identity(load_config(_CONFIGURATIONS / f"{dataset}_{arm}.yaml")))
+
+
+def differences_from_published(dataset: str, identity: Identity) -> str:
+    """Says in what an arm differs from the published one of the same name, subset size, t_r and label noise.
+
+    Returns:
+        Text such as `train.lr = 0.2 and 0.1`, the value here and that of the paper; empty if they agree, or if the
+        identity is not known.
+    """
+    if identities.UNKNOWN in identity or dataset not in NAMES or identity.get("arm") not in ORDER:
+        return ""
+    theirs = _published_identity(dataset, identity["arm"])
+    keys = set(identities.differing_keys([identity, theirs])).difference(identities.NUMERICAL, _NAMED)
+    return identities.describe_differences(identity, theirs, sorted(keys))

@@ -9,6 +9,7 @@ A running sweep can be reported too. Images are embedded, and the page's content
 import argparse
 import base64
 import dataclasses
+import hashlib
 import io
 import os
 import re
@@ -34,7 +35,7 @@ from lth_diet.runs import run_directory
 from lth_diet.tracking.mlflow_store import failure_reason
 from lth_diet.tracking.mlflow_store import tracking_uri as default_tracking_uri
 
-from . import claims, collect, dominance, figures, matching, paper
+from . import arms, claims, collect, dominance, figures, identities, matching, paper
 from .arms import Arm, Curve
 from .claims import Claim, Finding
 from .figures import Panel, Results
@@ -42,6 +43,7 @@ from .figures import Panel, Results
 _MAX_MATRIX_ARMS = 10  # a larger matrix does not fit on a phone
 _MAX_VERDICT_ARMS = 6  # with more arms in a family, only the claims of the paper get a verdict each
 _MAX_PICTURE_BYTES = 2_000_000
+_MAX_FILE_NAME = 60  # characters, of up to four bytes each
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 _EXAMPLES = {
     "subset.png": "scores and classes of the subset",
@@ -58,7 +60,7 @@ class Report:
 
     Args:
         path: The HTML file.
-        verdicts: The verdicts at the top of the page, one sentence each.
+        verdicts: The remarks and verdicts at the top of the page, one sentence each.
     """
 
     path: Path
@@ -89,7 +91,7 @@ def write(
         output: The HTML file to write.
         settings: Margin, range of levels and confidence, as in `dominance.compare`.
         dataset: Only this data set; None for all.
-        model: Only this model; required if a data set has several.
+        model: Only this model; None for all.
 
     Raises:
         UserError: If there is nothing to report, or the file cannot be written.
@@ -120,16 +122,22 @@ def write_run_report(run: run_directory.RunDirectory) -> None:
 
     An error is printed but not raised: training has finished, and the report can be written later.
     """
-    config = run.config
-    name = re.sub(r"[^\w.-]", "_", config.experiment_name)
-    selection = {"dataset": config.dataset.name, "model": config.model_name}
+    experiment = run.config.experiment_name
     try:
-        report = write(default_tracking_uri(), config.experiment_name, run.path.parent / f"{name}.html", **selection)
+        report = write(default_tracking_uri(), experiment, run.path.parent / file_name(experiment))
     except Exception as error:  # from MLflow, SQLAlchemy, requests or the file system
         print(f"no report: {error if isinstance(error, UserError) else failure_reason(error)}")
         return
     print("\n".join(report.verdicts))
     print(f"report: {report.path.resolve()}", flush=True)
+
+
+def file_name(experiment: str) -> str:
+    """Name of the report of an experiment; two experiments never have the same."""
+    name = re.sub(r"[^\w.-]", "_", experiment)[:_MAX_FILE_NAME]
+    if name != experiment:
+        name += "-" + hashlib.sha256(experiment.encode(errors="surrogateescape")).hexdigest()[:8]
+    return f"{name}.html"
 
 
 def write_published(output: Path, *settings: Any) -> Report:
@@ -161,9 +169,14 @@ def _write(
     about_matching = [f"{matching.describe(match)}." for match in matches]
     about_dense = [_describe_dense(family, curves, *settings) for family, curves in families]
     published = {} if "mean" in frame else figures.results_by_dataset(collect.published())
+    remarks = [*frame.attrs.get("left_out", ())]
+    for name, curves in results.items():
+        remarks += [f"{paper.NAMES.get(name, name)}: {sentence}" for sentence in arms.describe_differences(curves)]
+    remarks += figures.describe_unpublished(results) if published else []
     page = _template().render(
         **about,
         summary=_summary(frame, findings),
+        remarks=remarks,
         findings=[finding for finding in findings if finding.comparison],
         untested=[finding for finding in findings if not finding.comparison],
         matching=about_matching,
@@ -175,22 +188,25 @@ def _write(
         incomplete=collect.describe_incomplete(frame),
         figures=_figures(results, published, matches),
         matrices=[
-            {"title": paper.NAMES.get(name, name), "cells": dominance.matrix(curves, *settings)}
+            {"title": paper.title(name, setup), "cells": dominance.matrix(mine, *settings)}
             for name, curves in results.items()
-            if 1 < len(curves) <= _MAX_MATRIX_ARMS
+            for setup, mine in arms.by_setup(curves).items()
+            if 1 < len(mine) <= _MAX_MATRIX_ARMS
         ],
         tables=[
             {"title": f"{paper.NAMES.get(name, name)}: {arm}", "rows": list(curve.summary.itertuples())}
             for name, curves in results.items()
             for arm, curve in curves.items()
         ],
-        deviations=_deviations(frame, results, published, *settings),
+        deviations=_deviations(results, published, *settings),
         pairs=_pairs,
         interval=dominance.interval,
         symbols=dominance.SYMBOLS,
     )
     collect.write(output, lambda path: write_atomically(path.resolve(), page))
-    return Report(output, [*(finding.describe() for finding in findings), *about_matching, *about_dense])
+    verdicts = [*(finding.describe() for finding in findings), *about_matching, *about_dense]
+    nothing = "no verdict: these results have no arm with pre-training"
+    return Report(output, [*(f"note: {remark}" for remark in remarks), *(verdicts or [nothing])])
 
 
 def _template() -> jinja2.Template:
@@ -215,7 +231,7 @@ def _summary(frame: pd.DataFrame, findings: list[Finding]) -> str:
     else:
         runs = frame.groupby(["run_id", "seed", "replicate"], dropna=False).ngroups
         size = f"{runs} replicates, {len(frame)} levels"
-    pairs = sorted(set(zip(frame.dataset, frame.model, strict=True)))
+    pairs = sorted(set(zip(collect.dataset_names(frame), frame.model, strict=True)))
     names = ", ".join(f"{paper.NAMES.get(dataset, dataset)} ({model})" for dataset, model in pairs)
     return f"{names}: {size}. Claims: {counts}."
 
@@ -233,10 +249,10 @@ def _other_arms(findings: list[Finding], matches: list[matching.Match]) -> list[
 
 
 def _describe_dense(family: paper.Family, curves: dict[Arm, Curve], margin: float, *settings: Any) -> str:
-    found = claims.dense_accuracy_kept(family, curves, margin, *settings)
-    if found is None:
-        needed = f"all, t_r = {family.t_star}, at level 0 and a pruned level"
-        return f"{family}: dense accuracy not tested: missing {needed}."
+    try:
+        found = claims.dense_accuracy_kept(family, curves, margin, *settings)
+    except UserError as error:
+        return f"{family}: dense accuracy not tested: {error}."
     by_test, by_means = (
         "at no level" if weights is None else f"down to {weights:.1f} % of weights" for weights in found
     )
@@ -258,8 +274,10 @@ def _figures(results: Results, published: Results, matches: list[matching.Match]
         drawn = Figure(figsize=(4.4, 4.1), layout="constrained")
         figures.draw(drawn.subplots(), panel, results[name], published.get(name))
         handles, labels = figures.legend([panel], results)
-        drawn.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7.5, handlelength=3)
-        thin = "; thin: published" if name in published else ""
+        columns = 1 if panel.others else 2  # names of other arms are long
+        drawn.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7.5, handlelength=3)
+        shown = name in published and not panel.others and not figures.differs_from_published(panel, results[name])
+        thin = "; thin: published" if shown else ""
         pictures.append(
             Picture(_svg(drawn), f"As in Figure {number}: {panel.title}; band: ± 1 sd over n replicates{thin}")
         )
@@ -278,21 +296,21 @@ def _svg(drawn: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _deviations(
-    frame: pd.DataFrame, results: Results, published: Results, *settings: Any
-) -> list[tuple[str, str, str]]:
+def _deviations(results: Results, published: Results, *settings: Any) -> list[tuple[str, str, str]]:
     """Differences from the published curves: arm, mean difference, and difference at the worst level."""
-    rows, models = [], collect.published().groupby("dataset").model.first()
+    rows = []
     for name, curves in results.items():
-        same_model = models.get(name) == frame[frame.dataset == name].model.iloc[0]
-        theirs = published.get(name, {}) if same_model else {}
+        theirs = published.get(name, {})
         for arm, curve in curves.items():
-            if arm not in theirs:
+            same = theirs.get(dataclasses.replace(arm, setup=()))
+            if same is None or paper.differences_from_published(name, curve.identity):
                 continue
+            known = identities.UNKNOWN not in curve.identity  # then the identity agrees, without being recorded there
             other = dataclasses.replace(arm, run_id="published")
+            curves_of = {arm: curve, other: dataclasses.replace(same, identity={}) if known else same}
             try:
-                comparison = dominance.compare({arm: curve, other: theirs[arm]}, arm, other, *settings)
-            except UserError:  # no common level yet
+                comparison = dominance.compare(curves_of, arm, other, *settings)
+            except UserError:  # no common level yet, or another model
                 continue
             (mean,) = comparison.statements["mean"].levels.itertuples()
             worst = comparison.statements["pooled"].worst
@@ -355,7 +373,7 @@ def _runs(parents: list[Run]) -> list[dict[str, str]]:
                 node = tree
                 for section in sections:
                     node = node.setdefault(section, {})
-                node[last] = yaml.safe_load(text)
+                node[last] = identities.parse(text)
         command = (
             f"composer -n {len(runs)} recipes/imp.py -f {name}.yaml "
             f"replicates={shlex.quote(str(indices).replace(' ', ''))} prune.levels={tags.get('planned_levels')}"
@@ -373,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tracking-uri", default=default_tracking_uri(), help="MLflow store")
     parser.add_argument("--experiment", help="default: all experiments of the store")
     parser.add_argument("--dataset", help="only this data set")
-    parser.add_argument("--model", help="only this model; required if a data set has several")
+    parser.add_argument("--model", help="only this model")
     parser.add_argument("--published", action="store_true", help="report the published curves of the paper instead")
     dominance.add_test_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default %(default)s")

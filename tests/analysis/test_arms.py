@@ -1,3 +1,5 @@
+import json
+
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -37,7 +39,7 @@ def test_unneeded_keys_may_be_omitted_and_noise_defaults_to_zero():
         ("all", "'all' matches several arms; expected one of all:steps=200, all:steps=400"),
         (
             "all:step=200",
-            "'step=200' is not <key>=<value> with a key of size, steps, noise, run_id, as in easy:size=12800",
+            "'step=200' is not <key>=<value> with a key of size, steps, noise, run_id, balanced, offset or a key of a",
         ),
         ("all:steps=many", "steps = 'many': must be a whole number of at least 0"),
         ("all:steps=2.5", "steps = '2.5': must be a whole number of at least 0"),
@@ -83,12 +85,76 @@ def test_configurations_that_share_seed_and_replicate_are_separate_arms(place):
     found = curves(place, {}, {"run_id": "b", "test_accuracy_percent": 50.0})
     assert [arm.spec for arm in found] == ["all:steps=4,run_id=a", "all:steps=4,run_id=b"]
     assert arms.find("all:run_id=b", found) == list(found)[1]
-    assert arms.describe_missing(Arm("all", None, 4), found) == "several configurations of all, t_r = 4"
+    several = "several configurations of all, t_r = 4: run_id = a or b"
+    assert arms.describe_missing(Arm("all", None, 4), found) == several
     assert arms.describe_missing(Arm("all", None, 5), found) == "missing all, t_r = 5"
 
 
 def test_configurations_with_different_train_steps_are_separate_arms(place):
     assert len(curves(place, {"train_steps": 10}, {"seed": 2, "run_id": "b", "train_steps": 20})) == 2
+
+
+def with_identity(arm="all", **keys):
+    known = {"arm": arm, "dataset.name": "d"} | {key.replace("__", "."): value for key, value in keys.items()}
+    return {"arm": arm, "identity": json.dumps(known), "run_id": repr(keys)}
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("train__lr", (0.1, 0.2)),
+        ("train__batch_size", (64, 128)),
+        ("train__milestones", ([200, 300], [100])),
+        ("prune__fraction", (0.2, 0.5)),
+        ("model__width", (4, 16)),
+        ("dataset__size", (None, 32)),
+        ("pretrain__lr", (0.4, 0.2)),
+        ("threads", (1, 2)),
+        ("compile", (False, True)),
+        ("ranks", (2, 4)),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed_are_separate_arms_named_by_what_differs(place, key, values):
+    rows = [with_identity(**{key: value, "seed": seed}) | {"seed": seed} for seed, value in enumerate(values)]
+    found = curves(place, *rows)
+    assert [curve.summary.n[0] for curve in found.values()] == [1, 1]
+    shown = {f", {key.replace('__', '.')} = {json.dumps(value)}" if value is not None else "" for value in values}
+    assert {str(arm).removeprefix("all, t_r = 4") for arm in found} == shown
+    assert all(arms.find(arm.spec, found) == arm and not arm.run_id for arm in found)
+
+
+def test_runs_that_differ_in_the_seed_and_in_what_their_arm_ignores_are_one_arm(place):
+    ignored = {"seed": 2, "scores__networks": 3, "prune__levels": 4, "pretrain__subset__offset": 5}
+    (arm,) = found = curves(place, with_identity(), with_identity(**ignored) | {"seed": 2})
+    assert found[arm].values.index.tolist() == [(1, 0), (2, 0)] and str(arm) == "all, t_r = 4"
+
+
+def test_names_carry_balanced_and_offset_and_the_plain_arm_has_the_short_name(place):
+    size = {"subset_size": 64}
+    options = ({}, {"pretrain__subset__class_balanced": True}, {"pretrain__subset__offset": 9})
+    found = curves(place, *(with_identity("easy", pretrain__subset__size=64, **keys) | size for keys in options))
+    names = ["easy 64, t_r = 4", "easy 64, t_r = 4, balanced", "easy 64, t_r = 4, offset = 9"]
+    assert list(map(str, found)) == names
+    assert [str(arms.find(spec, found)) for spec in ("easy", "easy:balanced=true", "easy:offset=9")] == names
+    assert arms.lookup(Arm("easy", 64, 4), found) == Arm("easy", 64, 4)
+
+
+def test_a_missing_arm_is_described_by_the_keys_in_which_others_differ(place):
+    rows = [with_identity(pretrain__lr=lr) for lr in (0.4, 0.2)]
+    found = curves(place, *rows, with_identity("init", train__steps=40), with_identity(train__steps=200))
+    assert [str(arm) for arm in found if arm.name == "init"] == ["init, train.steps = 40"]
+    (wanted,) = {arm.without_details for arm in found if arm.details}
+    assert arms.describe_missing(wanted, found) == f"several configurations of {wanted}: pretrain.lr = 0.2 or 0.4"
+    init = Arm("init", setup=(("train.steps", "200"),))
+    sentence = "missing init, train.steps = 200 (not compared: init, train.steps = 40)"
+    assert arms.describe_missing(init, found) == sentence
+    (setups,) = arms.describe_differences(found)
+    assert setups.endswith("not compared with each other: the others; train.steps = 200; train.steps = 40")
+
+
+def test_rows_without_an_identity_are_not_pooled_with_rows_that_have_one(place):
+    found = curves(place, {}, with_identity(seed=2) | {"seed": 2})
+    assert sorted(map(str, found)) == ["all, t_r = 4", "all, t_r = 4, identity = unknown"]
 
 
 def test_sd_is_the_sample_standard_deviation_and_nan_for_one_replicate(place):

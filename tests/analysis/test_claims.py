@@ -4,6 +4,7 @@ import pytest
 from helpers import ROOT
 
 from analysis import arms, claims, collect, paper
+from lth_diet.errors import UserError
 
 SETTINGS = (0.3, (3, 12), 0.95)
 
@@ -77,7 +78,8 @@ def test_dense_accuracy_is_kept_down_to_the_first_failing_level(place, drop, exp
     assert claims.dense_accuracy_kept(paper.CIFAR10, curves, *SETTINGS) == pytest.approx(
         (100 * expected, 100 * expected)
     )
-    assert claims.dense_accuracy_kept(paper.CIFAR100, curves, *SETTINGS) is None
+    with pytest.raises(UserError, match="missing all, t_r = 800"):
+        claims.dense_accuracy_kept(paper.CIFAR100, curves, *SETTINGS)
 
 
 def test_documentation_has_the_tables_that_the_command_prints(capsys):

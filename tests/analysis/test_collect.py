@@ -1,13 +1,16 @@
 import io
+import json
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 from helpers import ROOT
+from mlflow import MlflowClient
 
 from analysis import collect
 from lth_diet.errors import UserError
+from lth_diet.tracking.mlflow_store import tracking_uri
 
 HEADER = "dataset,model,arm,subset_size,rewind_steps,label_noise,replicate,level,weights_remaining_percent,test_accuracy_percent,run_id"
 
@@ -77,7 +80,10 @@ GOOD = "digits,m,random,256,20,0,0,0,100,90,x"
         (["digits,m,random,256,20,2,0,0,100,90,x"], "row 1: label_noise = '2': must be 0 to 1"),
         (["digits,m,random,256,20,0,0,0,0,90,x"], "row 1: weights_remaining_percent = '0': must be greater than 0"),
         ([",m,random,256,20,0,0,0,100,90,x"], "row 1: dataset is empty or NaN: must be text"),
-        ([GOOD, GOOD], "random, level 0: two rows for the same replicate and level"),
+        (
+            [GOOD, GOOD],
+            "random, level 0: two rows for the same replicate and level: rows 1 and 2, replicate 0 of run id x",
+        ),
         ([], "no rows; expected one row per replicate and level"),
     ],
 )
@@ -103,6 +109,74 @@ def test_file_that_is_not_a_table_is_rejected(place):
     shutil.copy(ROOT / "docs/quickstart.png", "picture.csv")
     with pytest.raises(UserError, match=r"picture\.csv"):
         collect.load("picture.csv")
+
+
+@pytest.mark.parametrize(
+    ("scale", "options", "sentence"),
+    [
+        ({"test_accuracy_percent": 0.01}, {}, "test_accuracy_percent is at most 0.9, which looks like fractions of 1"),
+        (
+            {"weights_remaining_percent": 0.01},
+            {},
+            "weights_remaining_percent is 1 at level 0, which looks like fractions",
+        ),
+        ({}, {"sep": ";"}, "the columns are separated by semicolons; expected commas"),
+        ({}, {"sep": ";", "decimal": ","}, "the columns are separated by semicolons; expected commas"),
+        ({}, {"sep": "\t"}, "the columns are separated by tabs; expected commas"),
+    ],
+)
+def test_fractions_of_1_and_other_delimiters_are_named(place, scale, options, sentence):
+    frame = pd.read_csv(io.StringIO(f"{HEADER}\n{GOOD}\n{GOOD.replace('0,0,100,90', '1,0,100,89.5')}\n"))
+    frame.assign(**{key: frame[key] * factor for key, factor in scale.items()}).to_csv("x.csv", index=False, **options)
+    with pytest.raises(UserError, match=rf"x\.csv: {sentence}"):
+        collect.load("x.csv")
+
+
+def test_accuracies_at_the_chance_level_of_many_classes_are_not_taken_for_fractions(place):
+    assert len(collect.load(csv(place, GOOD.replace(",90,", ",1,")))) == 1
+
+
+def test_an_invalid_level_is_left_out_by_name_and_takes_nothing_else_with_it(store, record, capsys):
+    run = record("all", {0: [80.0, 79.0]}, "pretrain.steps=8")
+    client = MlflowClient(store)
+    (mlflow_run,) = client.search_runs(["1"], f"tags.run_id = '{run.path.name[-10:]}' and tags.phase = 'all'")
+    client.log_metric(mlflow_run.info.run_id, "weights_remaining_percent", 0.0, step=1)
+    assert collect.main(["--experiment", "tiny", "-o", "results.csv"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("8 levels of 5 replicates")
+    sentence = (
+        f"run {run.path.name}/replicate_0 of experiment 'tiny', level 1, is left out: weights_remaining_percent = '0.0'"
+    )
+    assert f"warning: {sentence}" in err and "all, t_r = 8" not in err
+
+
+def test_a_run_of_two_experiments_is_merged_if_it_has_the_same_results_and_named_otherwise(record):
+    uri = tracking_uri()
+    record("all", {0: [80.0]}, experiment="a")
+    shutil.move("runs", "first")
+    run = record("all", {0: [80.0, 79.0], 1: [70.0]}, experiment="b")
+    frame = collect.collect(uri)
+    assert frame.test_accuracy_percent.tolist() == [80.0, 79.0, 70.0] and frame.attrs["left_out"] == []
+    assert set(frame.planned_levels) == {1}
+    shutil.move("runs", "second")
+    record("all", {1: [71.0]}, "replicates=[1]", experiment="c")
+    frame = collect.collect(uri)
+    (sentence,) = frame.attrs["left_out"]
+    assert len(frame) == 3 and all(part in sentence for part in ("70 %", "71 %", "'b'", "'c'", run.path.name))
+    assert set(collect.collect(uri, "c").test_accuracy_percent) == {71.0}
+
+
+def test_image_folders_with_other_images_are_separate_data_sets(place):
+    row = pd.read_csv(io.StringIO(f"{HEADER}\nimage_folder,m,init,,0,0,0,0,100,90,x\n"))
+    marks = ("1111111122222222", "3333333344444444")
+    known = [row.assign(identity=json.dumps({"dataset.fingerprint": mark})) for mark in marks]
+    pd.concat([*known, row]).to_csv("folders.csv", index=False)
+    frame = collect.load("folders.csv")
+    names = ["image_folder-11111111", "image_folder-33333333", "image_folder"]
+    assert sorted(collect.dataset_names(frame)) == sorted(names)
+    assert len(collect.select(frame, names[0], None)) == 1 and len(collect.select(frame, "image_folder", None)) == 3
+    with pytest.raises(UserError, match=f"choose one with --dataset image_folder | {names[0]}"):
+        collect.select_one(frame, "image_folder", None)
 
 
 def test_collecting_nothing_is_reported_in_one_sentence(store, place, capsys):

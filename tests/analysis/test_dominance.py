@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -8,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from analysis import arms, collect, difference, dominance
+from analysis import arms, collect, difference, dominance, identities
 from analysis.arms import Arm, Curve
+from lth_diet.errors import UserError
 
 LEVELS = range(3, 13)
 EASY, ALL = Arm("easy", 256, 200), Arm("all", None, 400)
@@ -121,6 +123,36 @@ def test_a_replicate_that_lacks_a_level_is_excluded_with_a_note():
     found = compare(curve(values), curve(noise(4, seed=1)))
     assert found.n == (3, 3)
     assert found.notes[0] == "1 of 4 replicates of the challenger excluded because they lack some levels"
+
+
+def identity(**keys):
+    return identities.normalize({"arm": "all"} | {key.replace("__", "."): value for key, value in keys.items()})
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"train__steps": 40}, "train.steps = 40 and 200"),
+        ({"train__lr": 0.2, "model__width": 4}, "model.width = 4 and 16, train.lr = 0.2 and 0.1, train.steps = none"),
+        ({"dataset__name": "digits"}, "dataset.name = digits and none"),
+    ],
+)
+def test_arms_that_differ_in_more_than_their_pre_training_are_not_compared(keys, sentence):
+    ours = dataclasses.replace(curve(noise(4)), identity=identity(**keys))
+    theirs = dataclasses.replace(curve(noise(4)), identity=identity(train__steps=200))
+    with pytest.raises(UserError) as error:
+        compare(ours, theirs)
+    assert f"{EASY} and {ALL} cannot be compared: they differ in {sentence}" in str(error.value)
+    assert dominance.matrix({EASY: ours, ALL: theirs}, 0.3, (3, 12), 0.95).loc[EASY.spec, ALL.spec] == ""
+
+
+def test_arms_with_other_pre_training_scores_and_numerical_settings_are_compared_with_a_note():
+    ours = identity(threads=2, pretrain__lr=0.1, pretrain__label_noise=0.5, parallelism="data", ranks=4)
+    found = compare(
+        dataclasses.replace(curve(noise(4)), identity=ours), dataclasses.replace(curve(noise(4)), identity=identity())
+    )
+    different = "parallelism = data and replicates, ranks = 4 and 1, threads = 2 and 1"
+    assert found.numerical == different and found.notes == [f"the arms also differ in {different}"]
 
 
 def test_only_common_levels_are_compared_with_a_note():

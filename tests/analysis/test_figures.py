@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -104,12 +106,59 @@ def test_published_curves_are_thin_lines_in_the_background(ours, published):
     assert min(line.get_zorder() for line in axes.lines if line not in thin) > max(line.get_zorder() for line in thin)
 
 
+def test_thin_published_lines_are_left_out_with_a_note_if_the_settings_are_not_those_of_the_paper(ours, place, capsys):
+    frame = pd.read_csv("results.csv")
+    other = {"dataset.name": "cifar10", "train.lr": 0.2}
+    frame.assign(identity=[json.dumps(other | {"arm": arm}) for arm in frame.arm]).to_csv("results.csv", index=False)
+    assert figures.main(["results.csv", "--published", "--figure", "2", "-o", "out"]) == 0
+    assert (
+        "not compared with the published curves (" in (err := capsys.readouterr().err)
+        and "train.lr = 0.2 and 0.1" in err
+    )
+    results = figures.results_by_dataset(collect.load("results.csv"))
+    axes = Figure().subplots()
+    published = figures.results_by_dataset(collect.published())
+    figures.draw(axes, figures.panels(2, results)[0][0], results["cifar10"], published["cifar10"])
+    assert not [line for line in axes.lines if line.get_linewidth() == 0.7]
+
+
 def test_command_writes_svg_and_png_of_figures_with_results(ours, place, capsys):
     assert figures.main(["results.csv", "--published", "-o", "out"]) == 0
     written = sorted(path.name for path in (place / "out").iterdir())
     assert written == [f"figure{number}.{suffix}" for number in (2, 4, 5) for suffix in ("png", "svg")]
     with Image.open(place / "out/figure2.png") as picture:
         assert len(picture.convert("RGB").getcolors(1_000_000)) > 100
+
+
+def digits(*rows):
+    """Curves of the digits from (arm, subset_size, rewind_steps, label_noise), two levels each."""
+    columns = ["arm", "subset_size", "rewind_steps", "label_noise", "level"]
+    frame = pd.DataFrame([(*row, level) for row in rows for level in (0, 1)], columns=columns)
+    fixed = {"dataset": "digits", "model": "m", "replicate": 0, "run_id": "a", "weights_remaining_percent": 80}
+    frame.assign(**fixed, test_accuracy_percent=90 - frame.level).to_csv("digits.csv", index=False)
+    return figures.results_by_dataset(collect.load("digits.csv"))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [("easy", 64, 20, 0)],
+        [("init", None, 0, 0)],
+        [("all", None, 40, 0), ("random", 64, 30, 0), ("easy", 64, 35, 0.1)],
+        [("all", None, 40, 0), ("random", 64, 20, 0), ("random", 128, 9, 0), ("hard", 64, 20, 0.1)],
+        [("all", None, steps, 0) for steps in range(1, 20)],
+    ],
+)
+def test_every_arm_is_drawn_whatever_its_rewind_step_and_no_panel_is_empty(place, rows):
+    results = digits(*rows)
+    drawn = set()
+    for number in figures._distinct_figures(results):
+        figures.figure(number, results)
+        for panel in (panel for row in figures.panels(number, results) for panel in row):
+            lines, _ = figures._lines(panel, results["digits"])
+            assert lines
+            drawn |= {arm for role, arm in figures._roles(panel).items() if role in lines}
+    assert drawn == set(results["digits"])
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,12 @@ def test_nothing_is_tested_without_all_at_t_star(cifar10):
     )
 
 
+def test_an_arm_without_a_common_level_is_named(cifar10):
+    early = dataclasses.replace(cifar10[Arm("init")], summary=cifar10[Arm("init")].summary.loc[:2])
+    found = matching.match(paper.CIFAR10, cifar10 | {Arm("init"): early}, 1.0, *SETTINGS)
+    assert "; not tested: init (levels 3 to 12: the arms have none in common" in matching.describe(found)
+
+
 def test_unknown_cost_is_nan_and_sorts_last(cifar10):
     for dataset in ("image_folder", "mine"):
         found = matching.match(dataclasses.replace(paper.CIFAR10, dataset=dataset), cifar10, 1.0, *SETTINGS)
@@ -64,6 +70,14 @@ def test_heat_map_has_one_cell_per_arm_and_frames_the_matches(cifar10):
         "easy, t_r = 200",
         "hard, t_r = 200",
     ]
+
+
+def test_arms_that_differ_only_in_details_have_rows_of_their_own(cifar10):
+    easy = Arm("easy", 3200, 200)
+    balanced = dataclasses.replace(easy, details=(("pretrain.subset.class_balanced", "true"),))
+    found = matching.match(paper.CIFAR10, cifar10 | {balanced: cifar10[easy]}, 1.0, *SETTINGS)
+    (axes,) = matching.figure([found]).axes
+    assert len(axes.texts) == 25 and "easy, t_r = 200, balanced" in [t.get_text() for t in axes.get_yticklabels()]
 
 
 def test_command_prints_a_table_and_writes_the_heat_map(place, capsys):

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import yaml
 from chromium import PROGRAM, Page
+from hypothesis import example, given
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -118,11 +120,54 @@ def test_results_are_compared_with_the_published_curves(place):
     mine = report.collect.load("rows.csv")
     published = report.figures.results_by_dataset(report.collect.published())
     results = report.figures.results_by_dataset(mine)
-    deviations = report._deviations(mine, results, published, 0.3, (3, 12), 0.95)
+    deviations = report._deviations(results, published, 0.3, (3, 12), 0.95)
     assert [row[0] for row in deviations] == ["CIFAR-10: init", "CIFAR-10: all, t_r = 200", "CIFAR-10: all, t_r = 400"]
     assert all(-1.4 < float(row[1].partition(" ")[0]) < -0.6 for row in deviations)
-    other = mine.assign(model="another")
-    assert report._deviations(other, results, published, 0.3, (3, 12), 0.95) == []
+    other = report.figures.results_by_dataset(mine.assign(model="another"))
+    assert report._deviations(other, published, 0.3, (3, 12), 0.95) == []
+
+
+def test_experiments_with_other_settings_are_neither_pooled_nor_compared_and_the_rest_is_reported(record, place):
+    record("all", accuracies(2, 95.0), "pretrain.steps=8")
+    record("init", accuracies(2, 90.0))
+    record("all", accuracies(2, 60.0), "pretrain.steps=8", "prune.fraction=0.5", "seed=1")
+    record("init", accuracies(2, 50.0), "train.steps=40")
+    record("all", accuracies(2, 94.0), "pretrain.steps=8", "model.width=4")
+    verdicts = "\n".join(write_all().verdicts)
+    setups = "model.width = 2, prune.fraction = 0.2, train.steps = 12"
+    assert f"digits, {setups}: all at t* dominates init: holds." in verdicts and "n = 2 and 2, paired" in verdicts
+    assert verdicts.count(": holds.") == 1
+    other = setups.replace("0.2", "0.5")
+    assert (
+        f"digits, {other}: all at t* dominates init: not tested: missing init, {other} (not compared: init," in verdicts
+    )
+    assert verdicts.startswith("note: digits: several setups, whose arms are not compared with each other:")
+    assert "all at t* = 8 stays within" in verdicts and "missing all, t_r = 8" not in verdicts
+
+
+def test_numerical_settings_are_not_pooled_but_compared_with_a_note(record, place):
+    record("all", accuracies(2, 95.0), "pretrain.steps=8", "threads=2")
+    record("init", accuracies(2, 90.0), "seed=42")
+    verdicts = "\n".join(write_all().verdicts)
+    assert "all at t* dominates init: holds." in verdicts and "The arms also differ in threads = 2 and 1" in verdicts
+    record("all", accuracies(2, 95.0), "pretrain.steps=8", "seed=7")
+    verdicts = "\n".join(write_all().verdicts)
+    several = "several configurations of all, t_r = 8: threads = 1 or 2"
+    assert f"dense accuracy not tested: {several}." in verdicts and f"init: not tested: {several}" in verdicts
+
+
+def write_all():
+    return report.write(mlflow_store.tracking_uri(), None, report.Path("report.html"), 0.3, (0, 4), 0.95)
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+@example("a/b", "a\\b")
+@example("a/b", "a_b")
+@example("x" * 300, "x" * 299)
+def test_experiments_with_different_names_have_different_reports(first, second):
+    names = [report.file_name(name) for name in (first, second)]
+    assert (names[0] == names[1]) == (first == second)
+    assert all("/" not in name and len(os.fsencode(name)) < 256 for name in names)
 
 
 @pytest.mark.integration
