@@ -7,6 +7,7 @@ python -m analysis.figures --published -o figures                         draws 
 
 import argparse
 import dataclasses
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
