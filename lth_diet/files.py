@@ -214,9 +214,11 @@ def open_atomically(path: Path, content: bytes | str) -> BinaryIO:
             replace(part, path)
             return file
     except BaseException:
-        for clean_up in [file.close] * bool(file) + [part.unlink]:  # frees space on a full disk
-            with contextlib.suppress(OSError):
-                clean_up()
+        with contextlib.suppress(OSError):  # the error of the write counts; closing may fail with it again
+            if file:
+                file.close()
+        with contextlib.suppress(OSError):
+            part.unlink()  # frees space on a full disk
         raise
 
 

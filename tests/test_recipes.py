@@ -121,7 +121,7 @@ def test_a_rerun_sends_what_mlflow_missed(tiny, monkeypatch, place):
     assert code == 0 and err.count("warning: MLflow is not up to date") == 1
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
     code, _, err = run(path, "prune.levels=0")
-    assert code == 0 and err == ""
+    assert code == 0 and "MLflow" not in err
     client = MlflowClient(mlflow_store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     (parent,) = client.search_runs([experiment], "tags.phase = 'all'")

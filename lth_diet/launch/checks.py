@@ -4,8 +4,6 @@ import os
 import shutil
 from collections.abc import Iterable
 
-import joblib
-
 from lth_diet.config.loading import Loaded
 from lth_diet.config.run_ids import OUTSIDE_IDENTITY, flatten, run_identity, scores_identity
 from lth_diet.config.schema import Config
@@ -191,5 +189,5 @@ def thread_warnings(threads: int, ranks: int, cpus: int) -> list[str]:
 
 
 def available_cpus() -> int:
-    """Number of CPUs that this process may use, within the limits of `taskset` and of its container."""
-    return joblib.cpu_count()
+    """Number of CPUs that this process may use, within the limits of `taskset`."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -64,19 +64,20 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
         run = RunDirectory(config, process.world_size)
         scores = missing_scores(run)
         if only_plan:
-            _warn(loaded, process)
+            print_warnings(_warnings(loaded, process))
             print(plan.plan(run, scores))
             return 0
         process.exit_with_launcher()
         read_only = run.done and not run.is_writable  # such as an archive: its results are only shown
         if not read_only:
             checks.check_environment(config, process)
-        _warn(loaded, process)
+        sentences = _warnings(loaded, process)  # before the new run directory hides that images have changed
         if not read_only:
             run.create()
         scores = None if read_only else scores
         if scores:
             scores.create()
+        print_warnings(sentences)
         board = _start(config, process)
     except (UserError, OSError) as error:
         return report_invalid_input(error)
@@ -117,16 +118,17 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
         checks.check_scoring(config, process)
         folder = ScoresDirectory(config)
         if only_plan:
-            _warn(loaded, process, scoring=True)
+            print_warnings(_warnings(loaded, process, scoring=True))
             print(plan.plan_scores(folder))
             return 0
         process.exit_with_launcher()
         read_only = folder.done and not folder.is_writable
         if not read_only:
             checks.check_environment(config, process)
-        _warn(loaded, process, scoring=True)
+        sentences = _warnings(loaded, process, scoring=True)
         if not read_only:
             folder.create()
+        print_warnings(sentences)
         board = _start(config, process)
     except (UserError, OSError) as error:
         return report_invalid_input(error)
@@ -145,13 +147,14 @@ def _read(argv: Sequence[str] | None, description: str) -> tuple[Loaded, bool]:
     return loading.load(arguments.file, arguments.overrides), arguments.plan
 
 
-def _warn(loaded: Loaded, process: ProcessInfo, scoring: bool = False) -> None:
-    """Print the warnings of this launch on rank 0."""
-    if process.rank == 0:
-        sentences = checks.warnings(loaded, process.local_world_size, scoring)
-        if loaded.config.parallelism == "data" and process.world_size == 1 and not scoring:
-            sentences.append("parallelism = data: has no effect with one rank; use composer -n <ranks>")
-        print_warnings(sentences)
+def _warnings(loaded: Loaded, process: ProcessInfo, scoring: bool = False) -> list[str]:
+    """Return the warnings of this launch, which rank 0 prints."""
+    if process.rank:
+        return []
+    sentences = checks.warnings(loaded, process.local_world_size, scoring)
+    if loaded.config.parallelism == "data" and process.world_size == 1 and not scoring:
+        sentences.append("parallelism = data: has no effect with one rank; use composer -n <ranks>")
+    return sentences
 
 
 def _start(config: Config, process: ProcessInfo) -> StatusBoard:

@@ -89,6 +89,7 @@ class ProcessInfo:
         text = os.environ.get("LOCAL_WORLD_SIZE", "")
         return int(text) if text.isdecimal() else self.world_size
 
+    @property
     def launch(self) -> str:
         """Name of this launch, which its ranks on one node share."""
         if self.world_size == 1:

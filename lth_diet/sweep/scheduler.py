@@ -76,8 +76,9 @@ def _connected(settings: Settings, address: str | None) -> Iterator[str]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
+    cpus = checks.available_cpus()  # Ray ignores `taskset`, but knows the limits of a container
     own = {
-        "num_cpus": settings.cpus or checks.available_cpus(),
+        "num_cpus": settings.cpus or (cpus if cpus < (os.cpu_count() or 1) else None),
         "num_gpus": settings.gpus,
         "object_store_memory": _OBJECT_STORE_BYTES,
     }

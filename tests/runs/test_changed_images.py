@@ -69,7 +69,7 @@ def test_runs_of_versions_that_identified_images_by_name_and_size_are_named(load
     config = load()
     info = catalog.info("image_folder", "data")
     name, identifier = run_ids.run_name(config), run_ids.scores_id(config)
-    monkeypatch.setattr(catalog, "info", lambda *_: type(info)(info.train_size, info.old_fingerprint))
+    monkeypatch.setattr(catalog, "info", lambda *_: type(info)(info.train_size, info.old_fingerprint, info.classes))
     run, scores = RunDirectory(config), ScoresDirectory(config)
     run.create()
     scores.create()

@@ -40,18 +40,21 @@ def test_scores_computed_with_other_labels_are_rejected(artifact):
 
 def test_scores_of_other_data_are_rejected(artifact):
     path, _ = artifact
-    artifacts.check_dataset(path, "digits", DatasetInfo(12, "digits"))
+    artifacts.check_dataset(path, "digits", DatasetInfo(12, "digits", 10))
     with pytest.raises(
         UserError, match=r"scores\.safetensors: scores of digits \(digits\); expected scores of cifar10"
     ):
-        artifacts.check_dataset(path, "cifar10", DatasetInfo(12, "cifar10"))
+        artifacts.check_dataset(path, "cifar10", DatasetInfo(12, "cifar10", 10))
 
 
 def test_scores_with_the_old_fingerprint_are_accepted_if_the_number_of_examples_and_the_labels_agree(place):
     artifacts.save_scores(place, np.full((1, 12), 0.5, np.float32), LABELS, "image_folder", "old")
     path = place / "scores.safetensors"
-    artifacts.check_dataset(path, "image_folder", DatasetInfo(12, "new", old_fingerprint="old"))
-    for info in (DatasetInfo(13, "new", old_fingerprint="old"), DatasetInfo(12, "new", old_fingerprint="other")):
+    artifacts.check_dataset(path, "image_folder", DatasetInfo(12, "new", 10, old_fingerprint="old"))
+    for info in (
+        DatasetInfo(13, "new", 10, old_fingerprint="old"),
+        DatasetInfo(12, "new", 10, old_fingerprint="other"),
+    ):
         with pytest.raises(UserError, match=r"scores of image_folder \(old\); expected scores of image_folder \(new\)"):
             artifacts.check_dataset(path, "image_folder", info)
     with pytest.raises(UserError, match="computed with other labels"):
