@@ -32,6 +32,7 @@ from lth_diet.errors import Parser, UserError
 from lth_diet.files import write_atomically
 from lth_diet.program import run_program
 from lth_diet.runs import run_directory
+from lth_diet.runs.config_directory import read_config
 from lth_diet.tracking.mlflow_store import failure_reason
 from lth_diet.tracking.mlflow_store import tracking_uri as default_tracking_uri
 
@@ -122,7 +123,7 @@ def write_run_report(run: run_directory.RunDirectory) -> None:
 
     An error is printed but not raised: training has finished, and the report can be written later.
     """
-    experiment = run.config.experiment_name
+    experiment = read_config(run.path)["experiment"]
     try:
         report = write(default_tracking_uri(), experiment, run.path.parent / file_name(experiment))
     except Exception as error:  # from MLflow, SQLAlchemy, requests or the file system

@@ -54,6 +54,10 @@ MEASURED = {
 """Measurements of a finished phase of any kind."""
 
 
+YAMLS = [path for path in sorted((ROOT / "yamls").glob("*.yaml")) if not path.stem.startswith("image_folder")]
+"""The files of yamls/ that need no images of the user."""
+
+
 def write_image_folder(root, sizes=None, shape=(8, 8), suffix=".png", seed=0):
     """Write an image folder of noise: `root/<part>/<class>/NNNN<suffix>`."""
     random = np.random.default_rng(seed)

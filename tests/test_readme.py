@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from forks.client import Process
-from helpers import ROOT, write_image_folder
+from helpers import ROOT, YAMLS, write_image_folder
 from safetensors.numpy import load_file
 
 from lth_diet.config import loading
@@ -224,7 +224,7 @@ def test_generated_tables_in_the_pages_are_up_to_date(clone):
 
 def test_run_directories_in_the_pages_have_todays_run_ids():
     names = {name for text in PAGES.values() for name in re.findall(r"\b[a-z0-9]+_[a-z]+-[0-9a-f]{10}\b", text)}
-    today = {run_name(loading.load_config(path)) for path in (ROOT / "yamls").glob("*.yaml")}
+    today = {run_name(loading.load_config(path)) for path in YAMLS}
     assert names and names <= today
 
 

@@ -6,7 +6,7 @@ A ValueError raised here completes the sentence `<key> = <value> in <file>: ...`
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from lth_diet.errors import expand_path
 
@@ -16,11 +16,12 @@ _REAL = re.compile(r"[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def _steps(value: Any) -> int:
-    match = re.fullmatch(r"(0|[1-9][0-9_]{0,19})(ba)?", str(value)) if not isinstance(value, bool) else None
+def _steps(value: Any, info: ValidationInfo) -> int:
+    """A number of batches; epochs are converted by `info.context`, a function that returns the batches per epoch."""
+    match = re.fullmatch(r"(0|[1-9][0-9_]{0,19})(ba|ep)?", str(value)) if not isinstance(value, bool) else None
     if match is None:
-        raise ValueError("must be a number of batches, such as 400 or 400ba")
-    return int(match[1].replace("_", ""))
+        raise ValueError("must be a number of batches, such as 400 or 400ba, or of epochs, such as 160ep")
+    return int(match[1].replace("_", "")) * (info.context() if match[2] == "ep" else 1)
 
 
 def _real(value: Any) -> float:

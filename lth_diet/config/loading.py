@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from lth_diet.config.fields import CONTROL_CHARACTERS, Section
+from lth_diet.config.fields import CONTROL_CHARACTERS, Count, Section
 from lth_diet.config.run_ids import DEFAULTS, flatten
-from lth_diet.config.schema import Config
+from lth_diet.config.schema import Config, Dataset
 from lth_diet.config.weights import levels_problem
 from lth_diet.config.yaml_files import MAX_DEPTH, ends_in_comment, parse, quote, read_tree
 from lth_diet.data import catalog
+from lth_diet.data.dataset import DatasetInfo
 from lth_diet.errors import UserError, expand_path
 from lth_diet.scores import artifact
 
@@ -63,8 +64,9 @@ def load(path: str | Path, overrides: Iterable[str] = (), layers: Iterable[Layer
     layers = list(layers)
     for where, layer in [*layers, *(("command line", nested(*pair)) for pair in given)]:
         tree, origin = _merge(tree, origin, layer, where)
-    config = validate(Config, tree, origin, str(path))
-    _check(config, functools.partial(_invalid, origin, str(path)))
+    invalid = functools.partial(_invalid, origin, str(path))
+    config = validate(Config, tree, origin, str(path), functools.partial(_batches_per_epoch, tree, invalid))
+    _check(config, invalid)
     sources = {"command line", *(where for where, _ in layers)} if layers else {"command line", str(path)}
     where = {key: _location(origin, "", key) for key in flatten(config.model_dump()) if key in origin}
     written = frozenset(key for key in where if origin[key] in sources)
@@ -101,7 +103,13 @@ def nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def validate(section: type[AnySection], tree: dict[str, Any], origin: dict[str, str], path: str) -> AnySection:
+def validate(
+    section: type[AnySection],
+    tree: dict[str, Any],
+    origin: dict[str, str],
+    path: str,
+    batches_per_epoch: Callable[[], int] | None = None,
+) -> AnySection:
     """Build a section from settings.
 
     Args:
@@ -109,12 +117,13 @@ def validate(section: type[AnySection], tree: dict[str, Any], origin: dict[str, 
         tree: The settings.
         origin: Where each setting is from, by dotted key.
         path: Path of the file, for keys without an origin.
+        batches_per_epoch: Called to convert epochs; required if the section has steps.
 
     Raises:
         UserError: If a key is unknown or missing, or a value is invalid.
     """
     try:
-        return section.model_validate(tree)
+        return section.model_validate(tree, context=batches_per_epoch)
     except ValidationError as errors:
         unknown = [error for error in errors.errors() if error["type"] == "extra_forbidden"]
         raise _to_user_error([*unknown, *errors.errors()][0], origin, path) from None
@@ -169,6 +178,23 @@ _PROBLEMS = {
 }
 
 
+def _batches_per_epoch(tree: dict[str, Any], invalid: Callable[[str, Any, str], UserError]) -> int:
+    """Training images // batch size, also under a subset; 1 if one of them is invalid, which is reported elsewhere."""
+    try:
+        dataset = Dataset.model_validate(tree.get("dataset"))
+        batch_size = TypeAdapter(Count).validate_python(tree["train"]["batch_size"])
+    except (ValidationError, LookupError, TypeError):
+        return 1
+    return max(_dataset_info(dataset, invalid).train_size // batch_size, 1)
+
+
+def _dataset_info(dataset: Dataset, invalid: Callable[[str, Any, str], UserError]) -> DatasetInfo:
+    try:
+        return catalog.info(dataset.name, dataset.root)
+    except UserError as error:
+        raise invalid("dataset.root", dataset.root, str(error)) from None
+
+
 def _check(config: Config, invalid: Callable[[str, Any, str], UserError]) -> None:
     """Check values against each other and against the dataset."""
     train, pretrain = config.train, config.pretrain
@@ -179,10 +205,7 @@ def _check(config: Config, invalid: Callable[[str, Any, str], UserError]) -> Non
         raise invalid("pretrain.steps", config.rewind_step, expected)
     if config.arm in ("random", "easy", "hard") and pretrain.subset is None:
         raise invalid("pretrain.subset", None, f"must be {{size: M}} for arm: {config.arm}")
-    try:
-        data = catalog.info(config.dataset.name, config.dataset.root)
-    except UserError as error:
-        raise invalid("dataset.root", config.dataset.root, str(error)) from None
+    data = _dataset_info(config.dataset, invalid)
     if problem := levels_problem(config):
         raise invalid("prune.levels", config.prune.levels, problem)
     if train.batch_size > data.train_size:

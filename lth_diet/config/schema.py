@@ -1,11 +1,13 @@
 """The schema of a configuration: its sections and keys, with their types, ranges and defaults.
 
-The text below a key is its meaning in `python -m lth_diet keys` and docs/configuration.md. A step is one batch.
+The text below a key is its meaning in `python -m lth_diet keys` and docs/configuration.md. A step is one batch. Steps
+may be given in epochs, such as `160ep`: an epoch has training images // train.batch_size batches, also under a subset.
 """
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from lth_diet.config.fields import (
     Count,
@@ -21,6 +23,7 @@ from lth_diet.config.fields import (
     replicate_indices,
     resnet_depth,
 )
+from lth_diet.data.dataset import NATIVE_SIZES, flips_by_default
 
 Arm = Literal["init", "all", "random", "easy", "hard"]
 
@@ -32,6 +35,20 @@ class Dataset(Section):
     """Dataset: cifar10, cifar100, cinic10, digits (8 x 8 pixels, needs no download), or image_folder."""
     root: PathText = "data"
     """Folder of the dataset, where downloads go. The run id depends on the images in an image folder."""
+    size: Annotated[Count, Field(ge=4, le=1024)] | None = None
+    """Pixels per side: images are scaled, by averaging, and their center is cropped. None keeps them as they are."""
+    flip: Annotated[bool, Field(strict=True)] | None = None
+    """Whether training images are flipped horizontally at random. None: yes, but not for digits."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_defaults(cls, values: Any) -> Any:
+        """Values that change nothing count as not given: they must not change the run id."""
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+            return values
+        unchanged = {"size": NATIVE_SIZES.get(values["name"]), "flip": flips_by_default(values["name"])}
+        without = {key: None for key in unchanged if key in values and values[key] == unchanged[key]}
+        return {**values, **without}
 
 
 class Model(Section):
@@ -149,7 +166,7 @@ class Config(Section):
     runs: PathText = "runs"
     """Folder of the run directories, or a URL such as s3://bucket/prefix. Not part of the run id."""
     experiment: Text | None = None
-    """Name of the MLflow experiment; the name of the dataset by default. Not part of the run id."""
+    """Name of the MLflow experiment; by default that of the dataset or image folder. Not part of the run id."""
 
     def __repr__(self) -> str:
         return f"Config({self.dataset.name}, {self.arm_description})"
@@ -172,7 +189,8 @@ class Config(Section):
     @property
     def experiment_name(self) -> str:
         """Name of the MLflow experiment."""
-        return self.experiment or self.dataset.name
+        folder = Path(self.dataset.root).resolve().name if self.dataset.name == "image_folder" else ""
+        return self.experiment or folder or self.dataset.name
 
     @property
     def arm_description(self) -> str:

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from lth_diet.data import image_folder
 from lth_diet.data.dataset import Dataset, DatasetInfo, Split
+from lth_diet.data.image_file import scale_images
 from lth_diet.errors import UserError, raise_if_corrupt
 from lth_diet.files import cache_folder, read_json, sha256, write_json
 
@@ -68,12 +69,13 @@ def warnings(name: str, root: str) -> list[str]:
     return list(info(name, root).warnings)
 
 
-def load(name: str, root: str) -> Dataset:
+def load(name: str, root: str, size: int | None = None) -> Dataset:
     """Load a dataset from the cache, which is prepared first unless this process has done so.
 
     Args:
         name: Name of the dataset, as in `config.schema.Dataset`.
         root: Folder of its files. CIFAR and CINIC-10 are downloaded to it if they are missing.
+        size: Scale all images to this many pixels per side; None keeps them.
 
     Returns:
         The dataset, with memory-mapped arrays.
@@ -81,9 +83,9 @@ def load(name: str, root: str) -> Dataset:
     Raises:
         UserError: As `prepare`, or if the cache cannot be read.
     """
-    folder = _cache_folder(name, root)
+    folder = _cache_folder(name, root, size)
     if folder not in _prepared:
-        warning = prepare(name, root)
+        warning = prepare(name, root, size=size)
         if warning:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     with raise_if_corrupt(folder, f"the cache of {name}; delete it to rebuild it"):
@@ -92,7 +94,7 @@ def load(name: str, root: str) -> Dataset:
         return Dataset(name, train, test, tuple(about["mean"]), tuple(about["std"]), tuple(about["class_names"]))
 
 
-def prepare(name: str, root: str, launch: str | None = None) -> str | None:
+def prepare(name: str, root: str, launch: str | None = None, size: int | None = None) -> str | None:
     """Verify the checksums of a dataset's cache, and build it if it is missing or damaged; only one process does so.
 
     Args:
@@ -100,6 +102,7 @@ def prepare(name: str, root: str, launch: str | None = None) -> str | None:
         root: Folder of its files.
         launch: Name that the processes of a launch share on a node: only the first one verifies. None: this process
             verifies.
+        size: As of `load`.
 
     Returns:
         A sentence if the cache had to be replaced; all processes of the launch get it.
@@ -107,7 +110,7 @@ def prepare(name: str, root: str, launch: str | None = None) -> str | None:
     Raises:
         UserError: If files are missing, cannot be downloaded or decoded, or the cache cannot be written.
     """
-    folder = _cache_folder(name, root)
+    folder = _cache_folder(name, root, size)
     verified = Path(f"{folder}.verified")
     warning = None
     try:
@@ -117,7 +120,7 @@ def prepare(name: str, root: str, launch: str | None = None) -> str | None:
             if launch is not None and done.get("launch") == launch and folder.exists():
                 warning = done.get("warning")
             else:
-                warning = _replace_if_damaged(name, root, folder)
+                warning = _replace_if_damaged(name, root, size, folder)
                 write_json(verified, {"launch": launch, "warning": warning})
     except OSError as error:
         if _find_damage(folder):  # a whole cache may be on a disk that is full or read-only
@@ -131,9 +134,7 @@ def prepare(name: str, root: str, launch: str | None = None) -> str | None:
 
 def cached_fingerprints() -> list[str]:
     """Fingerprints of the image folders that are in the cache."""
-    return sorted(
-        path.parent.name.removeprefix("image_folder-") for path in cache_folder().glob("image_folder-*/files.json")
-    )
+    return sorted({path.parent.name.split("-")[1] for path in cache_folder().glob("image_folder-*/files.json")})
 
 
 def changes_since(fingerprint: str, root: str) -> str | None:
@@ -149,8 +150,9 @@ def changes_since(fingerprint: str, root: str) -> str | None:
     """
     now = {image.name: image.sha256 for image in info("image_folder", root).images}
     try:
-        before = read_json(cache_folder() / f"image_folder-{fingerprint}" / "files.json", {"root": str, "files": dict})
-    except UserError:
+        cached = [*cache_folder().glob(f"image_folder-{fingerprint}*/files.json")]
+        before = read_json(cached[0], {"root": str, "files": dict})
+    except (UserError, IndexError):
         return None
     same = sum(now.get(name) == sha256 for name, sha256 in before["files"].items())
     is_earlier_state = before["root"] == str(Path(root).resolve()) or 2 * same >= len(before["files"])
@@ -170,9 +172,10 @@ def _map_split(folder: Path, part: str) -> Split:
     return Split(*(np.load(folder / f"{part}_{array}.npy", mmap_mode="c") for array in ("x", "y")))
 
 
-def _cache_folder(name: str, root: str) -> Path:
+def _cache_folder(name: str, root: str, size: int | None) -> Path:
     fingerprint = info(name, root).fingerprint
-    return cache_folder() / (name if fingerprint == name else f"{name}-{fingerprint}")
+    parts = [name] * (fingerprint != name) + [fingerprint] + [f"{size}px"] * (size is not None)
+    return cache_folder() / "-".join(parts)
 
 
 def _read_verified(path: Path) -> dict[str, Any]:
@@ -181,16 +184,16 @@ def _read_verified(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _replace_if_damaged(name: str, root: str, folder: Path) -> str | None:
+def _replace_if_damaged(name: str, root: str, size: int | None, folder: Path) -> str | None:
     """Build a cache if it is missing or damaged. Returns a sentence if it was damaged. The caller holds the lock."""
     damage = _find_damage(folder)
     if damage is None:
         return None
     if not folder.exists():
-        _build(name, root, folder)
+        _build(name, root, size, folder)
         return None
     try:
-        _build(name, root, folder)
+        _build(name, root, size, folder)
     except UserError as error:
         raise UserError(f"the cache {folder} {damage} and cannot be rebuilt: {error}") from None
     return f"the cache {folder} {damage}; it was rebuilt"
@@ -211,12 +214,12 @@ def _find_damage(folder: Path) -> str | None:
     return f"is damaged (the checksum of {damaged[0]} is wrong)" if damaged else None
 
 
-def _build(name: str, root: str, folder: Path) -> None:
+def _build(name: str, root: str, size: int | None, folder: Path) -> None:
     """Decode a dataset to `folder`, atomically. The caller holds the lock."""
     for stale in folder.parent.glob(f"{folder.name}.part-*"):  # left by a process that was killed
         shutil.rmtree(stale)
-    train, test, class_names = _decode(name, root)
-    mean, std = _STATISTICS.get(name) or _statistics(train.images)
+    train, test, class_names = _decode(name, root, size)
+    mean, std = (_STATISTICS.get(name) if size is None else None) or _statistics(train.images)
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     try:
         part.mkdir()
@@ -237,7 +240,7 @@ def _build(name: str, root: str, folder: Path) -> None:
     shutil.rmtree(part.with_name(f"{part.name}-damaged"), ignore_errors=True)
 
 
-def _decode(name: str, root: str) -> tuple[Split, Split, list[str]]:
+def _decode(name: str, root: str, size: int | None) -> tuple[Split, Split, list[str]]:
     from lth_diet.data import cifar, cinic10, digits  # imports requests and Pillow, which are slow
 
     decoders = {
@@ -245,10 +248,14 @@ def _decode(name: str, root: str) -> tuple[Split, Split, list[str]]:
         "cifar100": functools.partial(cifar.decode, "CIFAR100"),
         "cinic10": cinic10.decode,
         "digits": digits.decode,
-        "image_folder": lambda root: image_folder.decode(root, info(name, root).images),
     }
     with _name_unreadable_files():
-        return decoders[name](root)
+        if name == "image_folder":
+            return image_folder.decode(root, info(name, root).images, size)
+        train, test, class_names = decoders[name](root)
+    if size is not None:
+        train, test = (Split(scale_images(split.images, size), split.labels) for split in (train, test))
+    return train, test, class_names
 
 
 def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -5,6 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+NATIVE_SIZES = {"cifar10": 32, "cifar100": 32, "cinic10": 32, "digits": 8}
+"""Pixels per side of the images of each dataset; those of an image folder may have any size."""
+
+
+def flips_by_default(name: str) -> bool:
+    """Whether a horizontally flipped image of a dataset keeps its class. Digits do not."""
+    return name != "digits"
+
 
 class ImageFile(NamedTuple):
     """A file of an image folder: its path relative to the folder, its class, and the SHA-256 of its content."""
@@ -64,5 +72,5 @@ class Dataset:
 
     @property
     def flip(self) -> bool:
-        """Whether a horizontally flipped image keeps its class. Digits do not."""
-        return self.name != "digits"
+        """Whether a horizontally flipped image keeps its class."""
+        return flips_by_default(self.name)

@@ -15,6 +15,7 @@ DECODER_VERSION = 2
 """Raised when the same file is decoded to other pixels; part of the fingerprint of image folders."""
 MIN_SIDE = 4  # pixels; the networks halve the sides twice
 MAX_SIDE = 1024  # pixels; a file of a few bytes may claim to be of any size
+_MAX_SCALED_SIDE = 16_384  # of images that are scaled down
 MAX_BYTES = 64 << 20
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -22,12 +23,13 @@ _PNG_BIT_DEPTH = 24  # position in the file
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
-def read_pixels(file: BinaryIO, path: Path) -> np.ndarray:
+def read_pixels(file: BinaryIO, path: Path, size: int | None = None) -> np.ndarray:
     """Decode an image, upright as its EXIF orientation says and on a white background where it is transparent.
 
     Args:
         file: The open file.
         path: Its path, for messages.
+        size: Scale the image so that its shorter side has this many pixels, and crop the center to a square.
 
     Returns:
         Pixels, uint8 of shape (H, W, C): one channel for grayscale images, also with 1 bit, alpha or a gray palette;
@@ -35,7 +37,7 @@ def read_pixels(file: BinaryIO, path: Path) -> np.ndarray:
 
     Raises:
         UserError: If the file is damaged or truncated, or is not a JPEG or PNG file with one image of `MIN_SIDE` to
-            `MAX_SIDE` pixels per side and at most 8 bits per channel.
+            `MAX_SIDE` pixels per side (more if it is scaled) and at most 8 bits per channel.
     """
     from PIL import Image, ImageOps
 
@@ -48,10 +50,11 @@ def read_pixels(file: BinaryIO, path: Path) -> np.ndarray:
             warnings.simplefilter("error")  # Pillow warns of some damaged files
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # too large, which is reported below
             with opened() as image:
-                _check(image, file, path)
+                _check(image, file, path, MAX_SIDE if size is None else _MAX_SCALED_SIDE)
                 image.verify()  # the checksums of a PNG; unusable afterwards
             with opened() as image:
-                pixels = np.asarray(_as_gray_or_rgb(ImageOps.exif_transpose(image)))
+                image = _as_gray_or_rgb(ImageOps.exif_transpose(image))
+                pixels = np.asarray(image if size is None else _scale(image, size))
     except UserError:
         raise
     except Exception as error:  # Pillow raises many types of exceptions for a damaged file
@@ -59,10 +62,26 @@ def read_pixels(file: BinaryIO, path: Path) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def _check(image: "Image.Image", file: BinaryIO, path: Path) -> None:
+def scale_images(images: np.ndarray, size: int) -> np.ndarray:
+    """Scale images, uint8 of shape (N, H, W, C), as `read_pixels` does; returns shape (N, size, size, C)."""
+    from PIL import Image
+
+    gray = images.shape[3] == 1
+    scaled = [_scale(Image.fromarray(image[..., 0] if gray else image), size) for image in images]
+    return np.stack([np.asarray(image) for image in scaled]).reshape(len(images), size, size, -1)
+
+
+def _scale(image: "Image.Image", size: int) -> "Image.Image":
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, (size, size), Image.Resampling.BOX)  # the mean of all pixels that become one
+
+
+def _check(image: "Image.Image", file: BinaryIO, path: Path, max_side: int) -> None:
     width, height = image.size
-    if max(image.size) > MAX_SIDE:
-        raise UserError(f"{path}: {width} x {height} pixels; expected at most {MAX_SIDE} per side")
+    if max(image.size) > max_side:
+        hint = ", or set dataset.size to scale the images" if max_side == MAX_SIDE else ""
+        raise UserError(f"{path}: {width} x {height} pixels; expected at most {max_side} per side{hint}")
     if min(image.size) < MIN_SIDE:
         raise UserError(f"{path}: {width} x {height} pixels; expected at least {MIN_SIDE} per side")
     if image.mode not in _EIGHT_BIT_MODES:

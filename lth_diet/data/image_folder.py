@@ -42,12 +42,13 @@ def _hash(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def decode(root: str, images: Sequence[ImageFile]) -> tuple[Split, Split, list[str]]:
+def decode(root: str, images: Sequence[ImageFile], size: int | None = None) -> tuple[Split, Split, list[str]]:
     """Return the training set (train/ and valid/ merged), test set and class names.
 
     Args:
         root: The folder.
         images: Its images, as `info` found them.
+        size: Scale all images to this many pixels per side; None keeps them.
 
     Raises:
         UserError: If a file changed, cannot be decoded, or differs from the first one in size or number of channels.
@@ -59,23 +60,24 @@ def decode(root: str, images: Sequence[ImageFile]) -> tuple[Split, Split, list[s
         mine = [image for image in images if image.name.startswith("test/") == is_test]
         decoded = None
         for index, image in enumerate(mine):
-            pixels = _read(Path(root) / image.name, image)
+            pixels = _read(Path(root) / image.name, image, size)
             shape = splits[0].images.shape[1:] if splits else pixels.shape
             if decoded is None:
                 decoded = np.empty((len(mine), *shape), np.uint8)
             if pixels.shape != decoded.shape[1:]:
                 found, expected = _describe_shape(pixels.shape), _describe_shape(decoded.shape[1:])
-                raise UserError(f"{Path(root) / image.name}: {found}; expected {expected}, like {images[0].name}")
+                hint = "; set dataset.size=32 to scale all images to one size" if size is None else ""
+                raise UserError(f"{Path(root) / image.name}: {found}; expected {expected}, like {images[0].name}{hint}")
             decoded[index] = pixels
         splits.append(Split(decoded, np.array([class_names.index(image.class_name) for image in mine])))
     return splits[0], splits[1], class_names
 
 
-def _read(path: Path, image: ImageFile) -> np.ndarray:
+def _read(path: Path, image: ImageFile, size: int | None) -> np.ndarray:
     with open(path, "rb") as file:
         if sha256_of(file) != image.sha256:
             raise UserError(f"{path} changed while the images were read; rerun the command when it is complete")
-        return read_pixels(file, path)
+        return read_pixels(file, path, size)
 
 
 def _describe_shape(shape: tuple[int, ...]) -> str:

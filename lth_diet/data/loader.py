@@ -38,7 +38,7 @@ class Loader:
 
     An epoch visits the examples in use without replacement, in a new order, and drops the last incomplete batch.
     Images are zero-padded by an eighth of their height (4 pixels at 32 x 32), randomly cropped, flipped horizontally
-    with probability 1/2 where `Dataset.flip` allows it, and normalized.
+    with probability 1/2 if `flip`, and normalized.
 
     Iteration starts at step `current_step()` and ends with the epoch. To follow Composer's clock, set
     `loader.current_step = lambda: int(trainer.state.timestamp.batch)` and pass `spin_dataloaders=False` to the
@@ -51,6 +51,7 @@ class Loader:
         augmentation_seed: Seed of crops and flips, purpose "augmentation".
         device: Device on which batches are made.
         rank, ranks: Index of this rank and number of ranks. Each rank makes every `ranks`-th image of a batch.
+        flip: Whether images are flipped; None: if `Dataset.flip` allows it.
 
     Attributes:
         batch_size: Images per batch on this rank.
@@ -71,6 +72,7 @@ class Loader:
         device: torch.device | str = "cpu",
         rank: int = 0,
         ranks: int = 1,
+        flip: bool | None = None,
     ):
         if batch_size % ranks:
             raise ValueError(f"batch_size {batch_size} is not divisible by {ranks} ranks")
@@ -78,7 +80,7 @@ class Loader:
         self.global_batch_size, self.batch_size = batch_size, batch_size // ranks
         self._rank_slice = slice(rank, None, ranks)
         self.order_seed, self.augmentation_seed = order_seed, augmentation_seed
-        self.flip = dataset.flip
+        self.flip = dataset.flip if flip is None else flip
         self.padding = self.images.shape[1] // 8
         self.current_step: Callable[[], int] = lambda: 0
         self._normalize = _Normalize(dataset, device)

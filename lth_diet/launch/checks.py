@@ -58,10 +58,11 @@ def check_environment(config: Config, process: ProcessInfo) -> None:
         UserError: If one of them cannot be used with this configuration.
     """
     open_run_store(config.runs).check()
-    warning = catalog.prepare(config.dataset.name, config.dataset.root, process.launch)
+    dataset = config.dataset
+    warning = catalog.prepare(dataset.name, dataset.root, process.launch, dataset.size)
     if warning and process.local_rank == 0:
         print_warnings([warning])
-    data = catalog.load(config.dataset.name, config.dataset.root)
+    data = catalog.load(dataset.name, dataset.root, dataset.size)
     images = len(data.test.labels)
     if config.parallelism == "data" and images < process.world_size:
         raise UserError(

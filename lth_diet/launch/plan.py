@@ -6,7 +6,9 @@ import json
 import pandas as pd
 
 from lth_diet.config.run_ids import run_id
+from lth_diet.config.schema import Config
 from lth_diet.config.weights import remaining_weights
+from lth_diet.data import catalog
 from lth_diet.errors import UserError
 from lth_diet.files import read_json
 from lth_diet.launch.text import humanize
@@ -20,12 +22,19 @@ def plan_scores(folder: ScoresDirectory) -> str:
     """Describe what scoring would run: its networks, their steps and what is done."""
     phases = scoring_phases(folder)
     noise = f", {100 * folder.config.pretrain.label_noise:g} % label noise" * (folder.config.pretrain.label_noise > 0)
-    lines = [f"{folder.path}: EL2N scores by {len(phases)} {folder.config.model_name}{noise}"]
+    steps = _in_epochs(folder.config, folder.config.scores.steps)
+    lines = [f"{folder.path}: EL2N scores by {len(phases)} {folder.config.model_name}{noise}, {steps}"]
     if folder.done:
         return f"{lines[0]}  done"
     for network, first, last in phases:
         lines.append(f"  {humanize(network.name):<10} steps {first} to {last}  {_state(network, first)}")
     return "\n".join([*lines, f"scores: {steps_left(phases):,} steps to train"])
+
+
+def _in_epochs(config: Config, steps: int) -> str:
+    """Such as `62,400 steps (160 epochs)`."""
+    batches = catalog.info(config.dataset.name, config.dataset.root).train_size // config.train.batch_size
+    return f"{steps:,} steps ({steps / batches:.3g} epochs)"
 
 
 def _state(phase: PhaseDirectory, first: int) -> str:
@@ -42,6 +51,9 @@ def plan(run: RunDirectory, scores: ScoresDirectory | None = None) -> str:
     """
     lines = [plan_scores(scores)] if scores else []
     lines += [f"{run.path}: {run.config.model_name}, arm {run.config.arm}, run id {run_id(run.config)}"]
+    lines.append(f"training of {_in_epochs(run.config, run.config.train.steps)}")
+    if run.config.rewind_step:
+        lines[-1] += f", pre-training of {_in_epochs(run.config, run.config.rewind_step)}"
     total = steps_left(scoring_phases(scores)) if scores else 0
     remaining = remaining_weights(run.config)
     for replicate in run.replicates():

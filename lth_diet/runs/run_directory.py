@@ -87,8 +87,12 @@ class RunDirectory(ConfigDirectory):
             )
 
     def _merge(self, existing: dict[str, Any] | None) -> dict[str, Any]:
-        planned = existing["planned_levels"] if existing else 0
-        return json.loads(json.dumps({**self._content, "planned_levels": max(planned, self.config.prune.levels)}))
+        kept = {}
+        if existing:
+            kept["planned_levels"] = max(existing["planned_levels"], self.config.prune.levels)
+            if self.config.experiment is None:
+                kept["experiment"] = existing["experiment"]
+        return json.loads(json.dumps({**self._content, **kept}))
 
 
 class ReplicateDirectory:

@@ -30,7 +30,7 @@ class Builder:
     @functools.cached_property
     def data(self) -> dataset.Dataset:
         """The data set with its true labels."""
-        return catalog.load(self.config.dataset.name, self.config.dataset.root)
+        return catalog.load(self.config.dataset.name, self.config.dataset.root, self.config.dataset.size)
 
     @functools.cached_property
     def noisy_data(self) -> dataset.Dataset:
@@ -48,7 +48,8 @@ class Builder:
     def build_loader(self, data: dataset.Dataset) -> Loader:
         """Training batches of `data`, in the order and with the augmentation of this scope."""
         order, augmentation = self.seed("order"), self.seed("augmentation")
-        return Loader(data, self.config.train.batch_size, order, augmentation, **_device_and_rank())
+        flip = self.config.dataset.flip
+        return Loader(data, self.config.train.batch_size, order, augmentation, flip=flip, **_device_and_rank())
 
     def build_evaluation_loader(self, split: dataset.Split) -> EvaluationLoader:
         """All images of a split, without augmentation."""

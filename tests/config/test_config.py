@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, TINY, write_image_folder
+from helpers import ROOT, TINY, YAMLS, write_image_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +13,7 @@ from lth_diet.config.run_ids import run_id, run_name, scores_id
 from lth_diet.data import catalog
 from lth_diet.errors import UserError
 from lth_diet.launch import plan
+from lth_diet.runs.config_directory import read_config
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.scores import artifact
@@ -182,7 +183,7 @@ IDS = {
 
 
 def test_run_ids_are_frozen():
-    ids = {path.stem: run_name(loading.load_config(path)) for path in sorted((ROOT / "yamls").glob("*.yaml"))}
+    ids = {path.stem: run_name(loading.load_config(path)) for path in YAMLS}
     assert ids == IDS
 
 
@@ -224,16 +225,18 @@ def test_the_header_of_every_yaml_file_shows_its_command():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "yamls").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_yaml_file_can_be_planned(path, place):
+    write_image_folder(place / "data/mine", {"train": 80, "test": 1})
+    catalog.info.cache_clear()
     loaded = loading.load_config(path)
     run = RunDirectory(loaded)
     scores = ScoresDirectory(loaded) if loaded.needs_scores else None
     planned = plan.plan(run, scores)
-    levels = 8 if path.stem.startswith("digits") else loaded.prune.levels
+    levels = 8 if path.stem.startswith(("digits", "image_folder")) else loaded.prune.levels
     assert planned.count(f"level {levels}") == len(loaded.replicates)
     steps = len(loaded.replicates) * (loaded.rewind_step + (levels + 1) * (loaded.train.steps - loaded.rewind_step))
     steps += loaded.scores.networks * loaded.scores.steps if loaded.needs_scores else 0
     assert planned.endswith(f"total: {steps:,} steps to train")
-    assert not list(place.iterdir())
+    assert [path.name for path in place.iterdir()] == ["data"]
 
 
 SIZES = {"cifar10": 12_800, "cifar100": 2048, "cinic10": 51_200, "cifar10_noise10": 2048, "cifar10_noise50": 3200}
@@ -307,7 +310,7 @@ BAD = {
     "train=5": r"train = 5 on the command line: must be a section of keys",
     "train.batch_size=12.5": r"train.batch_size = 12.5 on the command line: must be an integer",
     "train.batch_size=9999": r"train.batch_size = 9999 on the command line: must be at most 1442, the number of training images",
-    "train.steps=10ep": r"train.steps = '10ep' on the command line: must be a number of batches, such as 400",
+    "train.steps=10sp": r"train.steps = '10sp' on the command line: must be a number of batches, such as 400",
     "train.steps=4": r"pretrain.steps = 4 in .*tiny.yaml: must be between 1 and 3 \(less than train.steps\)",
     "pretrain.steps=12": r"pretrain.steps = 12 on the command line: must be between 1 and 11 \(less than train.steps\)",
     "pretrain.steps=0": r"pretrain.steps = 0 on the command line: must be between 1 and 11",
@@ -392,3 +395,51 @@ def test_any_value_of_any_key_is_accepted_or_rejected_with_one_sentence(tmp_path
         assert len(run_id(loaded)) == 10
     except UserError as error:
         assert "\n" not in str(error)
+
+
+STEP_KEYS = ["train.steps", "pretrain.steps", "scores.steps", "intervals.log", "intervals.checkpoint"]
+
+
+def test_steps_in_epochs_are_steps(tiny):
+    base = ["train.steps=2200", "train.milestones=[440,660]", "intervals.evaluate=22"]
+    batches = [f"{key}=44ba" for key in STEP_KEYS[1:]]
+    epochs = ["train.steps=100ep", "train.milestones=[20ep,30ep]", "intervals.evaluate=1ep"]
+    epochs += [f"{key}=2ep" for key in STEP_KEYS[1:]]  # 1,442 images // 64 = 22 batches, also under a subset
+    assert load(tiny, *epochs, arm="easy") == load(tiny, *base, *batches, arm="easy")
+    assert load(tiny, "train.steps=3ep", "train.batch_size=100").train.steps == 42
+    assert load(tiny, "train.steps=50ep", "pretrain.steps=1ep", "pretrain.subset.size=64").pretrain.steps == 22
+
+
+@pytest.mark.parametrize("value", ["1.5ep", "-1ep", "ep", "1 ep", "01ep", "1EP"])
+def test_epochs_are_whole_numbers(tiny, value):
+    with pytest.raises(UserError, match="train.steps = .* (must be a number of batches|one reading|readings|write)"):
+        load(tiny, f"train.steps={value}")
+
+
+@pytest.mark.parametrize("setting", ["train.batch_size=0", "train.batch_size=9999", "dataset.name=mnist"])
+def test_epochs_of_an_invalid_dataset_or_batch_size_report_that(tiny, setting):
+    with pytest.raises(UserError, match=f"^{setting.split('=')[0]} = "):
+        load(tiny, "train.steps=50ep", setting)
+
+
+def test_a_size_or_flip_that_changes_nothing_is_not_part_of_the_run_id(tiny):
+    known = run_id(load(tiny))
+    assert run_id(load(tiny, "dataset.size=8", "dataset.flip=false")) == known
+    assert len({known, run_id(load(tiny, "dataset.size=4")), run_id(load(tiny, "dataset.flip=true"))}) == 3
+    cifar = ["dataset.name=cifar10", "dataset.size=32", "dataset.flip=true"]
+    assert run_id(load(tiny, *cifar)) == run_id(load(tiny, "dataset.name=cifar10"))
+
+
+def test_an_experiment_is_named_after_the_image_folder_and_a_run_keeps_its_own(tiny, place):
+    write_image_folder(place / "data/mine", {"train": 40, "test": 1})
+    catalog.info.cache_clear()
+    folder = ["dataset.name=image_folder", "dataset.root=data/mine", "experiment=null"]
+    assert load(tiny, *folder, arm="all").experiment_name == "mine"
+    assert load(tiny, "experiment=null").experiment_name == "digits"
+    RunDirectory(load(tiny, *folder[:2], "experiment=first", arm="all")).create()
+    run = RunDirectory(load(tiny, *folder, arm="all"))
+    run.create()
+    assert read_config(run.path)["experiment"] == "first"
+    run = RunDirectory(load(tiny, *folder[:2], "experiment=second", arm="all"))
+    run.create()
+    assert read_config(run.path)["experiment"] == "second"

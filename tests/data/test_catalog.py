@@ -219,9 +219,9 @@ def test_concurrent_processes_build_the_cache_once(place):
     script = (
         "import sys; from lth_diet.data import catalog, image_folder\n"
         "real = image_folder.decode\n"
-        "def counted(root, images):\n"
+        "def counted(root, images, size):\n"
         "    open(sys.argv[2], 'a').write('built\\n')\n"
-        "    return real(root, images)\n"
+        "    return real(root, images, size)\n"
         "image_folder.decode = counted\n"
         "print(catalog.load('image_folder', sys.argv[1]).train.images.sum())"
     )
@@ -235,7 +235,7 @@ def test_concurrent_processes_build_the_cache_once(place):
 
 def test_partial_cache_of_a_killed_process_is_removed(place):
     root = write_image_folder(place / "data")
-    folder = catalog._cache_folder("image_folder", str(root))
+    folder = catalog._cache_folder("image_folder", str(root), None)
     stale = folder.with_name(f"{folder.name}.part-99999")
     stale.mkdir(parents=True)
     catalog.load("image_folder", str(root))
@@ -384,3 +384,24 @@ def test_cache_that_cannot_be_written_raises(monkeypatch):
     monkeypatch.setenv("LTH_DIET_CACHE", "/proc/nope")
     with pytest.raises(UserError, match="/proc/nope/digits: the cache of digits cannot be written"):
         catalog.load("digits", "unused")
+
+
+def test_images_of_different_sizes_need_a_size(place):
+    write_image_folder(place / "data", {"train": 2, "test": 1}, shape=(8, 12))
+    Image.new("RGB", (20, 9), "red").save("data/train/ant/red.png")
+    catalog.info.cache_clear()
+    with pytest.raises(
+        UserError, match="red.png: 20 x 9 pixels, color; expected 12 x 8 .*; set dataset.size=32 to scale"
+    ):
+        catalog.load("image_folder", "data")
+    data = catalog.load("image_folder", "data", 6)
+    assert data.train.images.shape == (5, 6, 6, 3) and data.test.images.shape == (2, 6, 6, 3)
+    assert np.allclose(data.mean, data.train.images.mean((0, 1, 2)) / 255)
+
+
+def test_every_dataset_can_be_scaled_and_each_size_has_a_cache_of_its_own():
+    digits, scaled = catalog.load("digits", "unused"), catalog.load("digits", "unused", 4)
+    means = digits.train.images.reshape(-1, 4, 2, 4, 2, 1).mean((2, 4))
+    assert scaled.train.images.shape == means.shape and np.abs(scaled.train.images - means).max() <= 1
+    assert np.array_equal(scaled.train.labels, digits.train.labels)
+    assert scaled.mean[0] == pytest.approx(scaled.train.images.mean() / 255) and scaled.std != digits.std

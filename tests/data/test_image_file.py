@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lth_diet.data.image_file import read_pixels
+from lth_diet.data.image_file import read_pixels, scale_images
 from lth_diet.errors import UserError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
@@ -140,3 +140,27 @@ def test_damage_that_only_raises_a_warning_is_rejected():
     start = content.index(b"Exif\0\0") + 6
     with pytest.raises(UserError, match="not a readable image"):
         read(content[:start] + content[start : start + 8] + b"\xff\xff" + content[start + 10 :])
+
+
+def test_a_scaled_image_is_the_mean_of_its_pixels_around_the_center():
+    content = encode(Image.fromarray(NOISE))  # 8 x 12 pixels: 2 columns are cropped on each side
+    mean = NOISE[:, 2:10].reshape(4, 2, 4, 2, 3).mean((1, 3))
+    scaled = read_pixels(io.BytesIO(content), "a.png", 4)
+    assert scaled.shape == (4, 4, 3) and np.abs(scaled - mean).max() <= 1
+    assert np.array_equal(scale_images(NOISE[None], 4)[0], scaled)
+    gray = scale_images(NOISE[None, ..., :1], 4)
+    assert gray.shape == (1, 4, 4, 1) and np.array_equal(gray[0, ..., 0], scaled[..., 0])
+
+
+def test_a_portrait_is_turned_before_it_is_cropped():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = read_pixels(io.BytesIO(encode(Image.fromarray(NOISE), exif=exif)), "a.png", 8)
+    assert np.array_equal(turned, np.rot90(NOISE, -1)[2:10])
+
+
+def test_large_photographs_are_accepted_if_they_are_scaled():
+    content = encode(Image.new("L", (1500, 1100), 7), "JPEG")
+    assert np.array_equal(read_pixels(io.BytesIO(content), "a.jpg", 8), np.full((8, 8, 1), 7))
+    with pytest.raises(UserError, match="1500 x 1100 pixels; expected at most 1024 per side, or set dataset.size"):
+        read(content)

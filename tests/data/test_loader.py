@@ -107,9 +107,12 @@ def test_crops_and_flips_are_uniform():
     assert abs(flipped.mean() - 0.5) < 0.02
 
 
-def test_digits_are_not_flipped():
-    train = loader(dataset(channels=1, name="digits"))
-    assert not any(train.augmentation(step)[2].any() for step in range(20))
+@pytest.mark.parametrize(
+    ("name", "flip", "flips"), [("digits", None, False), ("digits", True, True), ("cifar10", False, False)]
+)
+def test_digits_are_not_flipped_unless_the_loader_is_told_to(name, flip, flips):
+    train = Loader(dataset(name=name), 7, 0, 0, flip=flip)
+    assert any(train.augmentation(step)[2].any() for step in range(20)) == flips
 
 
 @given(st.sets(st.integers(0, 49), min_size=7, max_size=50))

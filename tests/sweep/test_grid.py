@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import MEASURED, ROOT
+from helpers import MEASURED, ROOT, YAMLS
 
 from analysis import arms, collect, paper
 from analysis.arms import Arm
@@ -75,7 +75,7 @@ def test_every_sweep_file_belongs_to_a_figure_or_the_digits():
 
 def test_every_configuration_in_yamls_is_a_run_of_a_sweep():
     swept = set().union(*(Sweep(path).runs for path in SWEEPS.iterdir()))
-    alone = {run_name(loading.load_config(path)) for path in (ROOT / "yamls").glob("*.yaml")}
+    alone = {run_name(loading.load_config(path)) for path in YAMLS}
     assert alone <= swept
     assert {name for name in alone if "digits" in name} == Sweep(SWEEPS / "digits.yaml").runs.keys()
 
