@@ -24,12 +24,13 @@ from lth_diet.scores.pictures import save_scores_pictures, save_subset_pictures
 from lth_diet.scores.summary import ScoredExamples
 
 
-def load(artifact: Path, root: str) -> ScoredExamples:
+def load(artifact: Path, root: str, pixels: int | None = None) -> ScoredExamples:
     """Loads the training examples of a scores artifact, with the labels that were scored.
 
     Args:
         artifact: Folder of the artifact.
         root: Folder of the data, as dataset.root.
+        pixels: Pixels per side of the images, as dataset.size; None keeps them as they are.
 
     Raises:
         UserError: If the artifact is damaged or was computed on other data.
@@ -40,7 +41,7 @@ def load(artifact: Path, root: str) -> ScoredExamples:
     if about["dataset"] not in known:
         raise UserError(f"{path}: data set {about['dataset']!r} is not known; expected one of {', '.join(known)}")
     check_dataset(path, about["dataset"], catalog.info(about["dataset"], root))
-    data = catalog.load(about["dataset"], root)
+    data = catalog.load(about["dataset"], root, pixels)
     noise, seed = about.get("label_noise") or 0, about.get("seed") or 0
     labels = label_noise.noisy_labels(data.train.labels, noise, len(data.class_names), seed)
     return ScoredExamples(data, labels, load_scores(path, labels))
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, help="folder with scores.safetensors and manifest.json")
     parser.add_argument("--root", default="data", help="folder of the data, as dataset.root")
+    parser.add_argument("--pixels", type=int, help="pixels per side of the images, as dataset.size")
     parser.add_argument("--arm", choices=("easy", "hard"), help="arm whose subset is drawn")
     parser.add_argument("--size", type=int, help="size of the subset")
     parser.add_argument("--offset", type=int, default=0, help="examples to skip, as pretrain.subset.offset")
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser.parse_args(argv)
         _check(arguments)
-        examples = load(arguments.artifact, arguments.root)
+        examples = load(arguments.artifact, arguments.root, arguments.pixels)
         count = len(examples.labels)
         if arguments.arm and not 0 <= arguments.offset < count:
             raise UserError(f"command line: --offset = {arguments.offset}: must be between 0 and {count - 1}")
@@ -82,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    if arguments.pixels is not None and not 4 <= arguments.pixels <= 1024:
+        raise UserError(f"command line: --pixels = {arguments.pixels}: must be between 4 and 1024")
     if (arguments.arm is None) != (arguments.size is None):
         raise UserError("command line: --arm and --size must be given together")
     if arguments.arm is None and (arguments.offset or arguments.class_balanced):

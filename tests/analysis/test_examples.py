@@ -37,6 +37,7 @@ BAD = {
     "--arm easy --size 2000": "--size = 2000: must be between 1 and 1442",
     "--arm easy --size 5 --offset 1440": "--size = 5: must be between 1 and 2",
     "--arm easy --size 5 --offset 2000": "--offset = 2000: must be between 0 and 1441",
+    "--pixels 2": "--pixels = 2: must be between 4 and 1024",
     "--class-balanced": "--offset and --class-balanced require --arm and --size",
     "--root x -o /dev/null": "-o /dev/null: File exists; expected a writable folder",
 }
