@@ -45,7 +45,6 @@ _MAX_MATRIX_ARMS = 10  # a larger matrix does not fit on a phone
 _MAX_VERDICT_ARMS = 6  # with more arms in a family, only the claims of the paper get a verdict each
 _MAX_PICTURE_BYTES = 2_000_000
 _MAX_FILE_NAME = 60  # characters, of up to four bytes each
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 _EXAMPLES = {
     "subset.png": "scores and classes of the subset",
     "images.png": "images of the subset",
@@ -328,6 +327,7 @@ def _deviations(results: Results, published: Results, *settings: Any) -> list[tu
 
 def _examples(client: MlflowClient, experiments: list[str]) -> list[Picture]:
     """Logged pictures of subsets, from one replicate per arm, and of scores."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     scored = collect.search_runs(client, experiments, "tags.phase = 'scores'")
     first: dict[str, Run] = {}
     for run in collect.search_runs(client, experiments, "tags.phase = 'pretrain'"):

@@ -24,6 +24,11 @@ from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.tracking import mlflow_store, sync
 
 
+def other_warnings(err):
+    """Standard error without the warning that the arm of `tiny` ignores some settings."""
+    return "".join(line for line in err.splitlines(keepends=True) if "have no effect with arm" not in line)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """The server, on its own database."""
@@ -125,7 +130,7 @@ def test_the_server_requires_a_login_and_passes_the_health_check_of_compose(serv
 @pytest.mark.integration
 def test_a_run_is_stored_on_the_server_with_its_artifacts(server, tiny, place):
     status, out, err = run(tiny(), "experiment=whole")
-    assert (status, err) == (0, "") and "warning" not in out
+    assert (status, other_warnings(err)) == (0, "") and "warning" not in out
     assert f"compare in MLflow: {server.address}\n" in out
     assert "report: " in out
     check("whole", only(place / "runs"))
@@ -148,7 +153,7 @@ def test_training_continues_without_the_server_which_catches_up_later(server, ti
         server.start()
         server.wait()
         process.send_signal(signal.SIGCONT)
-    _, err = process.communicate(timeout=300)
+    err = other_warnings(process.communicate(timeout=300)[1])
     assert process.returncode == 0 and "lth_diet sync runs" in err
     assert err.startswith("warning: MLflow is not up to date") and err.count("\n") == 1
     assert len(list(place.glob("runs/*/replicate_0/level_*/result.json"))) == 3
@@ -179,6 +184,7 @@ def test_requests_that_a_hanging_server_processes_late_leave_one_copy(server, ti
     server.signal(signal.SIGSTOP)
     status, out, err = run(tiny(), "experiment=hangs")
     server.signal(signal.SIGCONT)  # it now carries out what was given up
+    err = other_warnings(err)
     assert status == 0 and err.startswith("warning: MLflow is not up to date") and err.count("\n") == 1
     assert "no report: the MLflow store" in out
     server.wait()
@@ -256,6 +262,7 @@ def test_a_password_is_in_no_output_file_or_artifact(server, tiny, place, monkey
         else:
             patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
         status, out, err = run(tiny(), f"experiment={experiment}", "prune.levels=0")
+        err = other_warnings(err)
         report = [sys.executable, "-m", "analysis.report", "--experiment", experiment, "-o", "again.html"]
         sync = [sys.executable, "-m", "lth_diet", "sync", "runs"]
         patch.setenv("PYTHONPATH", str(ROOT))
