@@ -2,11 +2,13 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run, start
 
 PROGRAMS = [path for folder in ("recipes", "analysis", "lth_diet") for path in (ROOT / folder).rglob("*.py")]
 PROGRAMS = [path for path in PROGRAMS if "__name__ ==" in path.read_text()]
@@ -42,6 +44,31 @@ def test_output_to_a_full_disk_is_an_error_of_one_sentence():
     with open("/dev/full", "w") as full:
         done = subprocess.run(KEYS, stdout=full, stderr=subprocess.PIPE, text=True, env=environment())
     assert (done.returncode, done.stderr) == (1, "error: the output cannot be written (No space left on device)\n")
+
+
+STOPPED = "stopped; rerun the same command to resume\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [("raise KeyboardInterrupt", 130), ("sys.exit(130)", 130), ("sys.exit(143)", 143)]
+)
+@pytest.mark.parametrize(("rank", "output"), [("0", STOPPED), ("1", "")])
+def test_an_interrupt_is_one_line_of_the_first_rank(end, status, rank, output):
+    script = f"import sys\nfrom lth_diet.program import run_program\ndef main():\n    {end}\nrun_program(main)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(RANK=rank))
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", output)
+
+
+def test_an_interrupted_training_ends_with_one_line_and_resumes(tiny, place):
+    process = start(tiny(), "train.steps=3000", "intervals.checkpoint=5", "prune.levels=0")
+    while not list(place.glob("runs/*/replicate_0/level_0/checkpoint.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.endswith(STOPPED) and "Traceback" not in err
+    planned = run(tiny(), "train.steps=3000", "prune.levels=0", "--plan")[1]
+    assert "resumes at step" in planned
 
 
 @pytest.mark.parametrize("settings", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1:strict"}])

@@ -116,6 +116,30 @@ def test_a_launcher_ends_when_its_worker_or_raylet_is_killed(launcher, place, ki
     raylet.wait(30)
 
 
+@pytest.mark.integration
+def test_a_local_ray_has_the_cpus_that_this_process_may_use(grid):
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        with scheduler._connected(Sweep(grid()).settings, None):
+            import ray
+
+            assert ray.cluster_resources()["CPU"] == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.integration
+def test_a_temporary_folder_too_deep_for_rays_sockets_is_an_error_with_its_remedy(grid, place):
+    folder = place / ("x" * 100)
+    folder.mkdir()
+    command = [sys.executable, ROOT / "recipes/sweep.py", "-f", grid()]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folder)})
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+        f"error: TMPDIR = '{folder}': too long for the sockets of Ray; set it to a shorter path, such as /tmp"
+    )
+
+
 def test_scores_start_first_with_one_job_per_network_and_then_the_longest(grid):
     work = Sweep(grid(), ["replicates=1", "scores.networks=3"]).work()
     jobs = scheduler.jobs_from(work[::-1], 2)
