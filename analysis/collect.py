@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from lth_diet.errors import Parser, UserError, print_error
 from lth_diet.program import run_program
-from lth_diet.tracking.mlflow_store import describe_move, failure_reason, tracking_uri, without_secrets
+from lth_diet.tracking.mlflow_store import DATABRICKS, describe_move, failure_reason, tracking_uri, without_secrets
 
 from . import identities
 from .arms import Arm
@@ -131,7 +131,7 @@ def open_store(tracking_uri: str, experiment: str | None) -> tuple[MlflowClient,
     """
     local = next(
         (tracking_uri.removeprefix(kind) for kind in ("sqlite:///", "file://") if tracking_uri.startswith(kind)),
-        tracking_uri if "://" not in tracking_uri else None,
+        tracking_uri if "://" not in tracking_uri and tracking_uri not in DATABRICKS else None,
     )
     exists = Path.is_file if tracking_uri.startswith("sqlite:") else Path.is_dir
     if local is not None and not (local and exists(Path(local))):  # MLflow would create it

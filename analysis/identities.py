@@ -28,8 +28,8 @@ def from_params(params: Mapping[str, str], ranks: str | None) -> dict[str, Any]:
         ranks: Number of ranks that trained each replicate together, if it was recorded.
     """
     values = {key: text if key in _TEXTS and text != "None" else parse(text) for key, text in params.items()}
-    if values.get("parallelism") == "data" and ranks:
-        values["ranks"] = parse(ranks)
+    if values.get("parallelism") == "data":
+        values["ranks"] = parse(ranks) if ranks else "unknown"
     return {key: value for key, value in values.items() if to_text(value) != to_text(DEFAULTS.get(key))}
 
 

@@ -31,7 +31,7 @@ def expand_path(text: str) -> str:
         ValueError: If there is no such home folder, or the path has a variable such as `$HOME`, which is not expanded.
     """
     variable = re.search(r"\$([A-Za-z_]\w*|\{\w+\})", text)
-    if variable:
+    if variable and not Path(text).exists():
         raise ValueError(f"must be a path without variables; write the value of {variable[0]} instead")
     if not text.startswith("~"):
         return text

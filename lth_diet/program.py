@@ -23,13 +23,14 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     any more, such as `... --plan | head`, continues without a word. An interrupt (Ctrl-C), or SIGTERM while
     Composer trains, ends it with one line, of rank 0 alone, and status 130 or 143.
     """
+    rank = os.environ.get("RANK", "0")  # ranks that train alone change it later
     sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
     try:
         status = main()
     except (KeyboardInterrupt, SystemExit) as end:
         status = 130 if isinstance(end, KeyboardInterrupt) else end.code
         if status in _STOPPED:  # Composer's handler of these signals raises SystemExit
-            _stop(status)
+            _stop(status, rank)
         raise
     try:
         print(end="", flush=True)
@@ -39,10 +40,10 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
-def _stop(status: int) -> NoReturn:
+def _stop(status: int, rank: str) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if os.environ.get("RANK", "0") == "0":
+    if rank == "0":
         print("stopped; rerun the same command to resume", file=sys.stderr)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError):

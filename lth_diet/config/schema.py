@@ -47,7 +47,8 @@ class Dataset(Section):
         if not isinstance(values, dict) or not isinstance(values.get("name"), str):
             return values
         unchanged = {"size": NATIVE_SIZES.get(values["name"]), "flip": flips_by_default(values["name"])}
-        without = {key: None for key in unchanged if key in values and values[key] == unchanged[key]}
+        kinds = {"size": int, "flip": bool}
+        without = {k: None for k, value in unchanged.items() if type(values.get(k)) is kinds[k] and values[k] == value}
         return {**values, **without}
 
 

@@ -1,7 +1,8 @@
 """Datasets by name, each decoded once to a cache of uint8 images that all processes memory-map.
 
 To add a dataset, write a module with `decode(root)` that returns the training set, the test set and the class names,
-add it to `_decode` and `_INFO`, and add its name to `Dataset` in `config/schema.py`.
+add it to `_decode` and `_INFO`, and to `NATIVE_SIZES` in `data/dataset.py`, and add its name to `Dataset` in
+`config/schema.py`.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """Decodes one JPEG or PNG file to 8-bit pixels, and rejects files that Pillow would read only in part or change."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -18,6 +19,7 @@ MAX_SIDE = 1024  # pixels; a file of a few bytes may claim to be of any size
 _MAX_SCALED_SIDE = 16_384  # of images that are scaled down
 MAX_BYTES = 64 << 20
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+_ORIENTATION = 0x0112  # tag of EXIF
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_BIT_DEPTH = 24  # position in the file
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -46,13 +48,15 @@ def read_pixels(file: BinaryIO, path: Path, size: int | None = None) -> np.ndarr
         return Image.open(file, formats=("PNG", "JPEG"))
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Pillow warns of some damaged files
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # too large, which is reported below
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             with opened() as image:
                 _check(image, file, path, MAX_SIDE if size is None else _MAX_SCALED_SIDE)
                 image.verify()  # the checksums of a PNG; unusable afterwards
             with opened() as image:
+                is_upright_known = _ORIENTATION in image.getexif()
+                if not is_upright_known and any(re.search("EXIF|File Read", str(each.message)) for each in caught):
+                    raise UserError(f"{path}: damaged EXIF data; remove it if the image is upright without it")
                 image = _as_gray_or_rgb(ImageOps.exif_transpose(image))
                 pixels = np.asarray(image if size is None else _scale(image, size))
     except UserError:

@@ -91,7 +91,7 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
                 failed = compute_scores(scores, process, board, replicates)
         if together and not failed:
             board.init_process_group()
-        failed = failed or train_replicates(run, replicates, process, board, read_only)
+        failed = failed or (not read_only and train_replicates(run, replicates, process, board))
         if together and failed:
             return 1  # the other ranks wait for this one in a collective; the launcher terminates them
         board.barrier()

@@ -34,7 +34,7 @@ def plan_scores(folder: ScoresDirectory) -> str:
 def _in_epochs(config: Config, steps: int) -> str:
     """Such as `62,400 steps (160 epochs)`."""
     batches = catalog.info(config.dataset.name, config.dataset.root).train_size // config.train.batch_size
-    return f"{steps:,} steps ({steps / batches:.3g} epochs)"
+    return f"{steps:,} steps ({round(steps / batches, 2):,g} epochs)"
 
 
 def _state(phase: PhaseDirectory, first: int) -> str:

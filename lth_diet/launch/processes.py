@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lth_diet.errors import UserError, print_error
@@ -18,7 +19,7 @@ LAUNCHER_VARIABLES = (
 )  # fmt: skip
 """Environment variables that `composer` sets, or reads as defaults of its options."""
 
-_VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
+_VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 0, "MASTER_PORT": 0}
 START_OR_UNSET = "use composer -n to start several ranks, or unset these variables"
 _REPORT_TIMEOUT = 60.0  # seconds in which the first rank starts and validates its input
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up at import: unsafe in a forked process
@@ -76,8 +77,11 @@ class ProcessInfo:
                 raise UserError(
                     f"{key} = {os.environ[key]!r} in the environment: must be a number, as a launcher sets it"
                 ) from None
-        world = number["WORLD_SIZE"]
-        if not 0 <= number["RANK"] < world or (world > 1 and not number["MASTER_PORT"]):
+        world, local_rank, local_world = number["WORLD_SIZE"], number["LOCAL_RANK"], number["LOCAL_WORLD_SIZE"] or 1
+        if "LOCAL_WORLD_SIZE" not in os.environ:
+            local_world = world
+        ranks_fit = 0 <= number["RANK"] < world and 0 <= local_rank < local_world <= world
+        if not ranks_fit or (world > 1 and not number["MASTER_PORT"]):
             found = ", ".join(f"{key}={os.environ[key]}" for key in _VARIABLES if key in os.environ)
             raise UserError(f"{found} in the environment: no launcher sets these together; {START_OR_UNSET}")
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -91,10 +95,14 @@ class ProcessInfo:
 
     @property
     def launch(self) -> str:
-        """Name of this launch, which its ranks on one node share."""
+        """Name of this launch, which its ranks on one node share, and no other launch has."""
         if self.world_size == 1:
-            return f"{os.getpid()} {time.monotonic_ns()}"
-        return f"{os.getppid()} {self.address}:{self.port}"
+            return f"{os.getpid()} {time.time_ns()}"
+        started = ""  # process ids repeat in containers
+        with contextlib.suppress(OSError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            started = boot + Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{socket.gethostname()} {os.getppid()} {started} {self.address}:{self.port}"
 
     def exit_with_launcher(self) -> None:
         """Exit when the launcher is killed. A rank that outlived it would keep its replicates locked."""

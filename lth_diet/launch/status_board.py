@@ -2,13 +2,14 @@
 
 import datetime
 import json
+import re
 import time
 from typing import Any
 
 from lth_diet.errors import UserError
 from lth_diet.launch.processes import START_OR_UNSET, ProcessInfo
 
-_START_TIMEOUT = datetime.timedelta(minutes=5)
+_START_TIMEOUT = datetime.timedelta(minutes=5)  # on one machine, where all ranks wait for the same data
 _TIMEOUT = datetime.timedelta(hours=1)
 
 
@@ -17,25 +18,30 @@ class StatusBoard:
 
     Args:
         process: This rank. Rank 0 hosts the store.
-        start_timeout: How long to wait for all ranks to start.
+        start_timeout: How long to wait for all ranks to start; None: longer if another machine may still prepare data.
 
     Raises:
         UserError: If the ranks do not all start in time, as where variables of another launch are left over.
     """
 
-    def __init__(self, process: ProcessInfo, start_timeout: datetime.timedelta = _START_TIMEOUT):
+    def __init__(self, process: ProcessInfo, start_timeout: datetime.timedelta | None = None):
         self.process = process
         self._status = ""
         if process.world_size > 1:
             from torch.distributed import DistError, TCPStore
 
             host, port, ranks = process.address, process.port, process.world_size
+            if start_timeout is None:
+                start_timeout = _START_TIMEOUT if process.local_world_size == ranks else _TIMEOUT
             try:
                 self.store = TCPStore(host, port, ranks, process.rank == 0, timeout=start_timeout)
-            except DistError:
+            except DistError as error:
+                reason = str(error).splitlines()[0]
+                if re.search("timed? ?out", reason, re.IGNORECASE):
+                    reason = f"the {ranks} ranks have not all started within {start_timeout.total_seconds():g} seconds"
                 raise UserError(
-                    f"WORLD_SIZE={ranks} and MASTER_PORT={port} in the environment: the {ranks} ranks have not all "
-                    f"started within {start_timeout.total_seconds():g} seconds; {START_OR_UNSET}"
+                    f"WORLD_SIZE={ranks}, MASTER_ADDR={host} and MASTER_PORT={port} in the environment: {reason}; "
+                    f"{START_OR_UNSET}"
                 ) from None
             self.store.set_timeout(_TIMEOUT)
 

@@ -60,7 +60,6 @@ def train_replicates(
     replicates: list[ReplicateDirectory],
     process: ProcessInfo,
     board: StatusBoard,
-    read_only: bool = False,
 ) -> bool:
     """Train replicates one after another. A failure does not stop the others, unless ranks train together.
 
@@ -69,7 +68,6 @@ def train_replicates(
         replicates: Replicates of this rank.
         process: This rank.
         board: Where progress is published.
-        read_only: Whether all replicates are finished and cannot be written, so that none is locked.
 
     Returns:
         Whether any replicate failed.
@@ -85,7 +83,7 @@ def train_replicates(
     for replicate in replicates:
         track = Tracker(functools.partial(sync.sync_replicate, replicate), run.path.parent, progress)
         try:
-            with replicate.lock() if is_writer and not read_only else contextlib.nullcontext():
+            with replicate.lock() if is_writer else contextlib.nullcontext():
                 IMP(run.config, replicate, progress, track).run()
                 track.finish()
             progress.set_state(replicate.name, "done")

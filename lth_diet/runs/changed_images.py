@@ -52,5 +52,6 @@ def _exists(folder: RunStore) -> bool:
 
 def _remedy(old: RunStore) -> str:
     if (old.path / "manifest.json").exists():
-        return f"set scores.file={old.path / 'scores.safetensors'} to use its scores"
+        pull = "pull its folder with `python -m lth_diet pull` and " if old.is_remote else ""
+        return f"{pull}set scores.file={old.path / 'scores.safetensors'} to use its scores"
     return "resume it with the version that made it, or let this one start again"

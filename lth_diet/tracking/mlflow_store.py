@@ -28,6 +28,10 @@ class StoreError(Exception):
     """MLflow refuses. The message says why and what to do, and completes "MLflow is not up to date: ..."."""
 
 
+DATABRICKS = ("databricks", "databricks-uc")
+"""Stores that MLflow knows by name."""
+
+
 def tracking_uri() -> str:
     """Return MLFLOW_TRACKING_URI, or by default a SQLite store in the working folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
@@ -68,7 +72,7 @@ def _check_uri(uri: str) -> None:
     if re.fullmatch(r"sqlite(:/{2,3}(:memory:)?)?(\?.*)?", uri):
         raise StoreError(f"MLFLOW_TRACKING_URI = {uri!r} keeps nothing; {remedy}")
     allowed = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1")  # a setting of MLflow
-    if urlsplit(uri).scheme in ("", "file") and not allowed:
+    if urlsplit(uri).scheme in ("", "file") and uri not in DATABRICKS and not allowed:
         raise StoreError(f"MLFLOW_TRACKING_URI = {uri!r} means a folder, which MLflow no longer writes; {remedy}")
 
 

@@ -426,6 +426,9 @@ def test_a_size_or_flip_that_changes_nothing_is_not_part_of_the_run_id(tiny):
     known = run_id(load(tiny))
     assert run_id(load(tiny, "dataset.size=8", "dataset.flip=false")) == known
     assert len({known, run_id(load(tiny, "dataset.size=4")), run_id(load(tiny, "dataset.flip=true"))}) == 3
+    for setting in ("dataset.flip=1", "dataset.size=8.0"):
+        with pytest.raises(UserError, match=f"^{setting[:12]} = "):
+            load(tiny, setting)
     cifar = ["dataset.name=cifar10", "dataset.size=32", "dataset.flip=true"]
     assert run_id(load(tiny, *cifar)) == run_id(load(tiny, "dataset.name=cifar10"))
 

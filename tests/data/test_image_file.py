@@ -1,6 +1,7 @@
 import io
 import itertools
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -133,13 +134,13 @@ def test_a_jpeg_without_quantization_tables_is_rejected():
             read(content[:position] + bytes(40) + content[position + 40 :])
 
 
-def test_damage_that_only_raises_a_warning_is_rejected():
+def test_exif_data_from_which_the_orientation_cannot_be_read_is_rejected():
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encode(Image.fromarray(NOISE), "JPEG", exif=exif)
     start = content.index(b"Exif\0\0") + 6
-    with pytest.raises(UserError, match="not a readable image"):
-        read(content[:start] + content[start : start + 8] + b"\xff\xff" + content[start + 10 :])
+    with pytest.raises(UserError, match="a.png: damaged EXIF data; remove it if the image is upright without it"):
+        read(content[:start] + content[start : start + 8] + b"\xff\xff\0" + content[start + 11 :])
 
 
 def test_a_scaled_image_is_the_mean_of_its_pixels_around_the_center():
@@ -157,6 +158,15 @@ def test_a_portrait_is_turned_before_it_is_cropped():
     exif[0x0112] = 6
     turned = read_pixels(io.BytesIO(encode(Image.fromarray(NOISE), exif=exif)), "a.png", 8)
     assert np.array_equal(turned, np.rot90(NOISE, -1)[2:10])
+
+
+def test_damaged_exif_data_is_accepted_if_it_has_the_orientation():
+    entries = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(">HHII", 0x0131, 2, 99, 9999)  # beyond the end
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4)
+    upright = read(encode(Image.fromarray(NOISE), "JPEG"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(read(encode(Image.fromarray(NOISE), "JPEG", exif=exif)), np.rot90(upright, -1))
 
 
 def test_large_photographs_are_accepted_if_they_are_scaled():

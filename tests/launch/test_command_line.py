@@ -211,7 +211,7 @@ def test_the_plan_shows_which_scores_will_be_computed_and_writes_nothing(tiny, p
     before = files(place)
     assert score.main(["-f", str(path), "--plan"]) == 0
     out = capsys.readouterr().out
-    assert "EL2N scores by 2 ResNet-8 width 2, 6 steps (0.273 epochs)\n" in out
+    assert "EL2N scores by 2 ResNet-8 width 2, 6 steps (0.27 epochs)\n" in out
     assert "network 1  steps 0 to 6  to do\nscores: 12 steps to train" in out
     assert imp.main(["-f", str(path), "--plan"]) == 0
     assert (

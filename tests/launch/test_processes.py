@@ -26,7 +26,8 @@ def test_replicates_are_sharded_over_ranks(size, shares):
 def test_a_detached_rank_is_a_single_process_world_with_one_device(monkeypatch):
     for key in LAUNCHER_VARIABLES:
         monkeypatch.setenv(key, "3")
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(key, "4")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     ProcessInfo.from_environment().detach()
     values = {
@@ -41,8 +42,19 @@ def test_ranks_that_never_start_are_reported_with_the_variables_that_announce_th
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    with pytest.raises(UserError, match=f"WORLD_SIZE=2 and MASTER_PORT={port} .*: the 2 ranks have not all started"):
+    with pytest.raises(
+        UserError, match=f"WORLD_SIZE=2, .* and MASTER_PORT={port} .*: the 2 ranks have not all started"
+    ):
         StatusBoard(ProcessInfo(rank, 2, rank, "127.0.0.1", port), datetime.timedelta(seconds=1))
+
+
+def test_a_port_in_use_is_named_as_the_reason():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(UserError, match=f"MASTER_PORT={port} in the environment: .*(EADDRINUSE|in use)"):
+            StatusBoard(ProcessInfo(0, 2, 0, "127.0.0.1", port), datetime.timedelta(seconds=1))
 
 
 @pytest.fixture

@@ -153,6 +153,13 @@ def test_sixteen_processes_that_create_and_write_one_store_concurrently_lose_not
         assert (status, metrics["test_accuracy_percent"]) == ("FINISHED", [(0, 90.0 + index)])
 
 
+@pytest.mark.parametrize("uri", ["databricks", "databricks-uc", "sqlite:///a.db", "http://server"])
+def test_databricks_and_servers_are_no_folders(uri):
+    mlflow_store._check_uri(uri)
+    with pytest.raises(mlflow_store.StoreError, match="means a folder"):
+        mlflow_store._check_uri("mlruns")
+
+
 @pytest.mark.parametrize("experiment", ["../../trap", "/tmp/trap", "..", ".", "a/../../../trap", "trap\\..", "é" * 300])
 def test_artifacts_are_stored_below_mlartifacts_for_any_name_of_an_experiment(run, place, experiment):
     finish(run.replicate(0).level(0), 0, level=0)
