@@ -6,21 +6,20 @@ from lth_diet.masks.counts import count_remaining
 from lth_diet.networks.counts import count_weights
 
 
-def remaining_weights(config: Config, channels: int | None = None) -> list[int]:
+def remaining_weights(config: Config) -> list[int]:
     """Number of remaining weights at levels 0 to `prune.levels`, or to the first level that has none.
 
     Args:
         config: The configuration.
-        channels: Channels of the images; default: those that are known before the dataset is decoded.
     """
     data = catalog.info(config.dataset.name, config.dataset.root)
-    weights = count_weights(config.model.depth, data.classes, config.model.width, channels or data.channels)
+    weights = count_weights(config.model.depth, data.classes, config.model.width, data.channels)
     return count_remaining(weights, config.prune.fraction, config.prune.levels)
 
 
-def levels_problem(config: Config, channels: int | None = None) -> str:
+def levels_problem(config: Config) -> str:
     """Say what is wrong with `prune.levels` if a level has no weights; else return an empty string."""
-    remaining = remaining_weights(config, channels)
+    remaining = remaining_weights(config)
     if remaining[-1]:
         return ""
     last = len(remaining) - 2

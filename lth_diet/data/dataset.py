@@ -30,7 +30,7 @@ class DatasetInfo:
         train_size: Number of training examples.
         fingerprint: Identifies the examples; part of the run id of an image folder.
         classes: Number of classes.
-        channels: Number of channels; 3 for an image folder, although its images may turn out to be grayscale.
+        channels: Number of channels.
         old_fingerprint: Fingerprint that earlier versions gave an image folder: of names and sizes, not contents.
         images: Files of an image folder: training images, then test images, in the order of the examples.
         warnings: One sentence for each kind of file that is not used, and for classes that look wrong.

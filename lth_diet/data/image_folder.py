@@ -9,7 +9,7 @@ import numpy as np
 
 from lth_diet.data.dataset import DatasetInfo, ImageFile, Split
 from lth_diet.data.file_hashes import hash_files
-from lth_diet.data.image_file import DECODER_VERSION, read_pixels
+from lth_diet.data.image_file import DECODER_VERSION, MIN_SIDE, read_pixels
 from lth_diet.data.image_layout import PARTS, Layout
 from lth_diet.errors import UserError
 from lth_diet.files import sha256_of
@@ -31,11 +31,21 @@ def info(root: str) -> DatasetInfo:
     return DatasetInfo(
         train_size=len(images) - len(layout.images["test"]),
         classes=len({image.class_name for image in images}),
+        channels=_count_channels(Path(root) / images[0].name),
         fingerprint=_hash([options, *(f"{image.name}\0{image.sha256}" for image in images)]),
         old_fingerprint=_hash([f"{name} {status.st_size}" for _, name, status in found]),
         images=images,
         warnings=tuple(layout.warnings()),
     )
+
+
+def _count_channels(path: Path) -> int:
+    """Channels of an image, which those of all images must equal; 3 if it cannot be read, which `decode` reports."""
+    try:
+        with open(path, "rb") as file:
+            return read_pixels(file, path, MIN_SIDE).shape[2]
+    except UserError:
+        return 3
 
 
 def _hash(lines: Sequence[str]) -> str:

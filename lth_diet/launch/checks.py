@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from lth_diet.config.loading import Loaded
 from lth_diet.config.run_ids import OUTSIDE_IDENTITY, flatten, run_identity, scores_identity
 from lth_diet.config.schema import Config
-from lth_diet.config.weights import levels_problem
 from lth_diet.data import catalog
 from lth_diet.data.label_noise import noisy_labels
 from lth_diet.errors import UserError, print_warnings
@@ -69,8 +68,6 @@ def check_environment(config: Config, process: ProcessInfo) -> None:
             f"command line: {process.world_size} ranks for {images} test images; use composer -n {images} or fewer "
             "with parallelism: data"
         )
-    if problem := levels_problem(config, channels=data.train.images.shape[-1]):
-        raise UserError(f"prune.levels = {config.prune.levels}: {problem}")
     if config.needs_scores and (config.scores.file is not None or ScoresDirectory(config).done):
         labels = noisy_labels(data.train.labels, config.pretrain.label_noise, len(data.class_names), config.seed)
         load_arm_scores(config, labels)

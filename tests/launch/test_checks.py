@@ -7,7 +7,6 @@ from PIL import Image
 from lth_diet.config import loading
 from lth_diet.errors import UserError
 from lth_diet.launch import checks
-from lth_diet.launch.processes import ProcessInfo
 from recipes import imp, score
 
 BASE = """
@@ -120,15 +119,10 @@ def test_one_rank_with_data_parallelism_is_a_warning(config, capsys):
     )
 
 
-def test_levels_without_weights_of_grayscale_images_are_rejected_once_the_images_are_known(config, place):
-    for path in write_image_folder(place / "gray").rglob("*.png"):
-        Image.open(path).convert("L").save(path)
-    overrides = [
-        "dataset.name=image_folder",
-        "dataset.root=gray",
-        "train.batch_size=2",
-        "prune.fraction=0.4",
-        "prune.levels=13",
-    ]
-    with pytest.raises(UserError, match=r"prune.levels = 13: must be at most .* for prune.fraction: 0.4"):
-        checks.check_environment(loading.load_config(config, overrides), ProcessInfo(0, 1, 0, "127.0.0.1", 0))
+@pytest.mark.parametrize(("mode", "levels"), [("L", 12), ("RGB", 13)])
+def test_the_channels_of_the_images_decide_how_many_levels_have_weights(config, place, mode, levels):
+    for path in write_image_folder(place / mode).rglob("*.png"):
+        Image.open(path).convert(mode).save(path)
+    folder = ["dataset.name=image_folder", f"dataset.root={mode}", "train.batch_size=2", "prune.fraction=0.4"]
+    with pytest.raises(UserError, match=f"prune.levels = 99 .*: must be at most {levels} for prune.fraction: 0.4"):
+        loading.load_config(config, [*folder, "prune.levels=99"])
