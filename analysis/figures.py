@@ -89,7 +89,6 @@ def panels(number: int, results: Results) -> list[list[Panel]]:
     cinic = [family for family in clean if family.dataset == "cinic10"]
     noisy = [family for family in found if family.label_noise]
     several = [family for family in shown if len(_sizes(family, results[family.dataset])) > 1]
-    others = [panel for name, curves in results.items() for panel in _other_panels(name, curves)]
     if number == 2:
         others = [panel for name, curves in results.items() for panel in _other_panels(name, curves)]
         return _in_rows([*_drawable([Panel(family, family.size) for family in shown], results), *others])

@@ -9,14 +9,13 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lth_diet.config.run_ids import DEFAULTS, without_ignored
+from lth_diet.config.run_ids import DEFAULTS, OUTSIDE_IDENTITY, without_ignored
 
 Identity = Mapping[str, str]
 NUMERICAL = ("threads", "precision", "compile", "deterministic", "parallelism", "ranks")
 """Settings that change the rounding: arms that differ in them are not pooled, but can be compared."""
 UNKNOWN = "identity"
 """Key of an identity that was not recorded, as in a CSV file without the column of that name."""
-_NOT_IN_IDENTITIES = ("replicates", "runs", "experiment", "intervals.", "dataset.root", "prune.levels")
 _TEXTS = ("dataset.fingerprint", "scores.file")  # hexadecimal digits, which may look like a number
 
 
@@ -44,7 +43,7 @@ def parse(text: str) -> Any:
 
 def normalize(identity: Mapping[str, Any]) -> Identity:
     """Identity without seed and the keys that its arm ignores, with the defaults of the keys that it lacks."""
-    defaults = {key: value for key, value in DEFAULTS.items() if not key.startswith(_NOT_IN_IDENTITIES)}
+    defaults = {key: value for key, value in DEFAULTS.items() if key not in OUTSIDE_IDENTITY}
     fields = without_ignored(defaults | dict(identity))
     return {key: to_text(value) for key, value in fields.items() if value is not None and key != "seed"}
 

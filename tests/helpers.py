@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,14 @@ def write_image_folder(root, sizes=None, shape=(8, 8), suffix=".png", seed=0):
                 pixels = random.integers(0, 256, (*shape, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{index:04d}{suffix}")
     return root
+
+
+def warnings_of(fit, name, **options):
+    """Trains, and returns the warnings that have `name` in them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit.fit(**options)
+    return [str(warning.message) for warning in caught if name in str(warning.message)]
 
 
 class Spy(Callback):

@@ -77,10 +77,9 @@ class ProcessInfo:
                 raise UserError(
                     f"{key} = {os.environ[key]!r} in the environment: must be a number, as a launcher sets it"
                 ) from None
-        world, local_rank, local_world = number["WORLD_SIZE"], number["LOCAL_RANK"], number["LOCAL_WORLD_SIZE"] or 1
-        if "LOCAL_WORLD_SIZE" not in os.environ:
-            local_world = world
-        ranks_fit = 0 <= number["RANK"] < world and 0 <= local_rank < local_world <= world
+        world = number["WORLD_SIZE"]
+        local_world = number["LOCAL_WORLD_SIZE"] if "LOCAL_WORLD_SIZE" in os.environ else world
+        ranks_fit = 0 <= number["RANK"] < world and 0 <= number["LOCAL_RANK"] < local_world <= world
         if not ranks_fit or (world > 1 and not number["MASTER_PORT"]):
             found = ", ".join(f"{key}={os.environ[key]}" for key in _VARIABLES if key in os.environ)
             raise UserError(f"{found} in the environment: no launcher sets these together; {START_OR_UNSET}")

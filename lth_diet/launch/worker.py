@@ -56,10 +56,7 @@ def compute_scores(
 
 
 def train_replicates(
-    run: RunDirectory,
-    replicates: list[ReplicateDirectory],
-    process: ProcessInfo,
-    board: StatusBoard,
+    run: RunDirectory, replicates: list[ReplicateDirectory], process: ProcessInfo, board: StatusBoard
 ) -> bool:
     """Train replicates one after another. A failure does not stop the others, unless ranks train together.
 

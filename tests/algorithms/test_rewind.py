@@ -1,12 +1,11 @@
 import copy
-import warnings
 
 import pytest
 import torch
 from composer import Time
 from composer.models import ComposerClassifier
 from composer.optim import MultiStepScheduler
-from helpers import Spy
+from helpers import Spy, warnings_of
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, MultiStepLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -199,13 +198,6 @@ def test_given_state_is_copied(trainer):
     assert equal(rewind.state, before)
 
 
-def warnings_of(fit, **options):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit.fit(**options)
-    return [str(warning.message) for warning in caught if "Rewind" in str(warning.message)]
-
-
 @pytest.mark.parametrize(
     ("to", "duration", "sentence"),
     [
@@ -219,7 +211,7 @@ def warnings_of(fit, **options):
 )
 def test_first_run_that_ends_before_the_step_warns_and_later_runs_do_not_start(trainer, to, duration, sentence):
     rewind = Rewind(to)
-    assert warnings_of(trainer([rewind]), duration=duration) == [sentence] * (sentence is not None)
+    assert warnings_of(trainer([rewind]), "Rewind", duration=duration) == [sentence] * (sentence is not None)
     if sentence is not None:
         with pytest.raises(ValueError, match="nothing to rewind to: the first training ended at batch"):
             trainer([rewind]).fit()
@@ -324,7 +316,7 @@ def test_used_optimizer_or_scheduler_warns(trainer):
     def fit(use):
         built = trainer([Rewind(2, state)], scheduler=lambda o: ConstantLR(o))
         use(built.state)
-        return warnings_of(built)
+        return warnings_of(built, "Rewind")
 
     assert fit(lambda state: None) == []
     parameter = "momentum_buffer"
