@@ -14,6 +14,7 @@ from lth_diet.launch.processes import ProcessInfo
 from lth_diet.runs import changed_images
 from lth_diet.runs.run_store import open_run_store
 from lth_diet.runs.scores_directory import ScoresDirectory, load_arm_scores
+from lth_diet.training import devices
 
 
 def check_imp(config: Config, process: ProcessInfo) -> None:
@@ -51,11 +52,14 @@ def check_scoring(config: Config, process: ProcessInfo) -> None:
 
 
 def check_environment(config: Config, process: ProcessInfo) -> None:
-    """Check the store of the runs, the data, the scores and the machine. Decodes the data if there is no cache yet.
+    """Check the store of the runs, the data, the scores and the machine, and choose the device of this process.
+
+    Decodes the data if there is no cache yet.
 
     Raises:
         UserError: If one of them cannot be used with this configuration.
     """
+    check_device(config, process)
     open_run_store(config.runs).check()
     dataset = config.dataset
     warning = catalog.prepare(dataset.name, dataset.root, process.launch, dataset.size)
@@ -71,13 +75,31 @@ def check_environment(config: Config, process: ProcessInfo) -> None:
     if config.needs_scores and (config.scores.file is not None or ScoresDirectory(config).done):
         labels = noisy_labels(data.train.labels, config.pretrain.label_noise, len(data.class_names), config.seed)
         load_arm_scores(config, labels)
-    if config.precision == "bf16":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError("precision = 'bf16': must be auto or fp32 without a GPU")
     if config.compile and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
         raise UserError("compile = true: must be false without a C++ compiler in CXX or the PATH")
+
+
+def check_device(config: Config, process: ProcessInfo) -> None:
+    """Choose the device of this process.
+
+    Raises:
+        UserError: If a GPU cannot be used, or ranks or precision do not fit the device.
+    """
+    devices.select(process.local_rank)
+    gpus, ranks = devices.count_gpus(), process.local_world_size
+    if config.parallelism == "data" and 0 < gpus < ranks:
+        raise UserError(
+            f"command line: {ranks} ranks for {gpus} GPUs on this machine; use composer -n {gpus} or fewer with "
+            "parallelism: data"
+        )
+    device = devices.describe()
+    if config.precision == "bf16" and not device.is_gpu:
+        raise UserError("precision = 'bf16': must be auto or fp32 without a GPU")
+    if config.precision == "bf16" and not device.has_bf16:
+        raise UserError(
+            f"precision = 'bf16': must be auto or fp32 on a {device.name} (compute capability {device.capability}); "
+            "bf16 needs 8.0 or later"
+        )
 
 
 def warnings(loaded: Loaded, ranks: int = 1, scoring: bool = False) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lth_diet.errors import UserError, print_error
+from lth_diet.training import devices
 
 Item = TypeVar("Item")
 LAUNCHER_VARIABLES = (
@@ -122,13 +123,7 @@ class ProcessInfo:
         return list(items[self.rank :: self.world_size])
 
     def detach(self) -> None:
-        """Make this process a single-process world with one device. Call it before Composer is imported."""
-        import torch
-
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-        if devices:
-            os.environ["CUDA_VISIBLE_DEVICES"] = devices[self.local_rank % len(devices)]
+        """Make this process a single-process world. Call it before Composer is imported."""
         one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": "0"}
         os.environ.update(one)
         for key in ("MASTER_ADDR", "MASTER_PORT"):
@@ -136,14 +131,9 @@ class ProcessInfo:
 
     def init_process_group(self, **world: Any) -> None:
         """Initialize a process group, which Composer then uses, on this rank's device."""
-        import torch
         from torch import distributed
 
-        backend = "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(self.local_rank)
-            backend = "nccl"
-        distributed.init_process_group(backend, **world)
+        distributed.init_process_group("nccl" if devices.is_gpu() else "gloo", **world)
 
     @contextlib.contextmanager
     def as_single_process(self) -> Iterator[None]:

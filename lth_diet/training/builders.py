@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 from composer.models import ComposerClassifier
 from composer.utils import dist
@@ -11,7 +12,7 @@ from lth_diet.data import catalog, dataset, seeds
 from lth_diet.data.label_noise import noisy_labels
 from lth_diet.data.loader import EvaluationLoader, Loader
 from lth_diet.networks import classifier
-from lth_diet.training import trainer
+from lth_diet.training import devices
 
 
 class Builder:
@@ -53,13 +54,12 @@ class Builder:
 
     def build_evaluation_loader(self, split: dataset.Split) -> EvaluationLoader:
         """All images of a split, without augmentation."""
-        return EvaluationLoader(self.data, split, 2000 if trainer.device() == "gpu" else 500, **_device_and_rank())
+        return EvaluationLoader(self.data, split, 2000 if devices.is_gpu() else 500, **_device_and_rank())
 
     def seed(self, purpose: str) -> int:
         """Seed of this scope for a purpose, e.g. "init" or "order"; see `derive_seed`."""
         return seeds.derive_seed(self.config.seed, self.scope, purpose)
 
 
-def _device_and_rank() -> dict[str, str | int]:
-    device = "cuda" if trainer.device() == "gpu" else "cpu"
-    return {"device": device, "rank": dist.get_global_rank(), "ranks": dist.get_world_size()}
+def _device_and_rank() -> dict[str, Any]:
+    return {"device": devices.torch_device(), "rank": dist.get_global_rank(), "ranks": dist.get_world_size()}

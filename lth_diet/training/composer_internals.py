@@ -9,9 +9,11 @@ from composer import Event, Trainer
 from composer.core import Engine
 from composer.core import event as events
 from composer.core.precision import get_precision_context
-from composer.devices import DeviceGPU
+from composer.devices import Device, DeviceCPU, DeviceGPU
 from composer.utils import dist
 from torch.distributed.checkpoint import state_dict
+
+from lth_diet.training import devices
 
 
 class LeanTrainer(Trainer):
@@ -64,6 +66,14 @@ class LeanTrainer(Trainer):
         if dist.get_world_size() > 1:
             return super()._accumulate_time_across_ranks(num_samples, num_tokens, batch_time)
         return num_samples, num_tokens, batch_time
+
+
+def training_device() -> Device:
+    """Composer's object for the device of this process."""
+    device = devices.torch_device()
+    if device.type == "cpu":
+        return DeviceCPU()
+    return SingleRankGPU(device.index) if dist.get_world_size() == 1 else DeviceGPU(device.index)
 
 
 class SingleRankGPU(DeviceGPU):

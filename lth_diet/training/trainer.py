@@ -20,7 +20,7 @@ from lth_diet.config.schema import Config
 from lth_diet.data.loader import EvaluationLoader, Loader
 from lth_diet.errors import TrainingError
 from lth_diet.runs.phase_directory import PhaseDirectory
-from lth_diet.training import composer_internals
+from lth_diet.training import composer_internals, devices
 from lth_diet.training.callbacks import _Checkpointer, _Recorder, measure
 from lth_diet.training.progress import Progress
 
@@ -40,11 +40,6 @@ class Schedule:
     end_step: int
     lr: float
     milestones: Sequence[int] = ()
-
-
-def device() -> str:
-    """Composer's name for the device of this process: "gpu" if there is one, else "cpu"."""
-    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def train(
@@ -102,7 +97,7 @@ def train(
             step_schedulers_every_batch=True,
             algorithms=list(algorithms),
             callbacks=[recorder, _Checkpointer(phase, config.intervals.checkpoint, sync)],
-            device=composer_internals.SingleRankGPU() if device() == "gpu" and dist.get_world_size() == 1 else device(),
+            device=composer_internals.training_device(),
             precision=_precision(config),
             deterministic_mode=config.deterministic,
             compile_config=_compile_config() if config.compile else None,
@@ -167,12 +162,12 @@ def _restore_errors(phase: PhaseDirectory, objects: Sequence[Any]) -> Iterator[N
 
 
 def _precision(config: Config) -> str:
-    automatic = "bf16" if device() == "gpu" else "fp32"
+    automatic = "bf16" if devices.is_gpu() else "fp32"
     return {"fp32": "fp32", "bf16": "amp_bf16"}[automatic if config.precision == "auto" else config.precision]
 
 
 def _compile_config() -> dict[str, str]:
-    return {"mode": "reduce-overhead"} if device() == "gpu" else {}
+    return {"mode": "reduce-overhead"} if devices.is_gpu() else {}
 
 
 @contextlib.contextmanager

@@ -23,18 +23,16 @@ def test_replicates_are_sharded_over_ranks(size, shares):
     assert [rank.shard(range(5)) for rank in ranks] == shares
 
 
-def test_a_detached_rank_is_a_single_process_world_with_one_device(monkeypatch):
+def test_a_detached_rank_is_a_single_process_world(monkeypatch):
     for key in LAUNCHER_VARIABLES:
         monkeypatch.setenv(key, "3")
     for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(key, "4")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     ProcessInfo.from_environment().detach()
     values = {
         key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
     }
     assert values == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": None}
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,0 +1,130 @@
+"""The device of this process: a GPU, or the CPU where there is none or none is wanted."""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lth_diet.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""Environment variable with the GPUs that may be used; empty: none."""
+
+_DRIVER_FILE = Path("/dev/nvidia0")
+_USE_CPU = f"repair the GPU, or set {VISIBLE}= (empty) to train on the CPU"
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Description of a device.
+
+    Attributes:
+        name: Name of the GPU or CPU, such as `NVIDIA H100 80GB HBM3`.
+        capability: Compute capability of the GPU, such as `9.0`, or the instruction set that PyTorch uses on the CPU,
+            such as `AVX512`.
+        is_gpu: Whether it is a GPU.
+    """
+
+    name: str
+    capability: str
+    is_gpu: bool
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether a GPU has bf16 arithmetic; PyTorch emulates it on those before Ampere, many times slower."""
+        return self.is_gpu and int(self.capability.partition(".")[0]) >= 8
+
+
+def select(local_rank: int) -> None:
+    """Choose the GPU of this process, if there is one: ranks beyond the number of GPUs share them.
+
+    Call it before anything else initializes CUDA.
+
+    Raises:
+        UserError: If a GPU is there or was asked for, but PyTorch cannot use it.
+    """
+    import torch
+
+    names = _visible()
+    if names and names[0].startswith("MIG-"):  # a process can use one MIG device only: the first that is visible
+        os.environ[VISIBLE] = names[local_rank % len(names)]
+    if count := count_gpus():
+        torch.cuda.set_device(local_rank % count)
+
+
+def count_gpus() -> int:
+    """Number of GPUs that PyTorch can use; 0 if there is none or `CUDA_VISIBLE_DEVICES` hides them.
+
+    Raises:
+        UserError: If a GPU is there or was asked for, but PyTorch cannot use it.
+    """
+    names = _visible()
+    if names == []:
+        return 0
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:  # PyTorch warns of an unusable driver
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count >= len(names or ()) and (count or not _DRIVER_FILE.exists()):
+        return count
+    asked = f"{_DRIVER_FILE} exists" if names is None else f"{VISIBLE} = {os.environ[VISIBLE]!r}"
+    if count:
+        raise UserError(f"{asked} in the environment: names {len(names or ())} GPUs, but PyTorch finds {count}")
+    reason = " ".join(str(caught[0].message).split()) if caught else _why_none()
+    raise UserError(f"{asked}, but PyTorch cannot use a GPU ({reason.rstrip('.')}); {_USE_CPU}")
+
+
+def _visible() -> list[str] | None:
+    """The GPUs of `CUDA_VISIBLE_DEVICES`, which CUDA reads up to the first invalid one; None if it is not set."""
+    value = os.environ.get(VISIBLE)
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",")]
+    ends = [index for index, name in enumerate(names) if not name or name.startswith("-")]
+    return names[: ends[0]] if ends else names
+
+
+def _why_none() -> str:
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return "no reason given"
+
+
+def torch_device() -> "torch.device":
+    """The device on which this process trains."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def is_gpu() -> bool:
+    """Whether this process trains on a GPU."""
+    return torch_device().type != "cpu"
+
+
+def describe() -> Device:
+    """Describe the device of this process."""
+    import torch
+
+    if is_gpu():
+        return Device(torch.cuda.get_device_name(), "{}.{}".format(*torch.cuda.get_device_capability()), True)
+    return Device(_cpu_name(), torch.backends.cpu.get_cpu_capability(), False)
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
