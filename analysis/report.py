@@ -31,7 +31,7 @@ from lth_diet.config.run_ids import DEFAULTS
 from lth_diet.errors import Parser, UserError
 from lth_diet.files import write_atomically
 from lth_diet.program import run_program
-from lth_diet.runs import run_directory
+from lth_diet.runs import environment, run_directory
 from lth_diet.runs.config_directory import read_config
 from lth_diet.tracking.mlflow_store import failure_reason
 from lth_diet.tracking.mlflow_store import tracking_uri as default_tracking_uri
@@ -102,6 +102,7 @@ def write(
     parents = collect.search_runs(client, experiments, "tags.phase = 'all'")
     parents = [run for run in parents if run.data.tags.get("run_id") in run_ids]
     option = f" --experiment {shlex.quote(experiment)}" if experiment else ""
+    frame.attrs["remarks"] = _mixtures(client, experiments, run_ids)
     about = {
         "title": f"Lottery tickets on a data diet: {experiment or 'all experiments'}",
         "examples": _examples(client, experiments),
@@ -169,7 +170,7 @@ def _write(
     about_matching = [f"{matching.describe(match)}." for match in matches]
     about_dense = [_describe_dense(family, curves, *settings) for family, curves in families]
     published = {} if "mean" in frame else figures.results_by_dataset(collect.published())
-    remarks = [*frame.attrs.get("left_out", ())]
+    remarks = [*frame.attrs.get("left_out", ()), *frame.attrs.get("remarks", ())]
     for name, curves in results.items():
         remarks += [f"{paper.NAMES.get(name, name)}: {sentence}" for sentence in arms.describe_differences(curves)]
     remarks += figures.describe_unpublished(results) if published else []
@@ -348,13 +349,36 @@ def _examples(client: MlflowClient, experiments: list[str]) -> list[Picture]:
 
 
 def _versions(parents: list[Run]) -> list[tuple[str, str]]:
-    """Versions recorded by the runs, by package; several where runs differ."""
+    """Versions and devices recorded by the runs; several where runs differ."""
     found: dict[str, set[str]] = {}
     for run in parents:
         for tag, value in run.data.tags.items():
-            if tag.startswith("version."):
+            if tag.startswith("version.") or tag in environment.KEYS:
                 found.setdefault(tag.removeprefix("version."), set()).add(value)
     return [(name, ", ".join(sorted(values))) for name, values in sorted(found.items())]
+
+
+def _mixtures(client: MlflowClient, experiments: list[str], run_ids: set[str]) -> list[str]:
+    """A sentence for each run whose trainings differ in device, precision, version or code."""
+    trained: dict[str, list[tuple[str, environment.Environment]]] = {}
+    for phase in ("pretrain", "level_%"):
+        for run in collect.search_runs(client, experiments, f"tags.phase LIKE '{phase}'"):
+            tags = run.data.tags
+            if tags.get("run_id") in run_ids:
+                name = f"{tags.get('dataset')}_{tags.get('arm')}-{tags.get('run_id')}"
+                found = {key: tags.get(key) or tags.get(f"version.{key}") for key in environment.KEYS}
+                known = {key: value for key, value in found.items() if value}
+                trained.setdefault(name, []).append((f"replicate_{tags.get('replicate')}/{tags.get('phase')}", known))
+    sentences = []
+    for name, phases in sorted(trained.items()):
+        if found := environment.differences(sorted(phases, key=lambda phase: _natural(phase[0]))):
+            sentences.append(f"{name}: its trainings are not the results of one program: {environment.describe(found)}")
+    return sentences
+
+
+def _natural(name: str) -> list[int | str]:
+    """Sort key that orders level_2 before level_10, and pre-training before both."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.removesuffix("pretrain"))]
 
 
 def _runs(parents: list[Run]) -> list[dict[str, str]]:

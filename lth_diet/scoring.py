@@ -16,7 +16,8 @@ from lth_diet.data import catalog, seeds
 from lth_diet.data.loader import EvaluationLoader
 from lth_diet.errors import UserError
 from lth_diet.files import LockedError, read_json, remove_partial_files
-from lth_diet.runs.phase_directory import PhaseDirectory, versions
+from lth_diet.runs.environment import versions
+from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.scores import artifact
 from lth_diet.scores.artifact import Scores

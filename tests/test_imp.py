@@ -359,6 +359,7 @@ def test_result_has_the_documented_keys(run):
         "timestamp",
         "level",
         "weights_remaining_percent",
+        "environment",
         "versions",
         "sha256",
         "checksum",

@@ -144,7 +144,7 @@ def _location(origin: dict[str, str], path: str, key: str) -> str:
 def _to_user_error(error: dict, origin: dict[str, str], path: str) -> UserError:
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, {**DEFAULTS, **Config.model_fields}, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(Config.model_fields)}"
         if key in DEFAULTS:  # written with its dot in a file
             hint = f"write {key.replace('.', ': {')}: ...{'}' * key.count('.')}"

@@ -63,7 +63,7 @@ def scores_identity(config: Config) -> dict[str, Any]:
     """Fields that change the scores, by dotted key; arms with equal values share one set of scores."""
     fields = _fields(config)
     used = ("dataset.", "model.", "train.", "pretrain.label_noise", "scores.networks", "scores.steps")
-    used += ("seed", "threads", "precision", "deterministic", "compile")
+    used += ("seed", "threads", "precision", "deterministic", "compile", "variant")
     milestones = tuple(step for step in config.train.milestones if step < config.scores.steps)
     ignored = ("train.steps",) if milestones else ("train.steps", "train.gamma")
     fields["train.milestones"] = milestones

@@ -158,11 +158,13 @@ class Config(Section):
     parallelism: Literal["replicates", "data"] = "replicates"
     """replicates: each rank trains its own replicates. data: all ranks train each replicate together (DDP)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Floating-point precision: fp32, bf16 (GPU only), or auto, which is fp32 on CPU and bf16 on GPU."""
+    """fp32 (TF32 on GPUs that have it), bf16 (GPUs only), or auto: bf16 on GPUs since Ampere, fp32 elsewhere."""
     deterministic: Annotated[bool, Field(strict=True)] = False
     """Whether to use deterministic kernels on GPU; results on CPU are deterministic in any case."""
     compile: Annotated[bool, Field(strict=True)] = False
     """Whether to use torch.compile, with CUDA graphs on GPU; compiles once per process."""
+    variant: Text | None = None
+    """Name of a change of the code, if you make one: runs and scores of each variant have their own ids."""
     intervals: Intervals = Intervals()
     runs: PathText = "runs"
     """Folder of the run directories, or a URL such as s3://bucket/prefix. Not part of the run id."""

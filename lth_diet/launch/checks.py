@@ -1,8 +1,10 @@
 """Checks of a configuration against the ranks, the data and the machine of a launch, and warnings."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable
+from pathlib import Path
 
 from lth_diet.config.loading import Loaded
 from lth_diet.config.run_ids import OUTSIDE_IDENTITY, flatten, run_identity, scores_identity
@@ -11,7 +13,10 @@ from lth_diet.data import catalog
 from lth_diet.data.label_noise import noisy_labels
 from lth_diet.errors import UserError, print_warnings
 from lth_diet.launch.processes import ProcessInfo
-from lth_diet.runs import changed_images
+from lth_diet.runs import changed_images, environment
+from lth_diet.runs.environment import Environment
+from lth_diet.runs.phase_directory import PhaseDirectory
+from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.runs.run_store import open_run_store
 from lth_diet.runs.scores_directory import ScoresDirectory, load_arm_scores
 from lth_diet.training import devices
@@ -100,6 +105,33 @@ def check_device(config: Config, process: ProcessInfo) -> None:
             f"precision = 'bf16': must be auto or fp32 on a {device.name} (compute capability {device.capability}); "
             "bf16 needs 8.0 or later"
         )
+
+
+def environment_warnings(path: Path, phases: Iterable[tuple[str, PhaseDirectory]], now: Environment) -> list[str]:
+    """Warn if a run that is to be continued was begun on another device, or with another precision, version or code.
+
+    Args:
+        path: Directory of the run or the scores.
+        phases: All phases, finished or not, with their names.
+        now: What this launch trains with.
+    """
+    known = []
+    for name, phase in phases:
+        with contextlib.suppress(UserError):  # damaged: reported when the replicate is locked
+            known.append((name, phase.environment()))
+    found = environment.differences([*known, ("this launch", now)])
+    if not found:
+        return []
+    return [
+        f"{path}: {environment.describe(found)}; these are not the results of one program: for a run of its own, set "
+        "variant=<name> or runs=<another folder>"
+    ]
+
+
+def run_phases(run: RunDirectory) -> list[tuple[str, PhaseDirectory]]:
+    """Phases of all replicates of a run that exist, with their names."""
+    replicates = [ReplicateDirectory(path) for path in sorted(run.path.glob("replicate_*"))]
+    return [(f"{replicate.name}/{phase.name}", phase) for replicate in replicates for phase in replicate.phases()]
 
 
 def warnings(loaded: Loaded, ranks: int = 1, scoring: bool = False) -> list[str]:

@@ -6,6 +6,7 @@ launcher when it is imported, so it is imported only once they are set for this 
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import warnings
@@ -20,9 +21,12 @@ from lth_diet.errors import Parser, UserError, print_warnings
 from lth_diet.launch import checks, plan, screen
 from lth_diet.launch.processes import ProcessInfo, report_invalid_input
 from lth_diet.launch.status_board import StatusBoard
+from lth_diet.launch.text import describe_devices
 from lth_diet.launch.worker import compute_scores, train_replicates
+from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory, missing_scores
+from lth_diet.training import devices
 
 
 class _Once(argparse.Action):
@@ -71,10 +75,14 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
         read_only = run.done and not run.is_writable  # such as an archive: its results are only shown
         if not read_only:
             checks.check_environment(config, process)
+        scores = None if read_only else scores
         sentences = _warnings(loaded, process)  # before the new run directory hides that images have changed
+        if not read_only and not run.done:
+            sentences += _environment_warnings(config, process, run.path, checks.run_phases(run))
+        if scores:
+            sentences += _environment_warnings(config, process, scores.path, scores.named_networks())
         if not read_only:
             run.create()
-        scores = None if read_only else scores
         if scores:
             scores.create()
         print_warnings(sentences)
@@ -126,6 +134,8 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
         if not read_only:
             checks.check_environment(config, process)
         sentences = _warnings(loaded, process, scoring=True)
+        if not read_only and not folder.done:
+            sentences += _environment_warnings(config, process, folder.path, folder.named_networks())
         if not read_only:
             folder.create()
         print_warnings(sentences)
@@ -157,14 +167,24 @@ def _warnings(loaded: Loaded, process: ProcessInfo, scoring: bool = False) -> li
     return sentences
 
 
+def _environment_warnings(
+    config: Config, process: ProcessInfo, path: Path, phases: Sequence[tuple[str, PhaseDirectory]]
+) -> list[str]:
+    environment = devices.environment(config)  # also on other ranks: the code as it is now, even if it changes later
+    return [] if process.rank else checks.environment_warnings(path, phases, environment)
+
+
 def _start(config: Config, process: ProcessInfo) -> StatusBoard:
-    """Prepare this process for training and connect it to the other ranks."""
+    """Prepare this process for training and connect it to the other ranks; rank 0 prints the devices of all."""
     _silence_libraries()
     os.environ.update({key: str(config.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
     board = StatusBoard(process)
     import torch
 
     torch.set_num_threads(config.threads)
+    ranks = [json.loads(text) for text in board.gather(json.dumps(devices.summary(config)))]
+    if ranks:
+        print(describe_devices(ranks, config.threads), flush=True)
     return board
 
 

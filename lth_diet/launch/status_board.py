@@ -45,6 +45,13 @@ class StatusBoard:
                 ) from None
             self.store.set_timeout(_TIMEOUT)
 
+    def gather(self, text: str) -> list[str]:
+        """Return the texts of all ranks, by rank, on rank 0; on other ranks, nothing. Call it once."""
+        if self.process.rank:
+            self.store.set(f"gathered_{self.process.rank}", text)
+            return []
+        return [text, *(self.store.get(f"gathered_{rank}").decode() for rank in range(1, self.process.world_size))]
+
     def publish(self, status: Any) -> None:
         """Replace the status of this rank with a new one, any JSON value."""
         self._status = json.dumps(status)

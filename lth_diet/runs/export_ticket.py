@@ -47,6 +47,8 @@ def export_ticket(path: Path, level: int, output: Path) -> dict[str, Any]:
         **measured,
         "layers": Mask.load(files["mask.safetensors"]).table().to_dict("records"),
         "identity": config["identity"],
+        "versions": result["versions"],
+        "environment": result.get("environment"),
         "sha256": {name: sha256(source) for name, source in files.items()},
     }
     part = output.with_name(f".{output.name}.part-{os.getpid()}")

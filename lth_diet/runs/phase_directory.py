@@ -9,20 +9,15 @@
 """
 
 import contextlib
-import functools
 import hashlib
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lth_diet import __version__
 from lth_diet.errors import UserError
 from lth_diet.files import open_atomically, read_json, remove, sha256, write_atomically, write_json
+from lth_diet.runs.environment import Environment, environment_of, versions
 
 _MEASUREMENT_TYPES = {"test_accuracy_percent": float | int, "timestamp": int}
 _RESULT_TYPES = {
@@ -155,14 +150,26 @@ class PhaseDirectory:
         except (OSError, UserError):
             return None
 
+    def environment(self) -> Environment:
+        """What the phase was trained with, up to its end or its checkpoint, as far as that was recorded."""
+        if self.done:
+            return environment_of(self.result())
+        return environment_of(read_json(self.path / "checkpoint.json")) if self.checkpoint() else {}
+
     def checkpoint_path(self, step: int) -> Path:
         """Path of the checkpoint of a step, which is written before `commit_checkpoint`."""
         return self.path / f"checkpoint-{step}.pt"
 
-    def commit_checkpoint(self, step: int) -> None:
-        """Make the checkpoint of a step the one to resume from, and remove older ones."""
+    def commit_checkpoint(self, step: int, environment: Environment | None = None) -> None:
+        """Make the checkpoint of a step the one to resume from, and remove older ones.
+
+        Args:
+            step: Step of the checkpoint.
+            environment: What the phase was trained with up to this step.
+        """
         path = self.checkpoint_path(step)
         entry = {"file": path.name, "step": step, "sha256": sha256(path), "curve_sha256": self._curve_sha256(step)}
+        entry["environment"] = dict(environment or {})
         write_json(self.path / "checkpoint.json", entry)
         self._keep_only_checkpoint(path)
 
@@ -256,15 +263,3 @@ def _without_repeats(curve: bytes) -> bytes | None:
         elif before != measured:
             return None
     return b"".join(kept)
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of Python, of the packages that train, and the commit of this repository, if known."""
-    found = {"python": platform.python_version(), "lth_diet": __version__}
-    found |= {name: metadata.version(package) for name, package in (("torch", "torch"), ("composer", "mosaicml"))}
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = os.environ.get("LTH_DIET_COMMIT", "")  # a Docker image has no repository
-    with contextlib.suppress(OSError):
-        commit = commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return found | ({"git_commit": commit} if commit else {})

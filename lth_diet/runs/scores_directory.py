@@ -50,6 +50,10 @@ class ScoresDirectory(ConfigDirectory):
         """All K scoring networks."""
         return [self.network(number) for number in range(self.config.scores.networks)]
 
+    def named_networks(self) -> list[tuple[str, PhaseDirectory]]:
+        """All K scoring networks, with their names."""
+        return [(network.name, network) for network in self.networks()]
+
     @property
     def done(self) -> bool:
         return (self.path / "manifest.json").exists()

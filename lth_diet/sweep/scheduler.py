@@ -28,6 +28,7 @@ from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.runs.run_store import RunStore, open_run_store
 from lth_diet.sweep.grid import Settings, Sweep, Work
 from lth_diet.sweep.screen import Job, Screen
+from lth_diet.training import devices
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL = 0.5  # seconds
@@ -59,6 +60,7 @@ def run_sweep(sweep: Sweep, address: str | None, recipes: Path) -> int:
     try:
         with _connected(sweep.settings, address) as dashboard, _interruptible():
             scheduler = Scheduler(sweep.settings, left, recipes)
+            print(scheduler.describe(), flush=True)
             with Screen(scheduler.jobs, f"{sweep.path}  {dashboard}") as screen:
                 scheduler.run(screen)
         return screen.conclude()
@@ -79,7 +81,7 @@ def _connected(settings: Settings, address: str | None) -> Iterator[str]:
     cpus = checks.available_cpus()  # Ray ignores `taskset`, but knows the limits of a container
     own = {
         "num_cpus": settings.cpus or (cpus if cpus < (os.cpu_count() or 1) else None),
-        "num_gpus": settings.gpus,
+        "num_gpus": _local_gpus(settings) if address is None else None,
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
     own |= {"include_dashboard": True, "_node_ip_address": "127.0.0.1"}
@@ -100,6 +102,20 @@ def _connected(settings: Settings, address: str | None) -> Iterator[str]:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
         ray.shutdown()
+
+
+def _local_gpus(settings: Settings) -> int:
+    """GPUs of this machine that runs may use.
+
+    Raises:
+        UserError: If a GPU cannot be used, or there are fewer than the sweep asks for.
+    """
+    if 0 in (settings.gpus, settings.gpus_per_run):
+        return 0
+    available = devices.count_gpus()
+    if settings.gpus is not None and settings.gpus > available:
+        raise UserError(f"gpus = {settings.gpus}: must be at most {available}, the GPUs of this machine")
+    return available if settings.gpus is None else settings.gpus
 
 
 def _check_address(address: str) -> None:
@@ -197,6 +213,14 @@ class Scheduler:
                 ray.cancel(task, force=False)  # raises KeyboardInterrupt in the task, which kills its process
             if self._running:
                 ray.wait([*self._running], num_returns=len(self._running), timeout=_STOP_TIMEOUT)
+
+    def describe(self) -> str:
+        """Describe what each job gets, such as `up to 8 jobs at a time, each with 0.5 GPUs and 1 CPU`."""
+        gpus = "no GPU: they train on CPUs"
+        if self.gpus:
+            gpus = f"{self.gpus:g} GPU{'s' * (self.gpus != 1)}"
+        cpus = f"{self.cpus} CPU{'s' * (self.cpus != 1)}"
+        return f"up to {self._slots()} jobs at a time, each with {cpus} and {gpus}"
 
     def _slots(self) -> int:
         """Number of jobs that the live nodes can run at a time."""

@@ -30,6 +30,7 @@ from lth_diet.tracking.mlflow_store import artifact_location, check_experiment, 
 _MAX_METRICS = 1000  # per request to MLflow
 _MAX_PARAMS = 100  # per request to MLflow
 _LOCK_TIMEOUT = 30.0  # seconds to wait for another process that syncs the same folder
+_VERSIONS = ("torch", "composer")  # tagged as version.torch and version.composer
 _ARTIFACTS = ("mask.safetensors", "subset.safetensors", "subset.json", "subset.png", "images.png")  # of a phase
 
 
@@ -133,7 +134,7 @@ class _Sync:
             rows = phase.curve(until=None if phase.done else checkpoint[1])
             self._log_metrics(child, self._missing(child, rows))
             if phase.done:
-                self._tag_versions(child, phase.result())
+                self._tag_environment(child, [phase.result()])
                 self._log_artifacts(child, phase)
                 self.client.set_terminated(child.info.run_id, "FINISHED", phase.result().get("timestamp"))
 
@@ -145,9 +146,15 @@ class _Sync:
             table = Mask.load(phase.path / "mask.safetensors").table().to_csv(index=False)
             self.client.log_text(child.info.run_id, table, "density.csv")
 
-    def _tag_versions(self, run: MlflowRun, result: dict[str, Any]) -> None:
-        """Tag the versions of the software that trained a phase."""
-        tags = [RunTag(f"version.{name}", version) for name, version in (result.get("versions") or {}).items()]
+    def _tag_environment(self, run: MlflowRun, results: Sequence[dict[str, Any]]) -> None:
+        """Tag the versions, code and device that trained some phases, with all values where they differ."""
+        values: dict[str, dict[str, None]] = {}
+        for result in results:
+            tags = {f"version.{name}": version for name, version in (result.get("versions") or {}).items()}
+            tags |= {key: value for key, value in (result.get("environment") or {}).items() if key not in _VERSIONS}
+            for key, value in tags.items():
+                values.setdefault(key, {})[value] = None
+        tags = [RunTag(key, " and ".join(different)) for key, different in values.items()]
         self.client.log_batch(run.info.run_id, tags=tags)
 
     def _create(self, name: str, tags: dict[str, str], key_tags: dict[str, str]) -> MlflowRun:
@@ -215,7 +222,7 @@ class _ReplicateSync(_Sync):
         rows = [{"step": result["level"]} | {key: result[key] for key in keys} for result in results]
         parent = self._parent(rows, self._description())
         if missing := self._missing(parent, rows):
-            self._tag_versions(parent, results[-1])
+            self._tag_environment(parent, results)
             self._log_metrics(parent, missing)  # after the tags, so that a parent with these metrics has them
         self._sync_phases(parent, self.replicate.phases())
         finished = self.replicate.finished(self.config["planned_levels"])  # false again once more levels are planned
@@ -265,7 +272,7 @@ class _ScoresSync(_Sync):
         self._log_metrics(parent, self._missing(parent, rows))
         self._sync_phases(parent, networks)
         if (self.folder / "manifest.json").exists() and parent.info.status != "FINISHED":
-            self._tag_versions(parent, results[-1])
+            self._tag_environment(parent, results)
             for name in ("manifest.json", "scores.safetensors"):
                 self.client.log_artifact(parent.info.run_id, str(self.folder / name))
             if (self.folder / "examples").exists():

@@ -16,6 +16,7 @@ from lth_diet.config.schema import Intervals
 from lth_diet.data.loader import Loader
 from lth_diet.errors import TrainingError, add_path_to_errors
 from lth_diet.files import partial_path, replace
+from lth_diet.runs.environment import Environment
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.training.progress import Progress
 
@@ -117,10 +118,11 @@ class _Recorder(Callback):
 class _Checkpointer(Callback):
     """Saves Composer's checkpoints at an interval, but not after the last step: the result of the phase follows it."""
 
-    def __init__(self, phase: PhaseDirectory, interval: int, sync: Callable[[], None]):
+    def __init__(self, phase: PhaseDirectory, interval: int, sync: Callable[[], None], environment: Environment):
         self.phase = phase
         self.interval = interval
         self.sync = sync
+        self.environment = environment
         self.synced = time.monotonic()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
@@ -133,7 +135,7 @@ class _Checkpointer(Callback):
                 checkpoint.save_checkpoint(state, literal)
                 if dist.get_global_rank() == 0:
                     replace(part, path)
-                    self.phase.commit_checkpoint(step)
+                    self.phase.commit_checkpoint(step, self.environment)
             except (OSError, RuntimeError) as error:  # PyTorch raises a RuntimeError when the disk is full
                 with contextlib.suppress(OSError):
                     part.unlink()

@@ -4,11 +4,14 @@ import contextlib
 import dataclasses
 import os
 import platform
+import socket
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lth_diet.config.schema import Config
 from lth_diet.errors import UserError
+from lth_diet.runs.environment import Environment, code_hash, versions
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +55,7 @@ def select(local_rank: int) -> None:
     import torch
 
     names = _visible()
-    if names and names[0].startswith("MIG-"):  # a process can use one MIG device only: the first that is visible
+    if _is_mig(names):
         os.environ[VISIBLE] = names[local_rank % len(names)]
     if count := count_gpus():
         torch.cuda.set_device(local_rank % count)
@@ -72,6 +75,8 @@ def count_gpus() -> int:
     with warnings.catch_warnings(record=True) as caught:  # PyTorch warns of an unusable driver
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count and _is_mig(names):
+        return len(names)
     if count >= len(names or ()) and (count or not _DRIVER_FILE.exists()):
         return count
     asked = f"{_DRIVER_FILE} exists" if names is None else f"{VISIBLE} = {os.environ[VISIBLE]!r}"
@@ -89,6 +94,11 @@ def _visible() -> list[str] | None:
     names = [name.strip() for name in value.split(",")]
     ends = [index for index, name in enumerate(names) if not name or name.startswith("-")]
     return names[: ends[0]] if ends else names
+
+
+def _is_mig(names: list[str] | None) -> bool:
+    """Whether the GPUs are MIG devices, of which a process can use one only: the first that is visible."""
+    return bool(names) and names[0].startswith("MIG-")
 
 
 def _why_none() -> str:
@@ -122,7 +132,38 @@ def describe() -> Device:
     return Device(_cpu_name(), torch.backends.cpu.get_cpu_capability(), False)
 
 
+def summary(config: Config) -> dict[str, str | int | None]:
+    """What a launch prints of this process: host, index of the GPU (None: CPU), name of the device, precision."""
+    device = describe()
+    hidden = f"; {VISIBLE} = {os.environ[VISIBLE]!r}" if _visible() == [] else ""
+    return {
+        "host": socket.gethostname(),
+        "index": torch_device().index,
+        "name": device.name if device.is_gpu else f"CPU ({device.name}{hidden})",
+        "precision": precision(config.precision),
+    }
+
+
+def precision(setting: str) -> str:
+    """What the setting `precision` means on this device: `fp32` or `bf16`."""
+    return ("bf16" if describe().has_bf16 else "fp32") if setting == "auto" else setting
+
+
+def environment(config: Config) -> Environment:
+    """What this process trains with, beyond the configuration."""
+    device, packages = describe(), versions()
+    return {
+        "device": device.name,
+        "capability": device.capability,
+        "precision": precision(config.precision),
+        "torch": packages["torch"],
+        "composer": packages["composer"],
+        "code": code_hash(),
+    }
+
+
 def _cpu_name() -> str:
+    """Name of the processor model."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

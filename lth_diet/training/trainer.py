@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from lth_diet.config.schema import Config
 from lth_diet.data.loader import EvaluationLoader, Loader
 from lth_diet.errors import TrainingError
+from lth_diet.runs.environment import merge
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.training import composer_internals, devices
 from lth_diet.training.callbacks import _Checkpointer, _Recorder, measure
@@ -67,13 +68,14 @@ def train(
         sync: Called after a checkpoint, at most once in `SYNC_SECONDS`.
 
     Returns:
-        test_accuracy_percent, test_loss, steps, seconds (of this attempt), timestamp (ms since 1970).
+        test_accuracy_percent, test_loss, steps, seconds (of this attempt), timestamp (ms since 1970), environment.
 
     Raises:
         TrainingError: If the loss is not finite, a checkpoint cannot be written or does not restore the state of an
             Algorithm, callback, optimizer or scheduler, or the network cannot be compiled.
     """
     resume = phase.checkpoint()
+    environment = merge(phase.environment(), devices.environment(config))
     optimizer = SGD(
         model.parameters(),
         lr=schedule.lr,
@@ -96,9 +98,9 @@ def train(
             schedulers=scheduler,
             step_schedulers_every_batch=True,
             algorithms=list(algorithms),
-            callbacks=[recorder, _Checkpointer(phase, config.intervals.checkpoint, sync)],
+            callbacks=[recorder, _Checkpointer(phase, config.intervals.checkpoint, sync, environment)],
             device=composer_internals.training_device(),
-            precision=_precision(config),
+            precision={"fp32": "fp32", "bf16": "amp_bf16"}[devices.precision(config.precision)],
             deterministic_mode=config.deterministic,
             compile_config=_compile_config() if config.compile else None,
             seed=config.seed,
@@ -121,6 +123,7 @@ def train(
             "steps": schedule.end_step - schedule.start_step,
             "seconds": round(time.monotonic() - began, 3),
             "timestamp": time.time_ns() // 1_000_000,
+            "environment": environment,
         }
     finally:
         loader.current_step = lambda: 0
@@ -159,11 +162,6 @@ def _restore_errors(phase: PhaseDirectory, objects: Sequence[Any]) -> Iterator[N
                 f"{phase.path}: the checkpoint does not restore the training ({str(error).splitlines()[0]}); "
                 f"delete {phase.path} and rerun the same command to train it again"
             ) from None
-
-
-def _precision(config: Config) -> str:
-    automatic = "bf16" if devices.is_gpu() else "fp32"
-    return {"fp32": "fp32", "bf16": "amp_bf16"}[automatic if config.precision == "auto" else config.precision]
 
 
 def _compile_config() -> dict[str, str]:

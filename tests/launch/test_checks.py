@@ -1,4 +1,6 @@
 import os
+import re
+from pathlib import Path
 
 import pytest
 from helpers import write_image_folder
@@ -7,6 +9,7 @@ from PIL import Image
 from lth_diet.config import loading
 from lth_diet.errors import UserError
 from lth_diet.launch import checks
+from lth_diet.training import devices
 from recipes import imp, score
 
 BASE = """
@@ -126,3 +129,40 @@ def test_the_channels_of_the_images_decide_how_many_levels_have_weights(config, 
     folder = ["dataset.name=image_folder", f"dataset.root={mode}", "train.batch_size=2", "prune.fraction=0.4"]
     with pytest.raises(UserError, match=f"prune.levels = 99 .*: must be at most {levels} for prune.fraction: 0.4"):
         loading.load_config(config, [*folder, "prune.levels=99"])
+
+
+def test_continuing_a_run_with_other_code_is_a_warning_and_a_variant_is_a_run_of_its_own(config, capsys, monkeypatch):
+    settings = ["-f", config, "train.steps=8", "train.milestones=[]", "runs=runs", "prune.levels=0"]
+    more = [*settings[:-1], "prune.levels=1"]
+    assert imp.main(settings) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(devices, "code_hash", lambda: "another")
+    assert imp.main(settings) == 0
+    assert "warning" not in capsys.readouterr().err  # nothing is left to train
+    assert imp.main([*more, "variant=tanh"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert imp.main(more) == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(
+        r"warning: runs/digits_all-\w+: code = \w{12} \(replicate_0/pretrain to replicate_0/level_0, 2 trainings\) and "
+        r"another \(this launch\); these are not the results of one program: for a run of its own, set variant=<name> or "
+        r"runs=<another folder>\n",
+        err,
+    )
+    assert re.match(r"1 process on CPU \(.+\), fp32, 1 thread\n", out)
+    assert re.search(
+        r"note: digits_all-\w+: its trainings are not the results of one program: code = \w{12} \(repl", out
+    )
+    runs = sorted(path.name for path in Path("runs").glob("digits_all-*"))
+    assert len(runs) == 2
+
+
+def test_continuing_scores_with_another_version_is_a_warning(config, capsys, monkeypatch):
+    settings = ["-f", config, "runs=runs", "scores.networks=2", "train.milestones=[]"]
+    assert score.main(settings) == 0
+    for path in ("manifest.json", "network_1/result.json"):
+        next(Path("runs/scores").glob(f"*/{path}")).unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(devices, "versions", lambda: {"torch": "9.9", "composer": "0.32.1"})
+    assert score.main(settings) == 0
+    assert re.search(r"runs/scores/\w+: torch = \S+ \(network_0\) and 9.9 \(this launch\);", capsys.readouterr().err)

@@ -37,6 +37,7 @@ def test_a_ticket_loads_in_plain_pytorch(replicate, place, capsys):
         layer["remaining"] for layer in card["layers"]
     )
     assert (card["arm"], card["subset_size"], card["level"], card["replicate"]) == ("random", 128, 1, 0)
+    assert card["environment"]["precision"] == "fp32" and card["versions"]["torch"]
     assert card["test_accuracy_percent"] == replicate.level(1).result()["test_accuracy_percent"]
     for name, digest in card["sha256"].items():
         assert hashlib.sha256((place / "ticket" / name).read_bytes()).hexdigest() == digest

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from filelock import FileLock, Timeout
+from helpers import MEASURED
 from mlflow import MlflowClient
 from PIL import Image
 from tracking.runs import finish, stored
@@ -64,6 +65,19 @@ def test_a_phase_is_a_child_run_with_its_curve(run):
     assert metrics["learning_rate"] == [(2, 0.1), (4, 0.1), (6, 0.1)]
     assert tags["phase"] == "level_0"
     assert runs[f"{run.path.name}/replicate_0"][0] == "RUNNING"
+
+
+def test_devices_are_tags_of_phases_and_a_replicate_has_those_of_all(run):
+    replicate = run.replicate(0)
+    for level, device in enumerate(("NVIDIA A100", "NVIDIA H100")):
+        environment = {"device": device, "precision": "bf16", "torch": "2.7.0"}
+        replicate.level(level).path.mkdir(parents=True)
+        replicate.level(level).finish({**MEASURED, "level": level, "environment": environment})
+    sync.sync_replicate(replicate)
+    runs = stored()
+    for name, device in {"": "NVIDIA A100 and NVIDIA H100", "/level_0": "NVIDIA A100"}.items():
+        tags = runs[f"{run.path.name}/replicate_0{name}"][1]
+        assert (tags["device"], tags["precision"], "torch" in tags) == (device, "bf16", False)
 
 
 def test_syncing_again_changes_nothing(run):

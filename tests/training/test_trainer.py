@@ -11,7 +11,7 @@ from lth_diet.data import catalog
 from lth_diet.data.loader import EvaluationLoader, Loader
 from lth_diet.networks.classifier import build_classifier
 from lth_diet.runs.phase_directory import PhaseDirectory
-from lth_diet.training import callbacks, composer_internals, trainer
+from lth_diet.training import callbacks, composer_internals, devices, trainer
 from lth_diet.training.progress import Progress
 
 
@@ -122,6 +122,23 @@ def test_a_checkpoint_that_lacks_a_state_is_an_error(train, phase, monkeypatch, 
     phase.commit_checkpoint(step)
     with pytest.raises(errors.TrainingError, match=f"does not restore the training .{name} is not in the state_dict"):
         train(*arguments)
+
+
+def test_a_phase_resumed_on_another_device_records_both(train, phase, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill():
+        raise Killed
+
+    monkeypatch.setattr(callbacks, "SYNC_SECONDS", 0)
+    arguments = trainer.Schedule(0, 8, 0.1, (5,)), [], ["intervals.checkpoint=3"]
+    with pytest.raises(Killed):
+        train(*arguments, sync=kill)
+    first = phase.environment()
+    monkeypatch.setattr(devices, "describe", lambda: devices.Device("another CPU", first["capability"], False))
+    found = train(*arguments)["environment"]
+    assert found == {**first, "device": f"{first['device']}, then another CPU"}
 
 
 def test_a_checkpoint_with_another_mask_is_an_error(train, monkeypatch):
