@@ -1,0 +1,54 @@
+"""Whole runs on the meta device, which stands for a GPU: no waits, no mixtures of devices, few launches."""
+
+import pytest
+from metagpu import meta_gpu
+
+from lth_diet.config import loading
+from lth_diet.imp import IMP
+from lth_diet.runs.run_directory import RunDirectory
+from lth_diet.scoring import Scoring
+from lth_diet.training.progress import Progress
+
+ROWS = ["intervals.log=4", "intervals.checkpoint=100", "intervals.evaluate=0", "train.steps=12", "prune.levels=1"]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, cache):
+    """What the GPU was asked to do by scores, pre-training and two levels of the easy arm, with label noise."""
+    from helpers import TINY
+
+    folder = tmp_path_factory.mktemp("gpu")
+    (folder / "tiny.yaml").write_text(TINY.format(arm="easy"))
+    overrides = [*ROWS, "pretrain.label_noise=0.1", f"runs={folder}/runs"]
+    config = loading.load_config(folder / "tiny.yaml", overrides)
+    run = RunDirectory(config)
+    run.create()
+    with meta_gpu() as gpu:
+        scoring = Scoring(config, Progress([], 0), lambda: None, range(config.scores.networks))
+        scoring.folder.create()
+        scoring.run()
+        IMP(config, run.replicate(0), Progress(["replicate_0"], 0), lambda: None).run()
+    return gpu
+
+
+def test_no_operator_mixes_tensors_of_host_and_gpu(ran):
+    assert ran.trainings == 5 and ran.mixtures == []
+
+
+def test_the_host_reads_nothing_from_the_gpu_between_two_rows_of_the_curve(ran):
+    def waits(step):
+        return [read for read in ran.reads if read.step == step] + [
+            copy for copy in ran.copies if copy.step == step and copy.blocking
+        ]
+
+    quiet = {step for _, step in ran.ops if step is not None and step not in (3, 5, 7, 11)}
+    assert quiet == {0, 1, 2, 4, 6, 8, 9, 10}
+    assert [event for step in quiet for event in waits(step)] == []
+    assert [read.op for read in ran.reads if read.step == 7] == []  # one row: the losses of four steps in one copy
+    assert [(copy.source, copy.shape) for copy in waits(7)] == [("meta", (4,))] * 2
+
+
+def test_each_batch_is_one_copy_that_does_not_wait(ran):
+    for step in (6, 9):
+        copies = [copy for copy in ran.copies if copy.step == step]
+        assert [(copy.target, copy.blocking) for copy in copies] == [("meta", False)] * 2, "of two levels"
