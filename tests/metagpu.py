@@ -24,6 +24,7 @@ from composer.devices import DeviceGPU
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lth_diet.data import loader as loaders
 from lth_diet.data.loader import Loader
 from lth_diet.training import composer_internals, devices
 
@@ -176,6 +177,8 @@ def meta_gpu() -> Iterator[MetaGPU]:
         patch.setattr(devices, "torch_device", lambda: META)
         patch.setattr(torch.cuda, "get_device_name", lambda *args: "meta")
         patch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+        patch.setattr(torch.cuda, "mem_get_info", lambda *args: (80 << 30, 80 << 30))
+        patch.setattr(loaders, "_copies", {})  # an empty GPU
         patch.setattr(Loader, "batch", batch)
         patch.setattr(composer_internals.LeanTrainer, "fit", fit)
         for kind in ("foreach", "fused"):  # where PyTorch uses these optimizers: on the meta device as on CUDA

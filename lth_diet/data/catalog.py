@@ -79,7 +79,7 @@ def load(name: str, root: str, size: int | None = None) -> Dataset:
         size: Scale all images to this many pixels per side; None keeps them.
 
     Returns:
-        The dataset, with memory-mapped arrays.
+        The dataset, with memory-mapped arrays that all callers in a process share: copy them before changing them.
 
     Raises:
         UserError: As `prepare`, or if the cache cannot be read.
@@ -169,8 +169,14 @@ def _name_unreadable_files() -> Iterator[None]:
 
 
 def _map_split(folder: Path, part: str) -> Split:
-    # "c" (copy on write): torch warns of the read-only arrays that "r" returns
-    return Split(*(np.load(folder / f"{part}_{array}.npy", mmap_mode="c") for array in ("x", "y")))
+    paths = [folder / f"{part}_{array}.npy" for array in ("x", "y")]
+    return Split(*(_map(path, status.st_ino, status.st_mtime_ns) for path in paths for status in [path.stat()]))
+
+
+@functools.lru_cache(maxsize=len(_ARRAYS))
+def _map(path: Path, inode: int, modified: int) -> np.ndarray:
+    """Memory-map a file, once for all callers as long as it is the same file and unmodified."""
+    return np.load(path, mmap_mode="c")  # copy on write: torch warns of the read-only arrays that "r" returns
 
 
 def _cache_folder(name: str, root: str, size: int | None) -> Path:

@@ -5,6 +5,7 @@ a pure function of the seeds, the step and the indices in use, so training resum
 batches.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -45,7 +46,8 @@ class Loader:
     Trainer.
 
     Args:
-        dataset: Its training split is copied to `device` (on the CPU it stays memory-mapped from the cache).
+        dataset: Its training images are copied to `device`, once for all loaders of a process (on the CPU they stay
+            memory-mapped from the cache).
         batch_size: Images per batch, over all ranks.
         order_seed: Seed of the data order, purpose "order" in `lth_diet.data.seeds`.
         augmentation_seed: Seed of crops and flips, purpose "augmentation".
@@ -166,8 +168,9 @@ class EvaluationLoader:
 
     Args:
         dataset: Dataset whose mean and standard deviation normalize the images.
-        split: Images and labels to iterate over.
-        batch_size: Maximum number of images per batch. Batch sizes differ by at most one image.
+        split: Images and labels to iterate over. The images are copied to `device` as those of `Loader`.
+        batch_size: Maximum number of images per batch, over all ranks, unless a rank would get none. Batch sizes differ
+            by at most one image.
         device: Device on which batches are made.
         rank, ranks: Index of this rank and number of ranks. Each rank makes every `ranks`-th image of a batch.
     """
@@ -184,6 +187,7 @@ class EvaluationLoader:
         self.images, self.labels = _on_device(split, device)
         self.batch_size = batch_size
         self._rank_slice = slice(rank, None, ranks)
+        self._most_batches = max(len(self.labels) // ranks, 1)
         self._normalize = _Normalize(dataset, device)
 
     def __repr__(self) -> str:
@@ -192,7 +196,7 @@ class EvaluationLoader:
 
     def __len__(self) -> int:
         """Number of batches."""
-        return -(-len(self.labels) // self.batch_size)
+        return min(-(-len(self.labels) // self.batch_size), self._most_batches)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in torch.arange(len(self.labels), device=self.labels.device).tensor_split(len(self)):
@@ -201,4 +205,18 @@ class EvaluationLoader:
 
 
 def _on_device(split: Split, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels).to(device)
+    return _shared_images(split.images, torch.device(device)), torch.from_numpy(split.labels).to(device)
+
+
+_copies: dict[tuple[int, torch.device], Tensor] = {}  # by id of the array
+
+
+def _shared_images(images: np.ndarray, device: torch.device) -> Tensor:
+    """The copy of an array on a device, which is made once and freed with the array; on the CPU, the array itself."""
+    if device.type == "cpu":
+        return torch.from_numpy(images)
+    key = id(images), device
+    if key not in _copies:
+        _copies[key] = torch.from_numpy(images).to(device)
+        weakref.finalize(images, _copies.pop, key, None)
+    return _copies[key]

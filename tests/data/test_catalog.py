@@ -63,6 +63,16 @@ def test_images_are_memory_mapped_uint8_and_labels_int64():
     assert digits.train.labels.dtype == np.int64
 
 
+def test_all_callers_share_the_arrays_until_the_cache_is_replaced(place):
+    first, second = catalog.load("digits", "unused"), catalog.load("digits", "unused")
+    assert first.train.images is second.train.images and first.test.labels is second.test.labels
+    shutil.rmtree(place / "cache/digits")
+    catalog.prepare("digits", "unused")
+    third = catalog.load("digits", "unused")
+    assert third.train.images is not first.train.images
+    assert np.array_equal(third.train.images, first.train.images)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_image_folder_is_read_in_class_and_name_order_with_valid_merged_into_train(place, suffix):
     root = write_image_folder(place / "data", {"train": 3, "valid": 2, "test": 1}, suffix=suffix)

@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -174,6 +176,35 @@ def test_ranks_evaluate_each_image_once_in_equally_many_batches(ranks):
     assert {len(of_rank) for of_rank in batches} == {4}
     labels = torch.cat([labels for of_rank in batches for _, labels in of_rank])
     assert sorted(labels.tolist()) == list(range(50))
+
+
+@given(st.integers(1, 20), st.integers(1, 5), st.integers(1, 30))
+def test_every_rank_has_images_in_every_batch(count, ranks, batch_size):
+    data = dataset(count)
+    for rank in range(min(ranks, count)):
+        evaluation = EvaluationLoader(data, data.test, batch_size, rank=rank, ranks=ranks)
+        sizes = [len(labels) for _, labels in evaluation]
+        assert len(sizes) == len(evaluation) and (count < ranks or min(sizes) > 0)
+
+
+def test_loaders_on_a_device_share_one_copy_of_the_images_which_is_freed_with_the_data():
+    data = dataset()
+    noisy = dataclasses.replace(data, train=Split(data.train.images, data.train.labels[::-1].copy()))
+    loaders = [Loader(each, 7, 1, 2, "meta") for each in (data, noisy)] + [
+        EvaluationLoader(data, data.train, 7, "meta")
+    ]
+    assert len({id(each.images) for each in loaders}) == 1 and len({id(each.labels) for each in loaders}) == 3
+    assert loader(dataset()).images.device.type == "cpu", "other images"
+    copy = weakref.ref(loaders[0].images)
+    del loaders
+    assert copy() is Loader(noisy, 7, 1, 2, "meta").images
+    del data, noisy
+    assert copy() is None
+
+
+def test_images_on_the_cpu_are_not_copied():
+    data = dataset()
+    assert np.shares_memory(loader(data).images.numpy(), data.train.images)
 
 
 def test_batch_size_not_divisible_by_ranks_raises():

@@ -52,3 +52,8 @@ def test_each_batch_is_one_copy_that_does_not_wait(ran):
     for step in (6, 9):
         copies = [copy for copy in ran.copies if copy.step == step]
         assert [(copy.target, copy.blocking) for copy in copies] == [("meta", False)] * 2, "of two levels"
+
+
+def test_the_images_of_each_split_are_copied_to_the_gpu_once(ran):
+    copies = [copy.shape for copy in ran.copies if copy.is_of_images]
+    assert sorted(copies) == [(355, 8, 8, 1), (1442, 8, 8, 1)]
