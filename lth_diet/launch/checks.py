@@ -10,6 +10,7 @@ from lth_diet.config.loading import Loaded
 from lth_diet.config.run_ids import OUTSIDE_IDENTITY, flatten, run_identity, scores_identity
 from lth_diet.config.schema import Config
 from lth_diet.data import catalog
+from lth_diet.data.dataset import Dataset
 from lth_diet.data.label_noise import noisy_labels
 from lth_diet.errors import UserError, print_warnings
 from lth_diet.launch.processes import ProcessInfo
@@ -20,6 +21,10 @@ from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.runs.run_store import open_run_store
 from lth_diet.runs.scores_directory import ScoresDirectory, load_arm_scores
 from lth_diet.training import devices
+
+_GIB = 1 << 30
+WORKING_MEMORY = _GIB
+"""Bytes of GPU memory that a process needs beside its images: the CUDA context, a network and its batches."""
 
 
 def check_imp(config: Config, process: ProcessInfo) -> None:
@@ -64,13 +69,14 @@ def check_environment(config: Config, process: ProcessInfo) -> None:
     Raises:
         UserError: If one of them cannot be used with this configuration.
     """
-    check_device(config, process)
+    gpus = check_device(config, process)
     open_run_store(config.runs).check()
     dataset = config.dataset
     warning = catalog.prepare(dataset.name, dataset.root, process.launch, dataset.size)
     if warning and process.local_rank == 0:
         print_warnings([warning])
     data = catalog.load(dataset.name, dataset.root, dataset.size)
+    check_memory(config, data, process, gpus)
     images = len(data.test.labels)
     if config.parallelism == "data" and images < process.world_size:
         raise UserError(
@@ -84,13 +90,16 @@ def check_environment(config: Config, process: ProcessInfo) -> None:
         raise UserError("compile = true: must be false without a C++ compiler in CXX or the PATH")
 
 
-def check_device(config: Config, process: ProcessInfo) -> None:
+def check_device(config: Config, process: ProcessInfo) -> int:
     """Choose the device of this process.
+
+    Returns:
+        The number of GPUs that the ranks of this machine share.
 
     Raises:
         UserError: If a GPU cannot be used, or ranks or precision do not fit the device.
     """
-    devices.select(process.local_rank)
+    shared = devices.select(process.local_rank)
     gpus, ranks = devices.count_gpus(), process.local_world_size
     if config.parallelism == "data" and 0 < gpus < ranks:
         raise UserError(
@@ -104,6 +113,35 @@ def check_device(config: Config, process: ProcessInfo) -> None:
         raise UserError(
             f"precision = 'bf16': must be auto or fp32 on a {device.name} (compute capability {device.capability}); "
             "bf16 needs 8.0 or later"
+        )
+    return shared
+
+
+def check_memory(config: Config, data: Dataset, process: ProcessInfo, gpus: int) -> None:
+    """Check that the images fit into the free memory of the GPU, with room for training.
+
+    Args:
+        config: The configuration.
+        data: Its data set.
+        process: This rank.
+        gpus: Number of GPUs that the ranks of this machine share.
+
+    Raises:
+        UserError: If they do not fit.
+    """
+    if not devices.is_gpu():
+        return
+    gpus = max(gpus, 1)
+    ranks = len(range(process.local_rank % gpus, process.local_world_size, gpus))
+    images = data.train.images.nbytes + data.test.images.nbytes
+    (free, total), needed = devices.memory(), ranks * (images + WORKING_MEMORY)
+    if needed > free:
+        each = f" for each of {ranks} ranks" if ranks > 1 else ""
+        raise UserError(
+            f"dataset.name = {config.dataset.name!r}: the GPU needs about {needed / _GIB:.1f} GiB of memory "
+            f"({images / _GIB:.1f} GiB of images and {WORKING_MEMORY / _GIB:g} GiB for training{each}), but "
+            f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free; use a smaller dataset.size, fewer ranks or runs "
+            f"per GPU, or a GPU with more free memory, or set {devices.VISIBLE}= (empty) to train on the CPU"
         )
 
 

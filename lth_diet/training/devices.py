@@ -44,21 +44,26 @@ class Device:
         return self.is_gpu and int(self.capability.partition(".")[0]) >= 8
 
 
-def select(local_rank: int) -> None:
+def select(local_rank: int) -> int:
     """Choose the GPU of this process, if there is one: ranks beyond the number of GPUs share them.
 
     Call it before anything else initializes CUDA.
+
+    Returns:
+        The number of GPUs among which the ranks of this machine choose.
 
     Raises:
         UserError: If a GPU is there or was asked for, but PyTorch cannot use it.
     """
     import torch
 
-    names = _visible()
+    names, choices = _visible(), 0
     if _is_mig(names):
         os.environ[VISIBLE] = names[local_rank % len(names)]
+        choices = len(names)
     if count := count_gpus():
         torch.cuda.set_device(local_rank % count)
+    return choices or count
 
 
 def count_gpus() -> int:
@@ -121,6 +126,13 @@ def torch_device() -> "torch.device":
 def is_gpu() -> bool:
     """Whether this process trains on a GPU."""
     return torch_device().type != "cpu"
+
+
+def memory() -> tuple[int, int]:
+    """Free and total memory of the GPU of this process, in bytes."""
+    import torch
+
+    return torch.cuda.mem_get_info(torch_device())
 
 
 def describe() -> Device:

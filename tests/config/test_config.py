@@ -261,7 +261,15 @@ def test_arms_with_equal_scoring_settings_share_one_scores_id(tiny, override):
     assert scores_id(load(tiny, override, arm="easy")) == scores_id(load(tiny, arm="easy"))
 
 
-SCORED = ["scores.networks=3", "scores.steps=8", "pretrain.label_noise=0.1", "seed=1", "threads=2", "train.lr=0.3", "variant=tanh"]
+SCORED = [
+    "scores.networks=3",
+    "scores.steps=8",
+    "pretrain.label_noise=0.1",
+    "seed=1",
+    "threads=2",
+    "train.lr=0.3",
+    "variant=tanh",
+]
 
 
 @pytest.mark.parametrize("override", [*SCORED, "model.width=4", "train.milestones=[5]", "train.gamma=0.3"])

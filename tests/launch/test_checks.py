@@ -2,13 +2,17 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from helpers import write_image_folder
 from PIL import Image
 
 from lth_diet.config import loading
+from lth_diet.data.dataset import Dataset, Split
 from lth_diet.errors import UserError
 from lth_diet.launch import checks
+from lth_diet.launch.processes import ProcessInfo
 from lth_diet.training import devices
 from recipes import imp, score
 
@@ -166,3 +170,57 @@ def test_continuing_scores_with_another_version_is_a_warning(config, capsys, mon
     monkeypatch.setattr(devices, "versions", lambda: {"torch": "9.9", "composer": "0.32.1"})
     assert score.main(settings) == 0
     assert re.search(r"runs/scores/\w+: torch = \S+ \(network_0\) and 9.9 \(this launch\);", capsys.readouterr().err)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU with some free memory, for a launch on a machine with some GPUs."""
+
+    def make(free, gpus=1):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        monkeypatch.setattr(devices, "torch_device", lambda: torch.device("meta"))
+        monkeypatch.setattr(devices, "describe", lambda: devices.Device("Tesla T4", "7.5", True))
+        monkeypatch.setattr(devices, "count_gpus", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 15 * 2**30))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rank", "gpus", "free", "fits"),
+    [
+        *((1, 0, 1, 1.1, True), (1, 0, 1, 0.9, False), (2, 1, 1, 1.9, False), (2, 1, 1, 2.1, True)),
+        *((2, 1, 2, 1.1, True), (3, 0, 2, 1.9, False), (3, 1, 2, 1.1, True)),
+    ],
+)
+def test_training_needs_free_memory_for_all_ranks_of_a_gpu(config, gpu, ranks, rank, gpus, free, fits):
+    gpu(free, gpus)
+    process = ProcessInfo(rank, ranks, rank, "127.0.0.1", 1)
+    if fits:
+        checks.check_environment(loading.load_config(config), process)
+    else:
+        with pytest.raises(UserError, match="dataset.name = 'digits': the GPU needs about"):
+            checks.check_environment(loading.load_config(config), process)
+
+
+def test_images_that_do_not_fit_into_the_gpu_are_rejected_with_sizes_and_remedies(config, gpu):
+    gpu(14.6)
+    images = np.broadcast_to(np.uint8(0), (50_000, 224, 224, 3))
+    data = Dataset("digits", Split(images, None), Split(images[:5000], None), (0.5,), (0.5,), ("a", "b"))
+    arguments = loading.load_config(config), data
+    checks.check_memory(*arguments, ProcessInfo(0, 1, 0, "127.0.0.1", 1), 1)
+    with pytest.raises(UserError) as caught:
+        checks.check_memory(*arguments, ProcessInfo(0, 2, 0, "127.0.0.1", 1), 1)
+    assert str(caught.value) == (
+        "dataset.name = 'digits': the GPU needs about 17.4 GiB of memory (7.7 GiB of images and 1 GiB for training for "
+        "each of 2 ranks), but 14.6 of 15.0 GiB are free; use a smaller dataset.size, fewer ranks or runs per GPU, or a "
+        "GPU with more free memory, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+    )
+
+
+def test_ranks_on_separate_mig_devices_do_not_share_memory(config, gpu, monkeypatch):
+    gpu(1.1)
+    monkeypatch.setenv(devices.VISIBLE, "MIG-a,MIG-b")
+    checks.check_environment(loading.load_config(config), ProcessInfo(1, 2, 1, "127.0.0.1", 1))
+    assert os.environ[devices.VISIBLE] == "MIG-b"
