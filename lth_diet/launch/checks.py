@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import subprocess
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -70,6 +72,8 @@ def check_environment(config: Config, process: ProcessInfo) -> None:
         UserError: If one of them cannot be used with this configuration.
     """
     gpus = check_device(config, process)
+    if config.compile:
+        check_compiler()
     open_run_store(config.runs).check()
     dataset = config.dataset
     warning = catalog.prepare(dataset.name, dataset.root, process.launch, dataset.size)
@@ -86,8 +90,6 @@ def check_environment(config: Config, process: ProcessInfo) -> None:
     if config.needs_scores and (config.scores.file is not None or ScoresDirectory(config).done):
         labels = noisy_labels(data.train.labels, config.pretrain.label_noise, len(data.class_names), config.seed)
         load_arm_scores(config, labels)
-    if config.compile and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
-        raise UserError("compile = true: must be false without a C++ compiler in CXX or the PATH")
 
 
 def check_device(config: Config, process: ProcessInfo) -> int:
@@ -170,6 +172,33 @@ def run_phases(run: RunDirectory) -> list[tuple[str, PhaseDirectory]]:
     """Phases of all replicates of a run that exist, with their names."""
     replicates = [ReplicateDirectory(path) for path in sorted(run.path.glob("replicate_*"))]
     return [(f"{replicate.name}/{phase.name}", phase) for replicate in replicates for phase in replicate.phases()]
+
+
+def check_compiler() -> None:
+    """Check for what `torch.compile` builds code with: a C compiler on a GPU, C++ on the CPU, and Python's headers.
+
+    Raises:
+        UserError: If a program that includes Python.h cannot be compiled.
+    """
+    if devices.is_gpu():
+        name, variable, language, packages = "C", "CC", "c", "gcc, libc6-dev"
+        found = shutil.which("gcc") or shutil.which("clang") or "gcc"
+    else:
+        name, variable, language, packages, found = "C++", "CXX", "c++", "g++", "g++"
+    compiler = os.environ.get(variable, found)
+    include = sysconfig.get_paths()["include"]
+    command = [compiler, "-x", language, "-fsyntax-only", f"-I{include}", "-"]
+    try:
+        done = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True, errors="replace")
+        reason = None if done.returncode == 0 else next(iter(done.stderr.splitlines()), f"status {done.returncode}")
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        raise UserError(
+            f"compile = true: {compiler!r} ({variable} in the environment, or in the PATH) cannot compile {name} "
+            f"with {include}/Python.h ({reason}); install the Debian packages {packages} and python3-dev, or use "
+            "compile=false"
+        )
 
 
 def warnings(loaded: Loaded, ranks: int = 1, scoring: bool = False) -> list[str]:

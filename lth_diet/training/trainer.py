@@ -176,9 +176,10 @@ def _compile_errors(phase: PhaseDirectory) -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
+        remedy = "use" if devices.is_gpu() else "try another number of threads or"
         raise TrainingError(
             f"{phase.path}: PyTorch {torch.__version__} cannot compile this network on this machine ({reason}); "
-            "try another number of threads or compile=false"
+            f"{remedy} compile=false"
         ) from None
 
 

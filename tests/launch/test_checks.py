@@ -1,5 +1,6 @@
 import os
 import re
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +225,47 @@ def test_ranks_on_separate_mig_devices_do_not_share_memory(config, gpu, monkeypa
     monkeypatch.setenv(devices.VISIBLE, "MIG-a,MIG-b")
     checks.check_environment(loading.load_config(config), ProcessInfo(1, 2, 1, "127.0.0.1", 1))
     assert os.environ[devices.VISIBLE] == "MIG-b"
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "name", "packages"),
+    [("cpu", "CXX", "C\\+\\+", "g\\+\\+"), ("meta", "CC", "C", "gcc, libc6-dev")],
+)
+class TestCompiler:
+    """The compiler is the one that `torch.compile` uses on the device: inductor's on the CPU, Triton's on a GPU."""
+
+    @pytest.fixture(autouse=True)
+    def choose(self, device, variable, monkeypatch):
+        monkeypatch.setattr(devices, "torch_device", lambda: torch.device(device))
+        for other in ("CC", "CXX"):
+            monkeypatch.delenv(other, raising=False)
+        monkeypatch.setenv("CXX" if variable == "CC" else "CC", "/nowhere/of-the-other-device")
+
+    def rejected(self, compiler, name, packages, reason):
+        packages = f"install the Debian packages {packages} and python3-dev, or use compile=false"
+        with pytest.raises(
+            UserError, match=f"^compile = true: '{compiler}' .*cannot compile {name} with .*{reason}.*{packages}$"
+        ):
+            checks.check_compiler()
+
+    def test_a_compiler_with_the_headers_of_python_is_accepted(self, device, variable, name, packages):
+        checks.check_compiler()
+
+    def test_no_compiler_is_rejected(self, device, variable, name, packages, place, monkeypatch):
+        monkeypatch.setenv("PATH", str(place))
+        self.rejected("gcc" if variable == "CC" else "g\\+\\+", name, packages, "No such file or directory")
+        monkeypatch.setenv(variable, "/nowhere/cc")
+        self.rejected("/nowhere/cc", name, packages, "No such file or directory")
+        monkeypatch.setenv(variable, "/bin/false")
+        self.rejected("/bin/false", name, packages, "status 1")
+
+    def test_no_headers_of_python_are_rejected(self, device, variable, name, packages, place, monkeypatch):
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(place)})
+        self.rejected(".*", name, packages, f"{place}/Python.h .*Python.h: No such file")
+
+
+def test_compile_is_checked_before_the_data_is_decoded(config, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/nowhere/cc")
+    monkeypatch.setattr(checks.catalog, "prepare", lambda *_: pytest.fail("the data was decoded"))
+    assert imp.main(["-f", config, "compile=true"]) == 2
+    assert capsys.readouterr().err.count("error: compile = true: '/nowhere/cc' (CXX ") == 1

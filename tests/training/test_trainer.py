@@ -3,6 +3,7 @@ import time
 import pytest
 import torch
 from composer import Algorithm, Event, Trainer
+from torch._dynamo.exc import TorchDynamoException
 
 from lth_diet import errors
 from lth_diet.algorithms import ApplyMask, Rewind
@@ -240,6 +241,17 @@ def test_a_loss_that_is_not_finite_is_named_by_its_step_and_never_saved(train, p
         train(trainer.Schedule(0, 8, 1e30), overrides=["intervals.log=8", "intervals.checkpoint=6"])
     assert str(later.value) == str(stopped.value)
     assert phase.checkpoint() is None
+
+
+@pytest.mark.parametrize(
+    ("device", "remedy"),
+    [("cpu", "; try another number of threads or compile=false"), ("meta", r"\); use compile=false")],
+)
+def test_another_number_of_threads_is_a_remedy_on_the_cpu_only(phase, monkeypatch, device, remedy):
+    monkeypatch.setattr(devices, "torch_device", lambda: torch.device(device))
+    message = f"cannot compile this network on this machine .*{remedy}$"
+    with pytest.raises(errors.TrainingError, match=message), trainer._compile_errors(phase):
+        raise TorchDynamoException("a reason\nand a traceback")
 
 
 @pytest.mark.integration
