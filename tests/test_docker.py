@@ -1,5 +1,6 @@
 """The image's commands, run in order in an empty folder: there is no Docker engine where the tests run."""
 
+import json
 import os
 import re
 import shutil
@@ -39,7 +40,7 @@ def build(image, environment):
                 assert not ignored(source), f".dockerignore keeps {source} out"
                 copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
                 copy(ROOT / source, workdir / (source if target in (".", "./") else target))
-        elif name == "RUN":
+        elif name == "RUN" and not argument.startswith("apt-get"):  # needs root, and changes the machine
             done = subprocess.run(["sh", "-ec", argument], cwd=workdir, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"RUN {argument}\n{done.stdout}{done.stderr}"
     return workdir, variables
@@ -95,6 +96,29 @@ def test_compose_has_what_the_native_server_of_the_tests_stands_for():
     (address,) = {interpolated(port, VARIABLES) for port in services["mlflow"]["ports"]}
     assert address == "127.0.0.1:5000:5000"  # this machine only, unless asked for
     assert services["trainer"]["environment"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+
+
+def test_the_image_has_a_compiler_and_keeps_compiled_code_on_a_volume():
+    (packages,) = [argument for name, argument in instructions() if argument.startswith("apt-get")]
+    assert "apt-get install -y --no-install-recommends g++ " in packages
+    variables = dict(
+        re.findall(r"(\w+)=(\S+)", " ".join(argument for name, argument in instructions() if name == "ENV"))
+    )
+    (volumes,) = [json.loads(argument) for name, argument in instructions() if name == "VOLUME"]
+    for variable in ("LTH_DIET_CACHE", "TORCHINDUCTOR_CACHE_DIR"):
+        assert any(variables[variable].startswith(f"{volume}/") for volume in volumes)
+
+
+def test_containers_that_train_have_shared_memory_and_folders_of_their_user():
+    assert COMPOSE["services"]["trainer"]["shm_size"] == "1gb"
+    for name in ("Dockerfile", "docs/mlflow.md"):
+        text = (ROOT / name).read_text()
+        (run,) = re.findall(r"docker run .*", text)
+        assert "--gpus all --shm-size=1g " in run
+        folders = re.findall(r"-v \$PWD/(\w+):", run)
+        assert text.index(f"mkdir -p {' '.join(folders)}") < text.index(run)
+    folders = [volume.split(":")[0].removeprefix("./") for volume in COMPOSE["services"]["trainer"]["volumes"]]
+    assert f"#   mkdir -p {' '.join(folders)} " in (ROOT / "compose.yaml").read_text()
 
 
 def test_compose_takes_every_secret_from_the_environment_and_will_not_start_without():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make image-test: builds the image of the Dockerfile and runs the experiment in it, without a Docker engine.
+# make image-test: builds the image of the Dockerfile and runs the experiment in it, also compiled, without a Docker engine.
 #
 # As root on Debian, with: apt-get install buildah crun uidmap debootstrap. Takes 10 GB and some minutes.
 # Where the base image cannot be pulled, an image of the same name is made from Debian's own packages.
@@ -13,7 +13,7 @@ base=$(sed -n 's/^FROM //p' Dockerfile)
 echo "base image: $base"
 if ! buildah pull -q "docker.io/library/$base" 2> /dev/null; then
     echo "cannot be pulled; made with debootstrap: Debian bookworm with its own Python"
-    debootstrap --variant=minbase --include=python3,python3-pip,python3-venv,ca-certificates bookworm "$work/root" > "$work/log"
+    debootstrap --variant=minbase --include=python3,python3-dev,python3-pip,python3-venv,ca-certificates bookworm "$work/root" > "$work/log"
     rm -f "$work/root"/usr/lib/python3*/EXTERNALLY-MANAGED
     ln -s python3 "$work/root/usr/bin/python"
     for file in /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do # how this machine reaches its package index
@@ -35,6 +35,10 @@ command=(recipes/imp.py -f yamls/digits_init.yaml prune.levels=2)
 begin=$SECONDS
 buildah run --user 1000:1000 "$container" -- composer -n 2 "${command[@]}" | tee "$work/image"
 echo "trained in $((SECONDS - begin)) s, as user 1000"
+begin=$SECONDS
+compiled=(yamls/digits_init.yaml compile=true replicates=1 prune.levels=0 train.steps=10 train.milestones=[])
+buildah run --user 1000:1000 "$container" -- composer -n 1 recipes/imp.py -f "${compiled[@]}"
+buildah run "$container" -- ls data/cache/compiled | grep -q . && echo "compiled in $((SECONDS - begin)) s"
 buildah rm "$container" > /dev/null
 
 MLFLOW_TRACKING_URI="sqlite:///$work/mlflow.db" .venv/bin/composer -n 2 "${command[@]}" "runs=$work/runs" > "$work/host"
