@@ -6,9 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+import botocore.session
 import psutil
 import pytest
 import yaml
+from botocore.validate import ParamValidator
 from helpers import ROOT
 from jsonschema import ValidationError
 
@@ -222,12 +224,44 @@ def test_a_run_too_large_for_any_node_is_rejected(grid):
     assert "cpus_per_run: 2 are more than any node has" in err and "Traceback" not in err
 
 
-def test_the_cluster_file_is_valid_for_ray_up():
+CLUSTERS = sorted((ROOT / "yamls/clusters").glob("*.yaml"))
+
+
+def image(provider, node_config):
+    """The image of a node, after a check of its configuration as far as that is possible without an account."""
+    if provider == "aws":
+        ec2 = botocore.session.get_session().get_service_model("ec2")
+        request = {"MinCount": 1, "MaxCount": 1, **node_config}
+        errors = ParamValidator().validate(request, ec2.operation_model("RunInstances").input_shape)
+        assert not errors.has_errors(), errors.generate_report()
+        return node_config["ImageId"]
+    (disk,) = node_config["disks"]
+    return disk["initializeParams"]["sourceImage"]
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_a_cluster_file_is_valid_for_ray_up_and_its_nodes_can_install_the_project(path):
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    cluster = yaml.safe_load((ROOT / "yamls/clusters/aws.yaml").read_text())
-    validate_config(prepare_config(cluster))
+    text = path.read_text()
+    cluster = yaml.safe_load(text)
+    prepared = prepare_config(cluster)
+    validate_config(prepared)
     with pytest.raises(ValidationError, match="clustername"):
         validate_config(prepare_config({**cluster, "clustername": "x"}))
-    assert cluster["available_node_types"]["gpus"]["min_workers"] == cluster["max_workers"]
-    assert "ray up -y yamls/clusters/aws.yaml" in (ROOT / "docs/sweeps.md").read_text()
+    nodes = cluster["available_node_types"]
+    assert nodes["gpus"]["min_workers"] == cluster["max_workers"]
+    assert f"ray up -y yamls/clusters/{path.name}" in (ROOT / "docs/sweeps.md").read_text()
+    (name,) = {image(cluster["provider"]["type"], node["node_config"]) for node in nodes.values()}
+    head = text[: text.index("cluster_name")]
+    if cluster["provider"]["type"] == "aws":  # ids of images differ between regions
+        assert name == "ami-of-your-region" and f"# Replace {name} by" in head and "ubuntu-22.04/latest/ami-id" in head
+    else:
+        assert re.fullmatch(
+            r"projects/deeplearning-platform-release/global/images/family/\S+-ubuntu-2204-nvidia-\d+", name
+        )
+        assert cluster["provider"]["project_id"] is None and "Set your project_id" in head
+    for role in ("head", "worker"):
+        (packages,) = [each.split() for each in prepared[f"{role}_setup_commands"] if "apt-get" in each]
+        assert {"python3-venv", "python3-dev", "gcc", "g++", "make", "git"} <= set(packages)
+        assert not [each for each in prepared[f"{role}_setup_commands"] if each.startswith("pip ")]
