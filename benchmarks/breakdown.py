@@ -5,8 +5,8 @@ python benchmarks/breakdown.py --depth 20 --width 16 --size 32 --threads 2 --ste
 python benchmarks/breakdown.py --device gpu --depth 20 --width 16 --size 32 --steps 2000
 
 The time of a part excludes the parts nested inside it. "The rest" is Composer's own loop. On a GPU these are host
-times: waiting for the device is attributed to the part that waits. Also measures an evaluation of 10,000 images and its
-share of a level of 62,400 steps.
+times: waiting for the device is attributed to the part that waits. Also measures an evaluation of --tested images, and
+its share of a level of 62,400 steps.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from composer.core import Engine
 from composer.loggers import Logger
 from composer.models import ComposerClassifier
 from torch.optim.lr_scheduler import MultiStepLR
-from workload import Clock, Workload, now, table, write
+from workload import Clock, Workload, now, select_device, table, write
 
 from lth_diet.algorithms import ApplyMask, Rewind
 from lth_diet.data.loader import Loader
@@ -77,8 +77,8 @@ class Stopwatch:
 class Laps(Clock):
     """Reads the stopwatch at the first and last step."""
 
-    def __init__(self, first: int, last: int, device: str, watch: Stopwatch):
-        super().__init__(first, last, device)
+    def __init__(self, first: int, last: int, watch: Stopwatch):
+        super().__init__(first, last)
         self.watch, self.laps = watch, {}
 
     def apply(self, event: object, state: object, logger: object) -> None:
@@ -93,17 +93,17 @@ class Laps(Clock):
 class EvaluationClock(Algorithm):
     """Times evaluations."""
 
-    def __init__(self, device: str):
-        self.device, self.began, self.seconds = device, 0.0, 0.0
+    def __init__(self) -> None:
+        self.began, self.seconds = 0.0, 0.0
 
     def match(self, event: Event, state: object) -> bool:
         return event in (Event.EVAL_START, Event.EVAL_END)
 
     def apply(self, event: Event, state: object, logger: object) -> None:
         if event == Event.EVAL_START:
-            self.began = now(self.device)
+            self.began = now()
         else:
-            self.seconds = now(self.device) - self.began
+            self.seconds = now() - self.began
 
 
 def main() -> None:
@@ -115,21 +115,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--tested", type=int, default=10_000, help="images of an evaluation")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("-o", "--output", type=Path, help="JSON file for all measurements")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    select_device(arguments.device)
     torch.set_num_threads(arguments.threads)
     watch = Stopwatch()
     for part, places in PARTS.items():
         for owner, name in places:
             watch.wrap(owner, name, part)
     last = arguments.warmup + arguments.steps
-    laps = Laps(arguments.warmup, last, arguments.device, watch)
-    network = (arguments.depth, arguments.width, arguments.batch_size, arguments.device, arguments.size)
-    Workload(*network).train(last, [laps])
-    evaluation = EvaluationClock(arguments.device)
-    Workload(*network, tested=10_000).train(1, [evaluation])
+    laps, evaluation = Laps(arguments.warmup, last, watch), EvaluationClock()
+    size, depth, width = arguments.size, arguments.depth, arguments.width
+    work = Workload(depth, width, arguments.batch_size, size=size, tested=arguments.tested)
+    work.train(last, [laps])
+    work.train(1, [evaluation])
     parts = laps.milliseconds()
     overhead = sum(value for part, value in parts.items() if part not in ARITHMETIC)
     share = 100 * evaluation.seconds / (62_400 * laps.seconds)
@@ -140,8 +142,10 @@ def main() -> None:
             ("ms per step", "mean"),
         )
     )
-    print(f"evaluation of 10,000 images: {evaluation.seconds:.2f} s, {share:.2f} % of 62,400 steps")
+    images = len(work.data.test.labels)
+    print(f"evaluation of {images:,} images: {evaluation.seconds:.2f} s, {share:.2f} % of 62,400 steps")
     figures = {"step": 1000 * laps.seconds, "overhead": overhead, "evaluation_seconds": evaluation.seconds}
+    figures["evaluated_images"] = images
     write(arguments, {"milliseconds": parts, **figures})
 
 

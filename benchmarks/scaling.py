@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from workload import MEAN, STD, processor, table, write
+from workload import MEAN, STD, now, select_device, table, write
 
 from lth_diet.data import dataset
 from lth_diet.data.loader import Loader
 from lth_diet.runs.run_directory import ReplicateDirectory
+from lth_diet.training import devices
 
 RECIPE = Path(__file__).parents[1] / "recipes/imp.py"
 CONFIG = """
@@ -65,24 +66,28 @@ def batch(examples: int) -> tuple[float, float]:
     """Returns the median milliseconds per batch from a data set of `examples` images, and MiB of this process."""
     images = np.zeros((examples, 32, 32, 3), np.uint8)
     split = dataset.Split(images, np.zeros(examples, np.int64))
-    loader = Loader(dataset.Dataset("cifar10", split, split, MEAN, STD, tuple("0123456789")), 128, 1, 2)
+    loader = Loader(
+        dataset.Dataset("cifar10", split, split, MEAN, STD, tuple("0123456789")), 128, 1, 2, devices.torch_device()
+    )
     times = []
     for step in range(60):
-        began = time.perf_counter()
+        began = now()
         loader.batch(step)
-        times.append(1000 * (time.perf_counter() - began))
+        times.append(1000 * (now() - began))
     return statistics.median(times[10:]), psutil.Process().memory_info().rss / 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("-o", "--output", type=Path, help="JSON file for all measurements")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    select_device(arguments.device)
     torch.set_num_threads(1)
     seconds, levels, memory = run(1, 20)
     thirds = [("levels 2 to 7", levels[1:7]), ("levels 8 to 14", levels[7:14]), ("levels 15 to 20", levels[14:])]
-    print(processor())
+    print(devices.describe().name)
     print(table([(name, statistics.mean(values)) for name, values in thirds], ("seconds per level", "mean")))
     print(f"memory after level 1 {memory[1]:.0f} MiB, after the last {memory[-1]:.0f} MiB")
     replicates = {count: run(count, 3)[0] for count in (1, 2, 4)}

@@ -3,9 +3,10 @@
 python benchmarks/scheduling.py                     # six arms with two replicates, three times: 15 minutes
 python benchmarks/scheduling.py -f my_sweep.yaml prune.levels=0
 
-The sweep is trained three times: sequentially without Ray; on a local Ray cluster of two nodes with one CPU each; and
-on another such cluster, where one node is killed with kill -9 once a third of the replicates have finished. The results
-must be bit-identical. The overhead is the wall time minus the total run time divided by the number of slots.
+The sweep is trained three times, on the CPU: sequentially without Ray; on a local Ray cluster of two nodes with one CPU
+each; and on another such cluster, where one node is killed with kill -9 once a third of the replicates have finished.
+The results must be bit-identical. The overhead is the wall time minus the total run time divided by the number of
+slots.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 from safetensors.numpy import load_file
-from workload import table, write
+from workload import select_device, table, write
 
 from lth_diet.sweep.grid import Sweep
 
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("-o", "--output", type=Path, help="JSON file for all measurements")
     arguments = parser.parse_intermixed_args()
+    select_device("cpu")
 
     def measured(train: Callable[[Folder], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, bytes]]]:
         with tempfile.TemporaryDirectory() as path:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,24 +19,24 @@ from composer import Algorithm, Event
 from lth_diet.algorithms import ApplyMask, Rewind
 from lth_diet.config.schema import Config
 from lth_diet.data import dataset
-from lth_diet.data.loader import EvaluationLoader, Loader
+from lth_diet.data.loader import Loader
+from lth_diet.errors import UserError
 from lth_diet.masks.mask import Mask
-from lth_diet.networks.classifier import build_classifier
 from lth_diet.runs.phase_directory import PhaseDirectory
-from lth_diet.training import trainer
+from lth_diet.training import devices, trainer
+from lth_diet.training.builders import Builder
 from lth_diet.training.progress import Progress
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class Workload:
-    """One IMP level on random images.
+    """One IMP level on random images, built as `recipes/imp.py` builds it, on the device of this process.
 
     Args:
         depth: Depth of the ResNet.
         width: Channels of its first stage.
         batch_size: Images per step.
-        device: "cpu" or "gpu".
         size: Height and width of the images.
         examples: Number of training images.
         tested: Number of test images.
@@ -46,24 +47,18 @@ class Workload:
         depth: int = 20,
         width: int = 16,
         batch_size: int = 128,
-        device: str = "cpu",
         size: int = 32,
         examples: int = 5120,
         tested: int = 128,
     ):
-        self.depth, self.width, self.batch_size, self.device = depth, width, batch_size, device
-        self.where = "cuda" if device == "gpu" else "cpu"
         random = np.random.default_rng(0)
-        images = random.integers(0, 256, (examples, size, size, 3), dtype=np.uint8)
-        self.split = dataset.Split(images, random.integers(0, 10, examples))
-        test = dataset.Split(images[:tested], self.split.labels[:tested])
-        self.data = dataset.Dataset("cifar10", self.split, test, MEAN, STD, tuple("0123456789"))
+        images = random.integers(0, 256, (max(examples, tested), size, size, 3), dtype=np.uint8)
+        labels = random.integers(0, 10, len(images))
+        train, test = (dataset.Split(images[:count], labels[:count]) for count in (examples, tested))
+        self.data = dataset.Dataset("cifar10", train, test, MEAN, STD, tuple("0123456789"))
+        self.depth, self.width, self.batch_size = depth, width, batch_size
 
-    def loader(self) -> Loader:
-        return Loader(self.data, self.batch_size, 1, 2, self.where)
-
-    def train(self, steps: int, algorithms: Sequence[Algorithm] = (), compiled: bool = False) -> None:
-        """Trains a level with an all-true mask, calling `lth_diet.training.trainer.train` as IMP does."""
+    def builder(self, steps: int = 1, compiled: bool = False) -> Builder:
         config = Config.model_validate(
             {
                 "arm": "init",
@@ -73,27 +68,37 @@ class Workload:
                 "compile": compiled,
             }
         )
-        model = build_classifier(self.depth, 10, self.width, seed=1)
+        builder = Builder(config, 0)
+        builder.data = self.data
+        return builder
+
+    def loader(self) -> Loader:
+        return self.builder().build_loader(self.data)
+
+    def train(self, steps: int, algorithms: Sequence[Algorithm] = (), compiled: bool = False) -> None:
+        """Trains a level with an all-true mask, calling `lth_diet.training.trainer.train` as IMP does."""
+        build = self.builder(steps, compiled)
+        model = build.build_network()
         algorithms = [Rewind(0, model.module.state_dict()), ApplyMask(Mask.dense(model.module)), *algorithms]
-        evaluation = EvaluationLoader(self.data, self.data.test, device=self.where)
+        loader, evaluation = build.build_loader(self.data), build.build_evaluation_loader(self.data.test)
         with tempfile.TemporaryDirectory() as folder:
             phase, schedule = PhaseDirectory(Path(folder)), trainer.Schedule(0, steps, 0.1)
             progress = Progress([], 0)
-            trainer.train(model, self.loader(), evaluation, schedule, algorithms, phase, config, progress, lambda: None)
+            trainer.train(model, loader, evaluation, schedule, algorithms, phase, build.config, progress, lambda: None)
 
 
 class Clock(Algorithm):
     """Measures the time from step `first` to step `last`."""
 
-    def __init__(self, first: int, last: int, device: str):
-        self.first, self.last, self.device = first, last, device
+    def __init__(self, first: int, last: int):
+        self.first, self.last = first, last
         self.times: dict[int, float] = {}
 
     def match(self, event: Event, state: object) -> bool:
         return event == Event.BATCH_END and int(state.timestamp.batch) in (self.first, self.last)
 
     def apply(self, event: Event, state: object, logger: object) -> None:
-        self.times[int(state.timestamp.batch)] = now(self.device)
+        self.times[int(state.timestamp.batch)] = now()
 
     @property
     def seconds(self) -> float:
@@ -101,9 +106,21 @@ class Clock(Algorithm):
         return (self.times[self.last] - self.times[self.first]) / (self.last - self.first)
 
 
-def now(device: str) -> float:
+def select_device(name: str) -> None:
+    """Selects the device of this process and its children: "gpu", or "cpu" even if there is a GPU."""
+    if name == "cpu":
+        os.environ[devices.VISIBLE] = ""
+    try:
+        devices.select(0)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if name == "gpu" and not devices.is_gpu():
+        sys.exit("error: --device gpu: PyTorch finds no GPU; use --device cpu")
+
+
+def now() -> float:
     """Returns the time in seconds after all work on the device has finished."""
-    if device == "gpu":
+    if devices.is_gpu():
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -122,18 +139,12 @@ def write(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Writes figures, hardware, versions and arguments as JSON to `arguments.output`, if given."""
     if not arguments.output:
         return
-    gpu = getattr(arguments, "device", "cpu") == "gpu"
     environment = {
         "command": {key: value for key, value in vars(arguments).items() if key != "output"},
-        "hardware": torch.cuda.get_device_name() if gpu else processor(),
+        "hardware": devices.describe().name,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "composer": composer.__version__,
     }
     arguments.output.write_text(json.dumps(environment | figures, indent=2) + "\n")
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())

@@ -1,8 +1,15 @@
 """The benchmarks run on tiny networks and write their measurements."""
 
+import argparse
+import importlib
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -27,19 +34,79 @@ def test_step_time_measures_every_contender_and_repeat(place):
 
 
 def test_parts_of_the_breakdown_add_up_to_the_step(place):
-    found = figures(place, "breakdown", "--warmup", "2", "--steps", "20")
+    found = figures(place, "breakdown", "--warmup", "2", "--steps", "20", "--tested", "6000")
     parts = found["milliseconds"]
     assert sum(parts.values()) == pytest.approx(found["step"], rel=0.02)
     arithmetic = parts["forward"] + parts["backward"] + parts["optimizer"]
     assert found["overhead"] == pytest.approx(sum(parts.values()) - arithmetic)
     assert all(parts[part] > 0 for part in ("data", "Algorithms", "callbacks", "Composer's events", "the rest"))
-    assert found["evaluation_seconds"] > 0
+    assert found["evaluation_seconds"] > 0 and found["evaluated_images"] == 6000 > 5120, "more than training images"
 
 
 def test_throughput_measures_every_number_of_replicates(place):
     found = figures(place, "throughput", "--depth", "8", "--warmup", "1", "--steps", "3", "--most", "2")
     assert [row["replicates"] for row in found["rows"]] == [1, 2]
     assert all(row["steps_a_second"] > 0 and row["mebibytes"] > 100 for row in found["rows"])
+
+
+@pytest.fixture
+def throughput(place, monkeypatch):
+    """The module, and arguments of its measurement."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    names = {"depth": 8, "device": "cpu", "threads": 1, "warmup": 1, "steps": 1, "compile": False, "timeout": 200}
+    return importlib.import_module("throughput"), argparse.Namespace(**names)
+
+
+def test_a_process_that_is_killed_raises_or_takes_too_long_ends_the_measurement(throughput):
+    module, arguments = throughput
+
+    def kill():
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        children[0].kill()
+
+    threading.Thread(target=kill).start()
+    with pytest.raises(module.ReplicateError, match=r"^exit status -9, without a message$"):
+        module.steps_per_second(arguments, 2)
+    arguments.timeout = 0.1
+    with pytest.raises(module.ReplicateError, match=r"^no result after 0\.1 s$"):
+        module.steps_per_second(arguments, 2)
+    arguments.depth, arguments.timeout = 7, 200
+    with pytest.raises(module.ReplicateError, match=r"^ValidationError: .*model\.depth"):
+        module.steps_per_second(arguments, 2)
+    assert not multiprocessing.active_children()
+
+
+def test_throughput_writes_what_it_measured_before_a_process_failed(throughput, monkeypatch, capsys):
+    module, _ = throughput
+
+    def steps_per_second(arguments, count):
+        if count == 4:
+            raise module.ReplicateError("out of memory")
+        return 10.0 * count, 1000.0
+
+    monkeypatch.setattr(module, "steps_per_second", steps_per_second)
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--most", "16", "-o", "figures.json"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit, match=r"^error: one of 4 replicates failed: out of memory$"):
+        module.main()
+    measured = json.loads(Path("figures.json").read_text())
+    assert [row["replicates"] for row in measured["rows"]] == [1, 2]
+    assert (
+        measured["failure"] == "one of 4 replicates failed: out of memory"
+        and "relative to one" in capsys.readouterr().out
+    )
+
+
+def test_a_benchmark_on_a_gpu_that_is_not_there_is_rejected_and_one_on_the_cpu_hides_gpus(place, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    workload = importlib.import_module("workload")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit, match="^error: --device gpu: PyTorch finds no GPU; use --device cpu$"):
+        workload.select_device("gpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    workload.select_device("cpu")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.mark.faults

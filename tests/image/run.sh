@@ -11,7 +11,7 @@ export BUILDAH_ISOLATION=chroot
 
 base=$(sed -n 's/^FROM //p' Dockerfile)
 echo "base image: $base"
-if ! buildah pull -q "docker.io/library/$base" 2> /dev/null; then
+if ! buildah pull -q --policy always "docker.io/library/$base" 2> /dev/null; then
     echo "cannot be pulled; made with debootstrap: Debian bookworm with its own Python"
     debootstrap --variant=minbase --include=python3,python3-dev,python3-pip,python3-venv,ca-certificates bookworm "$work/root" > "$work/log"
     rm -f "$work/root"/usr/lib/python3*/EXTERNALLY-MANAGED
