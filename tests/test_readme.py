@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from forks.client import Process
 from helpers import ROOT, YAMLS, write_image_folder
 from safetensors.numpy import load_file
@@ -109,6 +110,13 @@ def loop(command):
 
 def test_every_command_is_known_here():
     assert set(COMMANDS) == set(RUNS)
+
+
+def test_the_page_on_gpus_describes_the_pinned_wheels():
+    pins = dict(re.findall(r"^(torch|torchvision)==(\S+)", (ROOT / "requirements.txt").read_text(), flags=re.M))
+    page = PAGES[ROOT / "docs/gpus.md"]
+    assert f"pins torch {pins['torch']} from PyPI, which contains CUDA {torch.version.cuda};" in page
+    assert f"torch=={pins['torch']} torchvision=={pins['torchvision']} --index-url" in page
 
 
 @pytest.mark.integration
