@@ -1,4 +1,7 @@
-"""Private names of other packages: all of them are listed in CONTRIBUTING.md, and exist in the pinned versions."""
+"""Private names of other packages: all of them are listed in CONTRIBUTING.md, and exist in the pinned versions.
+
+Numbers of a single rank that Composer moves to the GPU. The meta device stands for the GPU.
+"""
 
 import ast
 import importlib
@@ -8,8 +11,15 @@ import re
 from importlib.metadata import version
 
 import pytest
+import torch
 from composer import Trainer
+from composer.devices import DeviceGPU
 from helpers import ROOT
+from torch import distributed
+
+from lth_diet.launch.processes import ProcessInfo
+from lth_diet.training import devices
+from lth_diet.training.composer_internals import training_device
 
 FILES = [path for folder in ("lth_diet", "analysis", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
 TABLE = re.findall(
@@ -73,3 +83,22 @@ def test_a_private_name_exists_in_the_version_where_it_was_seen(name, keyword, p
             importlib.import_module(owner.rpartition(".")[0])
         assert hasattr(pkgutil.resolve_name(owner), last)
     assert (keyword or last) in (ROOT / "lth_diet" / file).read_text()
+
+
+@pytest.mark.parametrize("number", [torch.tensor(3), torch.zeros(1, dtype=torch.uint8)], ids=["scalar", "vector"])
+def test_numbers_that_a_scoring_rank_reduces_are_on_the_gpu_because_nccl_reduces_nothing_else(number, monkeypatch):
+    def init(self, device_id=None):
+        self._device = torch.device("meta")
+
+    def init_process_group(backend, device_id=None, **world):  # like NCCL, without a backend for the CPU
+        original("cuda:gloo", **world)
+
+    original = distributed.init_process_group
+    monkeypatch.setattr(distributed, "init_process_group", init_process_group)
+    monkeypatch.setattr(DeviceGPU, "__init__", init)
+    monkeypatch.setattr(devices, "torch_device", lambda: torch.device("meta"))
+    with ProcessInfo(0, 2, 0, "127.0.0.1", 1).as_single_process():
+        with pytest.raises(RuntimeError, match="No backend type associated with device type cpu"):
+            distributed.all_reduce(number)
+        moved = training_device().tensor_to_device(number)  # as Composer does where it resumes from a checkpoint
+        assert moved.device.type == "meta"
