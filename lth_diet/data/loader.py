@@ -173,6 +173,9 @@ class EvaluationLoader:
             by at most one image.
         device: Device on which batches are made.
         rank, ranks: Index of this rank and number of ranks. Each rank makes every `ranks`-th image of a batch.
+
+    Raises:
+        ValueError: If there are fewer images than ranks: the loss of no image is NaN.
     """
 
     def __init__(
@@ -184,8 +187,11 @@ class EvaluationLoader:
         rank: int = 0,
         ranks: int = 1,
     ):
+        if len(split.labels) < ranks:
+            raise ValueError(f"{len(split.labels)} images do not suffice for {ranks} ranks")
         self.images, self.labels = _on_device(split, device)
         self.batch_size = batch_size
+        self._ranks = ranks
         self._rank_slice = slice(rank, None, ranks)
         self._most_batches = max(len(self.labels) // ranks, 1)
         self._normalize = _Normalize(dataset, device)
@@ -196,7 +202,7 @@ class EvaluationLoader:
 
     def __len__(self) -> int:
         """Number of batches."""
-        return min(-(-len(self.labels) // self.batch_size), self._most_batches)
+        return min(-(-len(self.labels) // self.batch_size), len(self.labels) // self._ranks)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in torch.arange(len(self.labels), device=self.labels.device).tensor_split(len(self)):

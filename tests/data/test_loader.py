@@ -178,15 +178,6 @@ def test_ranks_evaluate_each_image_once_in_equally_many_batches(ranks):
     assert sorted(labels.tolist()) == list(range(50))
 
 
-@given(st.integers(1, 20), st.integers(1, 5), st.integers(1, 30))
-def test_every_rank_has_images_in_every_batch(count, ranks, batch_size):
-    data = dataset(count)
-    for rank in range(min(ranks, count)):
-        evaluation = EvaluationLoader(data, data.test, batch_size, rank=rank, ranks=ranks)
-        sizes = [len(labels) for _, labels in evaluation]
-        assert len(sizes) == len(evaluation) and (count < ranks or min(sizes) > 0)
-
-
 def test_loaders_on_a_device_share_one_copy_of_the_images_which_is_freed_with_the_data():
     data = dataset()
     noisy = dataclasses.replace(data, train=Split(data.train.images, data.train.labels[::-1].copy()))
@@ -205,6 +196,20 @@ def test_loaders_on_a_device_share_one_copy_of_the_images_which_is_freed_with_th
 def test_images_on_the_cpu_are_not_copied():
     data = dataset()
     assert np.shares_memory(loader(data).images.numpy(), data.train.images)
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 50))
+def test_no_rank_evaluates_an_empty_share(ranks, batch_size, images):
+    data = dataset()
+    split = Split(data.test.images[:images], data.test.labels[:images])
+    if images < ranks:
+        with pytest.raises(ValueError, match=f"{images} images do not suffice for {ranks} ranks"):
+            EvaluationLoader(data, split, batch_size, ranks=ranks)
+        return
+    loaders = [EvaluationLoader(data, split, batch_size, rank=rank, ranks=ranks) for rank in range(ranks)]
+    sizes = np.array([[len(labels) for _, labels in loader] for loader in loaders])
+    assert sizes.min() > 0 and sizes.sum() == images
+    assert sizes.sum(0).max() <= max(batch_size, 2 * ranks - 1)
 
 
 def test_batch_size_not_divisible_by_ranks_raises():
