@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
+HOW_TO_RESUME = "; rerun the same command to resume"
+"""The remedy at the end of a DeviceError's report."""
+
 
 class UserError(Exception):
     """Invalid input. The message is one sentence that says what is wrong, where, and what to do.
@@ -126,3 +129,7 @@ def raise_if_corrupt(path: Path, what: str) -> Iterator[None]:
 
 class TrainingError(Exception):
     """Training cannot continue. The message says where it stopped and why."""
+
+
+class DeviceError(Exception):
+    """A GPU or the connection between ranks failed, which ends the process. Another attempt can succeed."""

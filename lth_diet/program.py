@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+DEVICE_FAULT = os.EX_TEMPFAIL
+"""Exit status 75: a GPU or the connection between ranks failed. Another attempt can succeed."""
+
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -21,7 +24,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
     Characters that the encoding of standard output lacks are printed as escapes. A program whose output nobody reads
     any more, such as `... --plan | head`, continues without a word. An interrupt (Ctrl-C), or SIGTERM while
-    Composer trains, ends it with one line, of rank 0 alone, and status 130 or 143.
+    Composer trains, ends it with one line, of rank 0 alone, and status 130 or 143. After a fault of the GPU, what
+    libraries do at exit is skipped: it may wait for the GPU.
     """
     rank = os.environ.get("RANK", "0")  # ranks that train alone change it later
     sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
@@ -37,6 +41,9 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     except OSError as error:  # of a file on a full disk
         print(f"error: {error.filename} cannot be written ({error.strerror})", file=sys.stderr)
         status = status or 1
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which a launcher ends all ranks as soon as one has failed
+    if status == DEVICE_FAULT:
+        _leave(status)
     sys.exit(status)
 
 
@@ -45,10 +52,14 @@ def _stop(status: int, rank: str) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     if rank == "0":
         print("stopped; rerun the same command to resume", file=sys.stderr)
+    _leave(status)  # what libraries do at exit takes seconds, and a launcher waits
+
+
+def _leave(status: int) -> NoReturn:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError):
             stream.flush()
-    os._exit(status)  # what libraries do at exit takes seconds, and a launcher waits
+    os._exit(status)
 
 
 def ensure_home() -> None:

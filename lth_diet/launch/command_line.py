@@ -58,7 +58,7 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
         report: Called on rank 0 at the end.
 
     Returns:
-        The exit status: 0; 1 if a replicate failed; 2 if the input is invalid.
+        The exit status: 0; 1 if a replicate failed; 2 if the input is invalid; DEVICE_FAULT.
     """
     try:
         process = ProcessInfo.from_environment()
@@ -89,24 +89,26 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
         board = _start(config, process)
     except (UserError, OSError) as error:
         return report_invalid_input(error)
-    together, failed = config.parallelism == "data", False
+    together, status = config.parallelism == "data", 0
     replicates = run.replicates() if together else process.shard(run.replicates())
     with _screen(board, run.path.name):
         if not together:
             process.detach()
         if scores:
             with process.as_single_process() if together else contextlib.nullcontext():
-                failed = compute_scores(scores, process, board, replicates)
-        if together and not failed:
+                status = compute_scores(scores, process, board, replicates)
+        if together and not status:
             board.init_process_group()
-        failed = failed or (not read_only and train_replicates(run, replicates, process, board))
-        if together and failed:
-            return 1  # the other ranks wait for this one in a collective; the launcher terminates them
-        board.barrier()
+        if not (status or read_only):
+            status = train_replicates(run, replicates, process, board)
+        if together and status:
+            return status  # the other ranks wait for this one in a collective; the launcher terminates them
+        board.wait_for_others()
     if process.rank == 0:
         _print_results(run)
         report(run)
-    return 1 if failed else 0
+    board.barrier()
+    return status
 
 
 def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
@@ -117,7 +119,7 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
         description: Description of the recipe, for --help.
 
     Returns:
-        The exit status: 0; 1 if a network failed; 2 if the input is invalid.
+        The exit status: 0; 1 if a network failed; 2 if the input is invalid; DEVICE_FAULT.
     """
     try:
         process = ProcessInfo.from_environment()
@@ -144,11 +146,12 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
         return report_invalid_input(error)
     process.detach()
     with _screen(board, f"scores/{folder.path.name}"):
-        failed = not read_only and compute_scores(folder, process, board)
-        board.barrier()
-    if process.rank == 0 and not failed:
+        status = 0 if read_only else compute_scores(folder, process, board)
+        board.wait_for_others()
+    if process.rank == 0 and not status:
         print(f"\n{folder.path}\n{plan.summary(folder)}", flush=True)
-    return 1 if failed else 0
+    board.barrier()
+    return status
 
 
 def _read(argv: Sequence[str] | None, description: str) -> tuple[Loaded, bool]:

@@ -75,6 +75,11 @@ class StatusBoard:
             rank, ranks = self.process.rank, self.process.world_size
             self.process.init_process_group(store=world, rank=rank, world_size=ranks, timeout=_TIMEOUT)
 
+    def wait_for_others(self) -> None:
+        """Wait on rank 0 until every other rank is at the barrier, which rank 0 can then hold closed."""
+        if self.process.rank == 0:
+            self._wait_for([f"here_{rank}" for rank in range(1, self.process.world_size)])
+
     def barrier(self) -> None:
         """Wait until every rank has arrived. Rank 0, which hosts the store, leaves last.
 
@@ -89,5 +94,5 @@ class StatusBoard:
                 self._wait_for([f"gone_{rank}" for rank in range(1, self.process.world_size)])
 
     def _wait_for(self, keys: list[str]) -> None:
-        while not self.store.check(keys):
+        while keys and not self.store.check(keys):
             time.sleep(0.1)

@@ -21,9 +21,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from lth_diet.errors import UserError
+from lth_diet.errors import HOW_TO_RESUME, UserError
 from lth_diet.launch import checks
 from lth_diet.launch.processes import LAUNCHER_VARIABLES, exit_with_parent
+from lth_diet.program import DEVICE_FAULT
 from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.runs.run_store import RunStore, open_run_store
 from lth_diet.sweep.grid import Settings, Sweep, Work
@@ -333,6 +334,8 @@ def _crash(job: Job, status: int) -> str:
     """Reason for another attempt; empty if the job succeeded or would fail again."""
     if status < 0:
         return f"killed by signal {-status}"
+    if status == DEVICE_FAULT:
+        return _reason(job, status).removesuffix(HOW_TO_RESUME)
     unexplained = isinstance(job.work.folder, ReplicateDirectory) and not job.work.folder.failed
     return "ended without an error" if status == 1 and unexplained else ""
 

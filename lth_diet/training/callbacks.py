@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -22,6 +23,9 @@ from lth_diet.training.progress import Progress
 
 SYNC_SECONDS = 30.0
 """Seconds between two updates of MLflow. On a fast GPU there is a checkpoint every second."""
+
+_FILE_ERROR = re.compile("inline_container|PytorchStreamWriter|unexpected pos|iostream")
+"""In the RuntimeError that PyTorch raises when a file cannot be written, as on a full disk."""
 
 
 def measure(state: State) -> dict[str, float]:
@@ -136,9 +140,11 @@ class _Checkpointer(Callback):
                 if dist.get_global_rank() == 0:
                     replace(part, path)
                     self.phase.commit_checkpoint(step, self.environment)
-            except (OSError, RuntimeError) as error:  # PyTorch raises a RuntimeError when the disk is full
+            except (OSError, RuntimeError) as error:
                 with contextlib.suppress(OSError):
                     part.unlink()
+                if not isinstance(error, OSError) and not _FILE_ERROR.search(str(error)):
+                    raise
                 reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
                 raise TrainingError(
                     f"{path} cannot be written ({reason}); rerun the same command to resume once there is room"

@@ -21,7 +21,7 @@ from lth_diet.data.loader import EvaluationLoader, Loader
 from lth_diet.errors import TrainingError
 from lth_diet.runs.environment import merge
 from lth_diet.runs.phase_directory import PhaseDirectory
-from lth_diet.training import composer_internals, devices
+from lth_diet.training import composer_internals, device_faults, devices
 from lth_diet.training.callbacks import _Checkpointer, _Recorder, measure
 from lth_diet.training.progress import Progress
 
@@ -175,6 +175,8 @@ def _compile_errors(phase: PhaseDirectory) -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
+        if device_faults.is_device_fault(error):
+            raise
         reason = str(error).strip().splitlines()[0]
         remedy = "use" if devices.is_gpu() else "try another number of threads or"
         raise TrainingError(

@@ -1,6 +1,7 @@
 """Moments at which a process can be made to end or stop itself, and disks that can be made full.
 
 {"moment", "call", "signal"}    the process ends itself the `call`-th time that a moment comes; SIGSTOP stops it
+{"moment", "call", "error"}     from the `call`-th time on, the moment raises a RuntimeError with this text
 {"host", ...}                   the process takes this for the name of its host
 {"opens", "disk"}               when a file whose path ends so is opened, that disk is full from then on; null: SIGKILL
 """
@@ -23,14 +24,17 @@ from lth_diet.training import callbacks
 
 
 class Fault:
-    """Ends this process the `call`-th time it is asked to."""
+    """Ends this process the `call`-th time it is asked to, or raises an error from then on."""
 
-    def __init__(self, call, number):
-        self.left, self.number = call, number
+    def __init__(self, call, number, error=None):
+        self.left, self.number, self.error = call, number, error
 
     def __call__(self):
         self.left -= 1
-        if self.left == 0:
+        if self.error is not None:
+            if self.left <= 0:
+                raise RuntimeError(self.error)
+        elif self.left == 0:
             os.kill(os.getpid(), self.number)
             if self.number != signal.SIGSTOP:
                 signal.pause()  # SIGTERM is handled between two instructions
@@ -143,6 +147,7 @@ def arm(fault):
     if "host" in fault:
         socket.gethostname = lambda: fault["host"]
     if "moment" in fault:
-        STOPS[fault["moment"]](Fault(fault["call"], signal.Signals[fault["signal"]]))
+        number = signal.Signals[fault.get("signal", "SIGKILL")]
+        STOPS[fault["moment"]](Fault(fault["call"], number, fault.get("error")))
     else:
         at_opening(fault["opens"], fault["disk"])

@@ -61,7 +61,10 @@ def trainers(place):
     return found
 
 
-@pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 2", 2), ("exit 247", -9), ("kill -TERM $$", -15)])
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [("exit 0", 0), ("exit 75", scheduler.DEVICE_FAULT), ("exit 2", 2), ("exit 247", -9), ("kill -TERM $$", -15)],
+)
 def test_an_attempt_returns_the_exit_status_or_the_signal_that_killed_the_launcher_or_its_rank(
     launcher, place, script, status
 ):
@@ -159,6 +162,16 @@ def test_a_failure_that_another_attempt_would_repeat_is_not_a_crash(jobs):
     assert scheduler._crash(replicate, 1), "no failed.json: locked by another process, or it failed earlier"
     replicate.work.folder.record_failure("the loss is nan")
     assert scheduler._crash(replicate, 1) == "" and scheduler._crash(score, 1) == ""
+
+
+def test_a_fault_of_the_gpu_is_a_crash_with_its_reason(jobs, place):
+    (place / "log").write_text(
+        "error: replicate 0: GPU 1 of a failed (CUDA error: x); rerun the same command to resume\n"
+    )
+    for job in jobs[:2]:
+        job.logs.append(place / "log")
+        reason = "replicate 0: GPU 1 of a failed (CUDA error: x)"
+        assert scheduler._crash(job, scheduler.DEVICE_FAULT) == reason
 
 
 def test_the_reason_for_a_failure_is_the_last_error_in_its_log(jobs, place):

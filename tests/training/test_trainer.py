@@ -8,7 +8,7 @@ from torch._dynamo.exc import TorchDynamoException
 from lth_diet import errors
 from lth_diet.algorithms import ApplyMask, Rewind
 from lth_diet.config import loading
-from lth_diet.data import catalog
+from lth_diet.data import catalog, loader
 from lth_diet.data.loader import EvaluationLoader, Loader
 from lth_diet.networks.classifier import build_classifier
 from lth_diet.runs.phase_directory import PhaseDirectory
@@ -42,8 +42,8 @@ def train(phase, tiny):
         settings = loading.load_config(tiny(), overrides)
         data = catalog.load("digits", "unused")
         model = model or build_classifier(8, 10, width=2, channels=1, seed=1)
-        loader, evaluation = Loader(data, 8, 1, 2), EvaluationLoader(data, data.test)
-        return trainer.train(model, loader, evaluation, schedule, algorithms, phase, settings, Progress([0], 0), sync)
+        batches, evaluation = Loader(data, 8, 1, 2), EvaluationLoader(data, data.test)
+        return trainer.train(model, batches, evaluation, schedule, algorithms, phase, settings, Progress([0], 0), sync)
 
     return run
 
@@ -252,6 +252,33 @@ def test_another_number_of_threads_is_a_remedy_on_the_cpu_only(phase, monkeypatc
     message = f"cannot compile this network on this machine .*{remedy}$"
     with pytest.raises(errors.TrainingError, match=message), trainer._compile_errors(phase):
         raise TorchDynamoException("a reason\nand a traceback")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (loader.Loader, "batch"),
+        (callbacks.dist, "all_reduce"),  # where losses are read
+        (callbacks.checkpoint, "save_checkpoint"),
+        (loader.EvaluationLoader, "__iter__"),
+    ],
+)
+def test_a_fault_of_the_gpu_keeps_its_reason_wherever_cuda_reports_it(train, phase, monkeypatch, owner, name):
+    def fail(*arguments, **options):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(RuntimeError, match="^CUDA error: unspecified launch failure$"):
+        train(trainer.Schedule(0, 8, 0.1), overrides=["intervals.checkpoint=3"])
+    assert phase.checkpoint() is None or name == "__iter__"
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"), [("CUDA error: out of memory", RuntimeError), ("no compiler", errors.TrainingError)]
+)
+def test_a_fault_of_the_gpu_during_compilation_is_no_failed_compilation(phase, reason, expected):
+    with pytest.raises(expected, match=reason), trainer._compile_errors(phase):
+        raise TorchDynamoException(reason)
 
 
 @pytest.mark.integration
