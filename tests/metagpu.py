@@ -51,13 +51,19 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Copy(Event):
-    """A copy between the host and the GPU: `source` and `target` are types of devices."""
+    """A copy between the host and the GPU.
+
+    Attributes:
+        source, target: Types of devices.
+        pinned: Whether it is from pinned memory of the host. A copy that does not block and is not pinned may wait.
+    """
 
     source: str
     target: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     blocking: bool
+    pinned: bool
 
     @property
     def is_of_images(self) -> bool:
@@ -118,8 +124,9 @@ class MetaGPU(TorchDispatchMode):
             source, target = args[1], args[0].device
             blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
         if source.device != target and (source.dim() or source.device == META):
-            places = source.device.type, target.type
-            self.copies.append(self._event(Copy, func, *places, tuple(source.shape), source.dtype, blocking))
+            pinned = getattr(source, "is_pinned_for_test", False)
+            values = source.device.type, target.type, tuple(source.shape), source.dtype, blocking, pinned
+            self.copies.append(self._event(Copy, func, *values))
         if source.device == META and target != META:
             return _on_host(func, args, kwargs) if new else args[0].zero_()
         return func(*args, **kwargs)
@@ -173,6 +180,12 @@ def meta_gpu() -> Iterator[MetaGPU]:
             finally:
                 gpu.step = None
 
+        def pin_memory(tensor):
+            pinned = tensor.clone()
+            pinned.is_pinned_for_test = True
+            return pinned
+
+        patch.setattr(torch.Tensor, "pin_memory", pin_memory)
         patch.setattr(DeviceGPU, "__init__", init)
         patch.setattr(devices, "torch_device", lambda: META)
         patch.setattr(torch.cuda, "get_device_name", lambda *args: "meta")

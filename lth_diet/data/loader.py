@@ -16,6 +16,7 @@ from lth_diet.data.dataset import Dataset, Split
 from lth_diet.data.seeds import generator
 
 Batch = tuple[Tensor, Tensor]
+_OUTSIDE = -(2**40)  # of the image: plus any index of a pixel, still negative
 
 
 class _Normalize:
@@ -84,6 +85,7 @@ class Loader:
         self.order_seed, self.augmentation_seed = order_seed, augmentation_seed
         self.flip = dataset.flip if flip is None else flip
         self.padding = self.images.shape[1] // 8
+        self._crops = Crops(*self.images.shape[1:3], self.padding)
         self.current_step: Callable[[], int] = lambda: 0
         self._normalize = _Normalize(dataset, device)
         self.num_examples = len(self.labels)
@@ -132,35 +134,53 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """Return this rank's images, float32 (B, C, H, W), and labels, int64 (B,), of batch `step`."""
-        numbers = np.stack([self.examples(step), *self.augmentation(step)])[:, self._rank_slice]
-        numbers = torch.from_numpy(numbers).to(self.images.device, non_blocking=True)
-        examples, top, left, flipped = numbers
-        images = crop(self.images.index_select(0, examples), self.padding, top, left, flipped.bool())
-        return self._normalize(images), self.labels[examples]
+        numbers = [array[self._rank_slice] for array in (self.examples(step), *self.augmentation(step))]
+        images, examples = self._crops.take(self.images, self._to_device(torch.from_numpy(self._crops.plan(*numbers))))
+        return self._normalize(images), self.labels.index_select(0, examples)
+
+    def _to_device(self, numbers: Tensor) -> Tensor:
+        if self.images.device.type == "cpu":
+            return numbers
+        # PyTorch reuses pinned memory only after the copies from it that it knows of
+        return numbers.pin_memory().to(self.images.device, non_blocking=True)
 
 
-def crop(images: Tensor, padding: int, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
-    """Zero-pad images, crop windows of the original size and flip some of them horizontally.
+class Crops:
+    """Crops of zero-padded images, some of them flipped, as one gather of pixels with few operators on the device.
 
     Args:
-        images: Images, (B, H, W, C).
+        height, width: Size of the images and of the crops, in pixels.
         padding: Pixels added on each side.
-        top, left: Edges of each window in the padded image, (B,), 0 to 2 x padding.
-        flipped: Which windows to flip, boolean (B,).
-
-    Returns:
-        Windows of the shape and type of `images`.
     """
-    count, height, width, channels = images.shape
-    padded = images.new_zeros(2, count, height + 2 * padding, width + 2 * padding, channels)
-    inside = padded[:, :, padding : padding + height, padding : padding + width]
-    inside[0], inside[1] = images, images.flip(2)
-    left = torch.where(flipped, 2 * padding - left, left)
-    image = flipped * count + torch.arange(count, device=images.device)
-    rows = (image * padded.shape[2] + top)[:, None] + torch.arange(height, device=images.device)
-    row_starts = (rows * padded.shape[3] + left[:, None]).flatten()
-    # gathering whole rows of pixels is a plain copy, faster than any other kind of indexing
-    return padded.flatten().unfold(0, width * channels, channels).index_select(0, row_starts).view(images.shape)
+
+    def __init__(self, height: int, width: int, padding: int):
+        def windows(size: int) -> np.ndarray:
+            pixels = np.arange(2 * padding + 1)[:, None] + np.arange(size) - padding
+            return np.where((0 <= pixels) & (pixels < size), pixels, _OUTSIDE)
+
+        self.height, self.width = height, width
+        self._rows = windows(height) * width
+        self._columns = np.stack([windows(width), windows(width)[:, ::-1]])
+
+    def plan(self, images: np.ndarray, top: np.ndarray, left: np.ndarray, flipped: np.ndarray) -> np.ndarray:
+        """Return the numbers that `take` needs, int64, for B crops.
+
+        Args:
+            images: Index of the image of each crop, (B,).
+            top, left: Edges of each crop in the padded image, (B,), 0 to 2 x padding.
+            flipped: Which crops to flip horizontally, boolean (B,).
+        """
+        rows = images[:, None] * (self.height * self.width) + self._rows[top]
+        return np.concatenate([images, rows.ravel(), self._columns[flipped.astype(int), left].ravel()])
+
+    def take(self, images: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the crops of `images`, (B, H, W, C), and the indices of their images, (B,)."""
+        count = len(plan) // (1 + self.height + self.width)
+        indices, rows, columns = plan.split([count, count * self.height, count * self.width])
+        pixels = rows.view(count, self.height, 1) + columns.view(count, 1, self.width)
+        outside = pixels < 0
+        crops = images.flatten(0, 2).index_select(0, pixels.clamp_(min=0).flatten())
+        return crops.view(*pixels.shape, -1).masked_fill_(outside[..., None], 0), indices
 
 
 class EvaluationLoader:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lth_diet.data.dataset import Dataset, Split
-from lth_diet.data.loader import EvaluationLoader, Loader, crop
+from lth_diet.data.loader import Crops, EvaluationLoader, Loader
 
 
 def dataset(count=50, size=8, channels=3, name="cifar10"):
@@ -36,15 +36,17 @@ def naive_crop(images, padding, top, left, flipped):
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 3), st.integers(0, 99))
-def test_crop_equals_a_naive_reference(count, height, width, padding, seed):
+def test_crops_equal_a_naive_reference(count, height, width, padding, seed):
     random = np.random.default_rng(seed)
-    images = random.integers(1, 256, (count, height, width, 2), dtype=np.uint8)
+    images = random.integers(1, 256, (4, height, width, 2), dtype=np.uint8)
+    chosen = random.integers(0, 4, count)
     top, left = random.integers(0, 2 * padding + 1, (2, count))
     flipped = random.integers(0, 2, count).astype(bool)
-    arrays = (torch.from_numpy(a) for a in (top, left, flipped))
-    assert np.array_equal(
-        crop(torch.from_numpy(images), padding, *arrays).numpy(), naive_crop(images, padding, top, left, flipped)
-    )
+    crops = Crops(height, width, padding)
+    plan = torch.from_numpy(crops.plan(chosen, top, left, flipped))
+    taken, indices = crops.take(torch.from_numpy(images), plan)
+    assert np.array_equal(taken.numpy(), naive_crop(images[chosen], padding, top, left, flipped))
+    assert indices.tolist() == chosen.tolist()
 
 
 @given(st.integers(1, 50), st.integers(0, 5), st.integers(0, 5))

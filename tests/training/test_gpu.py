@@ -48,10 +48,10 @@ def test_the_host_reads_nothing_from_the_gpu_between_two_rows_of_the_curve(ran):
     assert [(copy.source, copy.shape) for copy in waits(7)] == [("meta", (4,))] * 2
 
 
-def test_each_batch_is_one_copy_that_does_not_wait(ran):
+def test_each_batch_is_one_copy_from_pinned_memory_that_does_not_wait(ran):
     for step in (6, 9):
         copies = [copy for copy in ran.copies if copy.step == step]
-        assert [(copy.target, copy.blocking) for copy in copies] == [("meta", False)] * 2, "of two levels"
+        assert [(copy.target, copy.pinned, copy.blocking) for copy in copies] == [("meta", True, False)] * 2  # levels
 
 
 def test_the_images_of_each_split_are_copied_to_the_gpu_once(ran):
