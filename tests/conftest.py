@@ -10,6 +10,7 @@ from seaweed import s3, s3_server  # noqa: F401
 
 from lth_diet.sweep.grid import Sweep
 from lth_diet.sweep.screen import Job
+from lth_diet.training import callbacks
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 warnings.filterwarnings("ignore")
@@ -41,6 +42,12 @@ def place(tmp_path, monkeypatch, empty_store):
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def frequent_checkpoints(monkeypatch):
+    """Save a checkpoint at each multiple of the interval; the trainings of tests take less than ten seconds."""
+    monkeypatch.setattr(callbacks, "CHECKPOINT_SECONDS", 0.0)
 
 
 @pytest.fixture

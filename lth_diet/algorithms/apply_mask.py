@@ -102,9 +102,9 @@ class ApplyMask(Algorithm):
         if event == Event.AFTER_BACKWARD:
             pairs = [(w.grad, f) for w, f in zip(self._weights, self._factors, strict=True) if w.grad is not None]
             if pairs:
-                torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
+                _multiply(*map(list, zip(*pairs, strict=True)))
         else:
-            torch._foreach_mul_(self._weights, self._factors)
+            _multiply(self._weights, self._factors)
 
     def state_dict(self) -> dict[str, Any]:
         if self._mask is None:
@@ -170,6 +170,15 @@ class ApplyMask(Algorithm):
             mask.to(weight.device, weight.dtype).contiguous(memory_format=_memory_format(weight))
             for mask, weight in zip(self._mask.values(), self._weights, strict=True)
         ]
+
+
+def _multiply(tensors: list[Tensor], factors: list[Tensor]) -> None:
+    multiply = getattr(torch, "_foreach_mul_", None)  # one kernel for many tensors
+    if multiply:
+        multiply(tensors, factors)
+    else:
+        for tensor, factor in zip(tensors, factors, strict=True):
+            tensor.mul_(factor)
 
 
 def _boolean_masks(mask: Mapping[str, Tensor]) -> dict[str, Tensor]:

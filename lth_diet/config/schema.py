@@ -130,7 +130,7 @@ class Intervals(Section):
     log: Interval = 100
     """Batches between rows of the training curve."""
     checkpoint: Interval = 1000
-    """Batches between checkpoints: at most this much training is repeated after a crash."""
+    """Batches between checkpoints, if they take 10 s or longer: a crash repeats at most this many batches and 10 s."""
     evaluate: Steps = 0
     """Batches between evaluations on the test set during a phase; 0 evaluates only at its end."""
 

@@ -156,7 +156,7 @@ class Crops:
     def __init__(self, height: int, width: int, padding: int):
         def windows(size: int) -> np.ndarray:
             pixels = np.arange(2 * padding + 1)[:, None] + np.arange(size) - padding
-            return np.where((0 <= pixels) & (pixels < size), pixels, _OUTSIDE)
+            return np.where((pixels >= 0) & (pixels < size), pixels, _OUTSIDE)
 
         self.height, self.width = height, width
         self._rows = windows(height) * width

@@ -133,7 +133,10 @@ class ProcessInfo:
         """Initialize a process group, which Composer then uses, on this rank's device."""
         from torch import distributed
 
-        distributed.init_process_group("nccl" if devices.is_gpu() else "gloo", **world)
+        if devices.is_gpu():
+            distributed.init_process_group("nccl", device_id=devices.torch_device(), **world)
+        else:
+            distributed.init_process_group("gloo", **world)
 
     @contextlib.contextmanager
     def as_single_process(self) -> Iterator[None]:

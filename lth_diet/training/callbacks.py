@@ -21,8 +21,10 @@ from lth_diet.runs.environment import Environment
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.training.progress import Progress
 
+CHECKPOINT_SECONDS = 10.0
+"""Seconds between two checkpoints, and before the first one. A fast GPU takes a second for a thousand batches."""
 SYNC_SECONDS = 30.0
-"""Seconds between two updates of MLflow. On a fast GPU there is a checkpoint every second."""
+"""Seconds between two updates of MLflow within a phase, at least."""
 
 _FILE_ERROR = re.compile("inline_container|PytorchStreamWriter|unexpected pos|iostream")
 """In the RuntimeError that PyTorch raises when a file cannot be written, as on a full disk."""
@@ -40,8 +42,7 @@ def measure(state: State) -> dict[str, float]:
 class _Recorder(Callback):
     """Writes the training curve: mean loss since the last row, learning rate, evaluations.
 
-    Losses stay on the device until a row, a checkpoint or an evaluation needs them. Then they are all read, and a loss
-    that is not finite stops training.
+    Losses stay on the device until a row, a checkpoint or an evaluation needs them.
 
     Attributes:
         curve: The open file of the training curve; None on ranks other than 0.
@@ -65,15 +66,18 @@ class _Recorder(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
-        if step % self.intervals.log == 0 or step % self.intervals.checkpoint == 0:
-            self._read()
         if step % self.intervals.log == 0:
+            self.read_losses()
             self._append(step, {"train_loss": self.losses / self.batches, "learning_rate": self.lr})
             self.losses, self.batches = 0.0, 0
         self.progress.step(step)
 
-    def _read(self) -> None:
-        """Add the losses since the last read, averaged over the ranks."""
+    def read_losses(self) -> None:
+        """Add the losses since the last read, averaged over the ranks.
+
+        Raises:
+            TrainingError: If a loss is not finite.
+        """
         if not self.unread:
             return
         steps, rates, losses = zip(*self.unread, strict=True)
@@ -91,7 +95,7 @@ class _Recorder(Callback):
             self.batches += 1
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        self._read()
+        self.read_losses()
         if dist.get_world_size() > 1:  # BatchNorm statistics differ between ranks; rank 0's are saved
             for buffer in bare_network(state.model).buffers():
                 dist.broadcast(buffer, src=0)
@@ -120,37 +124,62 @@ class _Recorder(Callback):
 
 
 class _Checkpointer(Callback):
-    """Saves Composer's checkpoints at an interval, but not after the last step: the result of the phase follows it."""
+    """Saves Composer's checkpoints, but not after the last step: the result of the phase follows it.
 
-    def __init__(self, phase: PhaseDirectory, interval: int, sync: Callable[[], None], environment: Environment):
+    A checkpoint is due at multiples of an interval, `CHECKPOINT_SECONDS` after the last one or the start of the phase.
+    """
+
+    def __init__(
+        self,
+        phase: PhaseDirectory,
+        interval: int,
+        recorder: _Recorder,
+        sync: Callable[[], None],
+        environment: Environment,
+    ):
         self.phase = phase
         self.interval = interval
+        self.recorder = recorder
         self.sync = sync
         self.environment = environment
-        self.synced = time.monotonic()
+        self.saved = self.synced = time.monotonic()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
-        if step % self.interval == 0 and step < state.max_duration.value:
-            path = self.phase.checkpoint_path(step)
-            part = path.with_name(f"{partial_path(path).name}.pt")  # Composer takes other suffixes for compression
-            literal = str(part).replace("{", "{{").replace("}", "}}")
-            try:
-                checkpoint.save_checkpoint(state, literal)
-                if dist.get_global_rank() == 0:
-                    replace(part, path)
-                    self.phase.commit_checkpoint(step, self.environment)
-            except (OSError, RuntimeError) as error:
-                with contextlib.suppress(OSError):
-                    part.unlink()
-                if not isinstance(error, OSError) and not _FILE_ERROR.search(str(error)):
-                    raise
-                reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-                raise TrainingError(
-                    f"{path} cannot be written ({reason}); rerun the same command to resume once there is room"
-                ) from None
+        if step % self.interval == 0 and step < state.max_duration.value and self._is_due(state):
+            self.recorder.read_losses()  # weights from a loss that is not finite are never saved
+            self._save(state, step)
+            self.saved = time.monotonic()
             if dist.get_global_rank() == 0:
                 self.phase.upload()
                 if time.monotonic() - self.synced >= SYNC_SECONDS:
                     self.sync()
                     self.synced = time.monotonic()
+
+    def _is_due(self, state: State) -> bool:
+        """Decide by the clock of rank 0."""
+        due = time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+        if dist.get_world_size() == 1:
+            return due
+        decision = state.device.tensor_to_device(torch.tensor(due, dtype=torch.uint8))
+        dist.broadcast(decision, src=0)
+        return bool(decision.item())
+
+    def _save(self, state: State, step: int) -> None:
+        path = self.phase.checkpoint_path(step)
+        part = path.with_name(f"{partial_path(path).name}.pt")  # Composer takes other suffixes for compression
+        literal = str(part).replace("{", "{{").replace("}", "}}")
+        try:
+            checkpoint.save_checkpoint(state, literal)
+            if dist.get_global_rank() == 0:
+                replace(part, path)
+                self.phase.commit_checkpoint(step, self.environment)
+        except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            if not isinstance(error, OSError) and not _FILE_ERROR.search(str(error)):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise TrainingError(
+                f"{path} cannot be written ({reason}); rerun the same command to resume once there is room"
+            ) from None

@@ -12,9 +12,11 @@ from composer.core import Engine
 from composer.core import event as events
 from composer.core.precision import get_precision_context
 from composer.devices import Device, DeviceCPU, DeviceGPU
+from composer.models import ComposerModel
 from composer.trainer.trainer import TrainerMode
 from composer.utils import dist
 from torch.distributed.checkpoint import state_dict
+from torch.nn.parallel import DistributedDataParallel
 
 from lth_diet.training import devices
 
@@ -32,12 +34,19 @@ class LeanTrainer(Trainer):
     (AMD EPYC, one thread).
     """
 
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        sort = self.engine._compile
-        self.engine._compile = lambda algorithms, event: sort(algorithms, event) if algorithms[1:] else algorithms
+    def __init__(self, *, model: ComposerModel, **options: Any):
+        super().__init__(model=model, **options)
+        self.original_model = model
+        if options.get("compile_config") is not None:  # evaluation would be compiled separately, for a few batches
+            model.eval_forward = lambda batch, outputs=None: type(model).forward(model, batch)
+        if isinstance(self.state.model, DistributedDataParallel):
+            self.state.model.broadcast_buffers = False  # `_Recorder` does, before each evaluation
+        sort = getattr(self.engine, "_compile", None)
+        if sort:
+            self.engine._compile = lambda algorithms, event: sort(algorithms, event) if algorithms[1:] else algorithms
         self.engine._assert_dataloader_and_duration_set = lambda state, event: None
-        events._BEFORE_EVENTS, events._AFTER_EVENTS = map(frozenset, (events._BEFORE_EVENTS, events._AFTER_EVENTS))
+        events._BEFORE_EVENTS = frozenset(getattr(events, "_BEFORE_EVENTS", ()))
+        events._AFTER_EVENTS = frozenset(getattr(events, "_AFTER_EVENTS", ()))
 
     def _train_batch(self, use_grad_scaling: bool) -> dict[str, torch.Tensor]:
         """One step without microbatches, sharding or loss scaling."""
@@ -52,7 +61,7 @@ class LeanTrainer(Trainer):
         run(Event.AFTER_FORWARD)
         run(Event.BEFORE_LOSS)
         with get_precision_context(state.precision):
-            state.loss = self._original_model.loss(state.outputs, state.batch)
+            state.loss = self.original_model.loss(state.outputs, state.batch)
         run(Event.AFTER_LOSS)
         run(Event.BEFORE_BACKWARD)
         state.loss.backward()
@@ -95,5 +104,5 @@ def close(trainer: Trainer) -> None:
     state alive until the process ends, and so would PyTorch's cache of the parameter names of every saved model.
     """
     trainer.engine.close()
-    atexit.unregister(Engine._close)
-    getattr(state_dict._get_fqns, "cache_clear", lambda: None)()  # not cached in torch 2.11
+    atexit.unregister(getattr(Engine, "_close", None))
+    getattr(getattr(state_dict, "_get_fqns", None), "cache_clear", lambda: None)()  # not cached in torch 2.11

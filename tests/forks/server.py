@@ -27,6 +27,7 @@ from analysis import report  # noqa: F401
 from lth_diet import files, imp, scoring  # noqa: F401
 from lth_diet.launch import command_line, screen  # noqa: F401
 from lth_diet.tracking import sync  # noqa: F401
+from lth_diet.training import callbacks
 
 
 class Fork:
@@ -109,6 +110,7 @@ def start(request):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in enumerate(request["output"], 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    callbacks.CHECKPOINT_SECONDS = 0.0
     files.LEASE_SECONDS = float(os.environ.get("LEASE_SECONDS", files.LEASE_SECONDS))
     if request["fault"]:
         moments.arm(request["fault"])

@@ -8,6 +8,8 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
+import types
 from importlib.metadata import version
 
 import pytest
@@ -17,8 +19,10 @@ from composer.devices import DeviceGPU
 from helpers import ROOT
 from torch import distributed
 
+from lth_diet.algorithms import ApplyMask, Rewind
 from lth_diet.launch.processes import ProcessInfo
-from lth_diet.training import devices
+from lth_diet.networks.classifier import build_classifier
+from lth_diet.training import composer_internals, devices, trainer
 from lth_diet.training.composer_internals import training_device
 
 FILES = [path for folder in ("lth_diet", "analysis", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -41,6 +45,8 @@ def used(tree):
             yield node.arg
         elif isinstance(node, ast.Dict):  # of keyword arguments, perhaps
             yield from (key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            yield from (name.value for name in node.args[1:2] if isinstance(name, ast.Constant))
         elif isinstance(node, ast.ImportFrom) and not node.level and not node.module.startswith("lth_diet"):
             yield from node.module.split(".")
             yield from (alias.name for alias in node.names)
@@ -74,7 +80,7 @@ def test_a_private_name_exists_in_the_version_where_it_was_seen(name, keyword, p
     owner, _, last = name.rpartition(".")
     if keyword:
         assert keyword in inspect.getsource(pkgutil.resolve_name(name))
-    elif last == "_original_model":  # an attribute that Trainer.__init__ sets
+    elif last == "_orig_mod":  # an attribute that __init__ sets
         assert f"self.{last} =" in inspect.getsource(pkgutil.resolve_name(owner))
     else:
         try:
@@ -102,3 +108,34 @@ def test_numbers_that_a_scoring_rank_reduces_are_on_the_gpu_because_nccl_reduces
             distributed.all_reduce(number)
         moved = training_device().tensor_to_device(number)  # as Composer does where it resumes from a checkpoint
         assert moved.device.type == "meta"
+
+
+def test_without_the_private_names_a_training_ends_with_the_same_bits(train, phase, monkeypatch):
+    def trained():
+        model = build_classifier(8, 10, width=2, channels=1, seed=1)
+        mask = {"conv1.weight": torch.arange(18).view(2, 1, 3, 3) % 2 == 0}
+        state = build_classifier(8, 10, width=2, channels=1, seed=2).module.state_dict()
+        train(trainer.Schedule(2, 4, 0.1), [Rewind(2, state), ApplyMask(mask)], ["intervals.checkpoint=3"], model)
+        return model.state_dict()
+
+    def without(owner, name, default):
+        return default if name in {name.rpartition(".")[2] for name, _ in names} else getattr(owner, name, default)
+
+    expected = trained()
+    names = [
+        (name, file) for name, _, package, _, file in TABLE if package != "Ray" and not file.startswith("networks")
+    ]
+    assert len(names) > 10
+    for name, file in names:
+        last, path = name.rpartition(".")[2], ROOT / "lth_diet" / file
+        loads = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+        assert not [node for node in loads if node.attr == last and isinstance(node.ctx, ast.Load)], "use getattr"
+        module = importlib.import_module(f"lth_diet.{file.removesuffix('.py').replace('/', '.')}")
+        monkeypatch.setattr(module, "getattr", without, raising=False)
+        if last in vars(composer_internals.LeanTrainer):
+            monkeypatch.delattr(composer_internals.LeanTrainer, last)
+        elif file == "training/trainer.py":
+            monkeypatch.setitem(sys.modules, name.rpartition(".")[0], types.ModuleType("without"))
+    with trainer._compile_errors(phase):
+        found = trained()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -7,13 +7,10 @@ from torch._dynamo.exc import TorchDynamoException
 
 from lth_diet import errors
 from lth_diet.algorithms import ApplyMask, Rewind
-from lth_diet.config import loading
 from lth_diet.data import catalog, loader
-from lth_diet.data.loader import EvaluationLoader, Loader
+from lth_diet.data.loader import EvaluationLoader
 from lth_diet.networks.classifier import build_classifier
-from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.training import callbacks, composer_internals, devices, trainer
-from lth_diet.training.progress import Progress
 
 
 class Look(Algorithm):
@@ -27,25 +24,6 @@ class Look(Algorithm):
 
     def apply(self, event, state, logger):
         self.seen.append((int(state.timestamp.batch), state.optimizers[0].param_groups[0]["lr"]))
-
-
-@pytest.fixture
-def phase(place):
-    return PhaseDirectory(place / "level_0")
-
-
-@pytest.fixture
-def train(phase, tiny):
-    """Trains a small classifier through `trainer.train`."""
-
-    def run(schedule, algorithms=(), overrides=(), model=None, sync=lambda: None):
-        settings = loading.load_config(tiny(), overrides)
-        data = catalog.load("digits", "unused")
-        model = model or build_classifier(8, 10, width=2, channels=1, seed=1)
-        batches, evaluation = Loader(data, 8, 1, 2), EvaluationLoader(data, data.test)
-        return trainer.train(model, batches, evaluation, schedule, algorithms, phase, settings, Progress([0], 0), sync)
-
-    return run
 
 
 def weights_of_table_1(step):
@@ -298,3 +276,64 @@ def test_a_compiled_network_trains_to_the_same_losses_and_is_compiled_once_a_pro
     assert compiled_accuracy == pytest.approx(accuracy, abs=1)
     assert (again, again_accuracy) == (compiled, compiled_accuracy)
     assert second < first / 2
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0, [2, 4, 6]), (10, [4])])
+def test_a_checkpoint_is_due_at_multiples_and_not_sooner_than_ten_seconds_after_the_last(
+    train, phase, monkeypatch, seconds, steps
+):
+    clock, saved = [0.0], []
+
+    class Late(Algorithm):
+        """Six seconds pass in every second batch."""
+
+        def match(self, event, state):
+            return event == Event.BEFORE_FORWARD and int(state.timestamp.batch) % 2 == 0
+
+        def apply(self, event, state, logger):
+            clock[0] += 6
+
+    monkeypatch.setattr(callbacks, "CHECKPOINT_SECONDS", seconds)
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(type(phase), "commit_checkpoint", lambda phase, step: saved.append(step))
+    train(trainer.Schedule(0, 8, 0.1), [Late()], ["intervals.checkpoint=2"])
+    assert saved == steps
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_checkpoint_of_an_earlier_commit_resumes_with_its_momentum_and_the_kernel_of_this_device(
+    train, phase, monkeypatch, device
+):
+    class Killed(Exception):
+        pass
+
+    def kill():
+        raise Killed
+
+    monkeypatch.setattr(callbacks, "SYNC_SECONDS", 0)
+    arguments = trainer.Schedule(0, 8, 0.1), [], ["intervals.checkpoint=3"]
+    with pytest.raises(Killed):
+        train(*arguments, sync=kill)
+    path, step = phase.checkpoint()
+    content = torch.load(path, weights_only=False)
+    optimizer = content["state"]["optimizers"]["SGD"]
+    for group in optimizer["param_groups"]:
+        group.update({"cpu": {"fused": True, "foreach": False}, "gpu": {"fused": None, "foreach": None}}[device])
+    expected = {name: state["momentum_buffer"] for name, state in optimizer["state"].items()}
+    torch.save(content, path)
+    phase.commit_checkpoint(step)
+    monkeypatch.setattr(trainer.devices, "is_gpu", lambda: device == "gpu")  # PyTorch's fused kernel is for CPUs, too
+    momentum = []
+
+    class First(Look):
+        def apply(self, event, state, logger):
+            (optimizer,) = state.optimizers
+            momentum.append({id(weight): value["momentum_buffer"].clone() for weight, value in optimizer.state.items()})
+            assert all(group["fused"] == (device == "gpu") for group in optimizer.param_groups)
+            self.names = {name: id(weight) for name, weight in state.model.named_parameters()}
+
+    first = First()
+    train(arguments[0], [first], ["precision=fp32"])
+    assert len(momentum) == 5
+    assert all(torch.equal(momentum[0][first.names[name]], value) for name, value in expected.items())
+    assert any(bool(value.any()) for value in expected.values())
