@@ -1,6 +1,11 @@
 """Whole runs on the meta device, which stands for a GPU: no waits, no mixtures of devices, few launches."""
 
+import json
+from pathlib import Path
+
 import pytest
+from forks.client import Process
+from helpers import ROOT, TINY
 from metagpu import meta_gpu
 
 from lth_diet.config import loading
@@ -15,8 +20,6 @@ ROWS = ["intervals.log=4", "intervals.checkpoint=100", "intervals.evaluate=0", "
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, cache):
     """What the GPU was asked to do by scores, pre-training and two levels of the easy arm, with label noise."""
-    from helpers import TINY
-
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "tiny.yaml").write_text(TINY.format(arm="easy"))
     overrides = [*ROWS, "pretrain.label_noise=0.1", f"runs={folder}/runs"]
@@ -57,3 +60,13 @@ def test_each_batch_is_one_copy_from_pinned_memory_that_does_not_wait(ran):
 def test_the_images_of_each_split_are_copied_to_the_gpu_once(ran):
     copies = [copy.shape for copy in ran.copies if copy.is_of_images]
     assert sorted(copies) == [(355, 8, 8, 1), (1442, 8, 8, 1)]
+
+
+def test_a_data_parallel_step_has_one_collective_for_the_gradients_and_reads_nothing(tiny):
+    script = ROOT / "tests/training/count_steps.py"
+    process = Process(["composer", "-n", 2, script, "-f", tiny(), *ROWS, "prune.levels=0", "parallelism=data"])
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+    for rank in range(2):
+        counts = json.loads(Path(f"rank_{rank}.json").read_text())
+        assert [counts[step] for step in ("6", "8", "9")] == [{"c10d::allreduce_": 1}] * 3  # DDP starts at 4 and 5
