@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # make image-test: builds the image of the Dockerfile and runs the experiment in it, also compiled, without a Docker engine.
 #
-# As root on Debian, with: apt-get install buildah crun uidmap debootstrap. Takes 10 GB and some minutes.
+# As root on Debian, with: apt-get install buildah crun uidmap debootstrap. Takes 30 GB and some minutes.
 # Where the base image cannot be pulled, an image of the same name is made from Debian's own packages.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+clean() {
+    rm -rf "$work"
+    if [ -n "${container:-}" ]; then buildah rm "$container" > /dev/null; fi
+}
+trap clean EXIT
 export BUILDAH_ISOLATION=chroot
 
 base=$(sed -n 's/^FROM //p' Dockerfile)
@@ -23,6 +27,7 @@ if ! buildah pull -q --policy always "docker.io/library/$base" 2> /dev/null; the
     buildah add -q "$container" "$work/root" / > /dev/null
     buildah commit -q "$container" "docker.io/library/$base" > /dev/null
     buildah rm "$container" > /dev/null
+    container=
     rm -rf "$work/root"
 fi
 
@@ -39,7 +44,6 @@ begin=$SECONDS
 compiled=(yamls/digits_init.yaml compile=true replicates=1 prune.levels=0 train.steps=10 train.milestones=[])
 buildah run --user 1000:1000 "$container" -- composer -n 1 recipes/imp.py -f "${compiled[@]}"
 buildah run "$container" -- ls data/cache/compiled | grep -q . && echo "compiled in $((SECONDS - begin)) s"
-buildah rm "$container" > /dev/null
 
 MLFLOW_TRACKING_URI="sqlite:///$work/mlflow.db" .venv/bin/composer -n 2 "${command[@]}" "runs=$work/runs" > "$work/host"
 table() { sed -n '/^level /,/^compare/p' "$1" | grep -v '^compare'; }
