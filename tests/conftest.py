@@ -3,6 +3,7 @@ import shutil
 import warnings
 
 import pytest
+from gpus import gpu  # noqa: F401  before what imports torch: it hides the GPUs
 from helpers import SWEEP, TINY
 from hypothesis import settings
 from mlflow import MlflowClient
