@@ -4,7 +4,7 @@
 # make integration  run the tests that are slow or need a server
 # make lint         check style
 # make image-test build the Docker image without an engine and train in it (root on Debian, with buildah)
-# make gpu-check    check the project on a GPU and measure its speed, in five minutes; PYTHON=python3: without .venv
+# make gpu-check    check the project on a GPU and measure its speed; with PYTHON=python3 without .venv and network
 # make ui           open the MLflow UI of the local store
 # make lock         compile the dependencies of pyproject.toml to requirements.txt
 PYTHON ?= python3

@@ -45,6 +45,7 @@ RUNS = {
     ". .venv/bin/activate": None,  # the tests run inside
     "make quickstart": None,  # .ci/run
     "make test": None,  # .ci/run
+    "make gpu-check": None,  # test_gpu_check.py
     "make faults": None,  # a part of it in make test and make integration
     "composer -n 4 recipes/imp.py -f yamls/cifar100_easy.yaml": f"{DIGITS} {SUBSET} {SCORES}",
     "composer -n 2 recipes/imp.py -f yamls/cifar10_all.yaml replicates=2 prune.levels=3": f"{DIGITS} {PRETRAIN}",

@@ -358,6 +358,12 @@ def cpu(work: Work) -> None:
     errors = _error_lines(absent.wait(2).output)
     work.record(absent=errors)
     work.expect(len(errors) == 1 and "CUDA_VISIBLE_DEVICES" in errors[0], f"CUDA_VISIBLE_DEVICES=99 gives {errors}")
+    if work.gpus:
+        work.launch("mixed", *settings).wait()
+        again = work.launch("mixed", *settings, "prune.levels=1", environment={"CUDA_VISIBLE_DEVICES": ""}).wait()
+        warnings = [line for line in again.output.splitlines() if "warning: " in line and name in line]
+        work.record(mixed=warnings)
+        work.expect(warnings, "no warning says that the levels of a run were trained on a GPU and on the CPU")
     work.record(f"CUDA_VISIBLE_DEVICES= trains on the {name}; CUDA_VISIBLE_DEVICES=99 is an error")
 
 
@@ -419,6 +425,22 @@ def resume(work: Work) -> None:
         files = _same_bits(work, (whole_data if ranks else whole).wait(), again, name)
         work.record(files=files)
     work.record("killed in network_1 and level_1, with one rank of parallelism=data in network_1: equal SHA-256")
+
+
+@check(limit=90, needs_gpus=1)
+def gpu_fault(work: Work) -> None:
+    """A process whose GPU fails ends, but its failure is not final: a rerun resumes from the checkpoint."""
+    settings, step = ("arm=init", "prune.levels=1"), work.sizes["steps"] // 2
+    launch = work.launch("run", *settings, fault=["level_1", step])
+    status = launch.process.wait()
+    print(launch.output, flush=True)
+    errors = _error_lines(launch.output)
+    work.record(status=status, errors=errors)
+    work.expect(status, "a training whose GPU failed ended with status 0")
+    work.expect(not launch.failures(), f"{launch.failures()[:1]} says that the failure is final")
+    work.expect(len(errors) == 1 and "CUDA" in errors[0], f"a fault of the GPU gives {errors}")
+    work.launch("run", *settings).wait()
+    work.record(f"exit status {status}; a rerun finished")
 
 
 @check(limit=240)

@@ -52,6 +52,8 @@ class Hooks:
             added: list[Algorithm] = []
             if self.options.get("kill", [None])[0] == phase.name:
                 added.append(_Kill(self.options["kill"][1]))
+            if self.options.get("fault", [None])[0] == phase.name:
+                added.append(_Fault(self.options["fault"][1]))
             if "sync" in self.options:
                 periods = (intervals.log, intervals.checkpoint, intervals.evaluate or schedule.end_step)
                 is_row = lambda step: any(step % period == 0 for period in (*periods, schedule.end_step))
@@ -108,8 +110,8 @@ def _images() -> dict[str, int]:
     return dict(totals)
 
 
-class _Kill(Algorithm):
-    """Kills this process after a number of steps."""
+class _At(Algorithm):
+    """Acts once, after a number of steps."""
 
     def __init__(self, step: int):
         self.step = step
@@ -117,8 +119,20 @@ class _Kill(Algorithm):
     def match(self, event: Event, state: Any) -> bool:
         return event == Event.BATCH_START and int(state.timestamp.batch) == self.step
 
+
+class _Kill(_At):
+    """Kills this process."""
+
     def apply(self, event: Event, state: Any, logger: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Fault(_At):
+    """Breaks the GPU's context of this process, as an error of the hardware does: an index is out of bounds."""
+
+    def apply(self, event: Event, state: Any, logger: Any) -> None:
+        one = torch.zeros(1, device=devices.torch_device())
+        one[torch.ones(1, dtype=torch.long, device=one.device)].sum()
 
 
 class _Watch(Algorithm):

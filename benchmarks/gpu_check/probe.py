@@ -4,6 +4,7 @@ probe.py HOOKS -f digits.yaml key=value ...       HOOKS is JSON:
 
 record    path without suffix; each rank writes <record>_<rank>.json at its end
 kill      [phase, step]: kill this process with SIGKILL at a step of a phase such as level_1 or network_0
+fault     [phase, step]: break the GPU's context of this process there
 sync      "error": a step that waits for the device fails; "warn": the place is recorded. On the CPU, reads of single
           numbers from tensors are recorded. The first steps may wait, and so may rows of the training curve.
 report    whether to write the report at the end, which needs more packages
