@@ -1,4 +1,4 @@
-"""The first hour on a GPU machine, in five minutes: checks the project on the device and measures its speed.
+"""The first hour on a GPU machine, in minutes: checks the project on the device and measures its speed.
 
 make gpu-check                         # in .venv
 make gpu-check PYTHON=python3          # with the PyTorch of the machine, without .venv and network
@@ -36,8 +36,8 @@ from checks import FAILED, PASSED, ROOT, SKIPPED, Check, write_atomically
 NOT_RUN = "not run"
 _LEAST_SECONDS = 5.0
 """A check does not start with less time than this."""
-_PATIENCE_ON_CPU = 4
-"""The time limits are for a GPU; without one they are this much longer."""
+_PATIENCE_ON_CPU = 4.0
+"""The time limits are for a GPU machine; without a GPU they are this many times longer."""
 
 
 class Runner:
@@ -50,13 +50,21 @@ class Runner:
         budget: Seconds for all checks.
         jobs: Maximum number of checks at the same time; those that are `alone` run one by one.
         device: "auto": a GPU if there is one; "gpu"; or "cpu".
+        patience: Factor of the time limits of the checks.
     """
 
     def __init__(
-        self, all_checks: dict[str, Check], script: Path, out: Path, budget: float, jobs: int, device: str = "auto"
+        self,
+        all_checks: dict[str, Check],
+        script: Path,
+        out: Path,
+        budget: float,
+        jobs: int,
+        device: str = "auto",
+        patience: float = 1.0,
     ):
         self.checks, self.script, self.out, self.jobs, self.device = all_checks, script, out, jobs, device
-        self.budget = budget
+        self.budget, self.patience = budget, patience
         self.began, self.started = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
         self.end = self.began + budget
         self.gpus = 0
@@ -108,7 +116,8 @@ class Runner:
     def run_check(self, check: Check, reason: str = "") -> None:
         """Run one check, or skip it, and write the results."""
         began = time.monotonic()
-        limit = min(check.limit * (1 if self.gpus else _PATIENCE_ON_CPU), self.end - began)
+        patience = self.patience * (1 if self.gpus else _PATIENCE_ON_CPU)
+        limit = min(check.limit * patience, self.end - began)
         reason = reason or self._why_skip(check)
         if limit < _LEAST_SECONDS:
             reason = reason or f"no time is left of the {self.budget:g} s of --budget"
@@ -211,14 +220,16 @@ class Runner:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder of the results")
-    parser.add_argument("--budget", type=float, default=900, metavar="SECONDS", help="time for all checks together")
+    parser.add_argument("--budget", type=float, default=600, metavar="SECONDS", help="time for all checks together")
+    parser.add_argument("--patience", type=float, default=1, metavar="FACTOR", help="of the time limits of the checks")
     parser.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto")
     parser.add_argument("--jobs", type=int, default=max(1, min(4, len(os.sched_getaffinity(0)) // 4)))
     parser.add_argument("--only", nargs="+", choices=checks.CHECKS, metavar="CHECK", help=", ".join(checks.CHECKS))
     options = parser.parse_args(arguments)
     first, *_ = checks.CHECKS
     chosen = {name: check for name, check in checks.CHECKS.items() if name in (first, *(options.only or checks.CHECKS))}
-    runner = Runner(chosen, Path(checks.__file__), options.out, options.budget, max(1, options.jobs), options.device)
+    script, jobs = Path(checks.__file__), max(1, options.jobs)
+    runner = Runner(chosen, script, options.out, options.budget, jobs, options.device, options.patience)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return runner.run()

@@ -28,6 +28,7 @@ TRAINING = ("torch", "composer", "mlflow", "sklearn")
 """Packages that a run on the digits needs."""
 
 _MIB = 2**20
+_KILLED = 256 - signal.SIGKILL  # exit status of Composer's launcher
 _SETTINGS = """
 arm: all
 dataset: {{name: digits, size: {size}}}
@@ -199,7 +200,7 @@ class Launch:
         """Wait for its end.
 
         Args:
-            statuses: Expected exit statuses, by default 0; the first negative one also stands for a signal.
+            statuses: Expected exit statuses, by default 0; negative ones are signals.
 
         Raises:
             ModuleNotFoundError: If it ended because a package is missing.
@@ -322,7 +323,7 @@ def devices(work: Work) -> None:
         launch.wait()
         records = launch.records()
         places = [record["device"] for record in records]
-        expected = [f"cuda:{rank % work.gpus}" if work.gpus else "cpu" for rank in range(ranks)]
+        expected = [rank % work.gpus if work.gpus else "cpu" for rank in range(ranks)]
         work.record(**{f"devices, {precision}": places})
         work.expect(places == expected, f"precision={precision}: ranks train on {places}, not on {expected}")
         for rank, record in enumerate(records):
@@ -383,7 +384,7 @@ def rejections(work: Work) -> None:
 @check(limit=90)
 def steps(work: Work) -> None:
     """No step between two rows of the training curve waits for the device."""
-    settings = ("prune.levels=0", "arm=init")
+    settings = ("prune.levels=0", "arm=init", "intervals.checkpoint=10000")
     launch = work.launch("steps", *settings, sync="error")
     launch.process.wait()
     if "synchronizing CUDA operation" in launch.output:
@@ -407,24 +408,28 @@ def deterministic(work: Work) -> None:
 @check(limit=180)
 def resume(work: Work) -> None:
     """A run that is killed in a scoring network and in a level, and resumed, gives the same bits."""
-    step = work.sizes["steps"]
+    steps = work.sizes["steps"]
     settings = ("arm=easy", "deterministic=true")
     data = (*settings, "parallelism=data", "prune.levels=0")
-    whole = work.launch("whole", *settings)
-    whole_data = work.launch("whole, data", *data, ranks=1)
-    kills = {
-        "killed": (settings, 0, (["network_1", step // 4 + 3], ["level_1", step // 2 + 3])),
-        "killed, data": (data, 1, (["network_1", step // 4 + 3],)),
-    }
-    for name, (overrides, ranks, moments) in kills.items():
-        for moment in moments:
-            work.launch(name, *overrides, ranks=ranks, kill=moment).wait(-signal.SIGKILL, 128 + signal.SIGKILL, 1)
-            checkpoint = list((work.folder / name).glob(f"runs/**/{moment[0]}/checkpoint.json"))
-            work.expect(checkpoint, f"{name}: there is no checkpoint to resume from in {moment[0]}")
-        again = work.launch(name, *overrides, ranks=ranks).wait()
-        files = _same_bits(work, (whole_data if ranks else whole).wait(), again, name)
-        work.record(files=files)
-    work.record("killed in network_1 and level_1, with one rank of parallelism=data in network_1: equal SHA-256")
+    in_network, in_level = ["network_1", steps // 4 + 3], ["level_1", steps // 2 + 3]
+    whole, whole_data = work.launch("whole", *settings), work.launch("whole, data", *data, ranks=1)
+
+    def wait_for_kill(killed: Launch, phase: str) -> None:
+        killed.wait(-signal.SIGKILL, _KILLED)
+        checkpoints = list(killed.folder.glob(f"runs/**/{phase}/checkpoint.json"))
+        work.expect(checkpoints, f"{killed.folder.name}: there is no checkpoint to resume from in {phase}")
+
+    killed = work.launch("killed", *settings, kill=in_network)
+    killed_data = work.launch("killed, data", *data, ranks=1, kill=in_network)
+    wait_for_kill(killed, "network_1")
+    killed = work.launch("killed", *settings, kill=in_level)
+    wait_for_kill(killed_data, "network_1")
+    again_data = work.launch("killed, data", *data, ranks=1)
+    wait_for_kill(killed, "level_1")
+    again = work.launch("killed", *settings).wait()
+    files = _same_bits(work, whole.wait(), again, "killed and resumed")
+    files += _same_bits(work, whole_data.wait(), again_data.wait(), "killed and resumed, parallelism=data")
+    work.record(f"{files} files with equal SHA-256, also with parallelism=data on one rank", files=files)
 
 
 @check(limit=90, needs_gpus=1)
@@ -461,12 +466,11 @@ def distributed(work: Work) -> None:
     whole = work.launch("whole", *settings, ranks=ranks)
     for phase, moment in (("network_1", step // 4 + 3), ("level_1", step // 2 + 3)):
         ended = work.launch("killed", *settings, ranks=ranks, kill=[phase, moment])
-        ended.process.wait()
-        work.expect(ended.process.returncode, f"the launch that was killed in {phase} ended with status 0")
+        ended.wait(_KILLED)
     again = work.launch("killed", *settings, ranks=ranks).wait()
     files = _same_bits(work, whole.wait(), again, "killed")
     places = [record["device"] for record in whole.records()]
-    expected = [f"cuda:{rank}" if work.gpus else "cpu" for rank in range(ranks)]
+    expected = [rank if work.gpus else "cpu" for rank in range(ranks)]
     work.expect(places == expected, f"ranks train on {places}, not on {expected}")
     backend = "NCCL" if work.gpus else "gloo"
     work.record(f"{ranks} ranks over {backend}: {files} files with equal SHA-256", files=files, devices=places)
@@ -484,7 +488,7 @@ def memory(work: Work) -> None:
     data = catalog.load("digits", "data", size)
     once = data.train.images.nbytes + data.test.images.nbytes
     trainings = launch.records()[0]["trainings"]
-    where = "cuda" if work.gpus else "cpu"
+    where = "gpu" if work.gpus else "cpu"
     copies = [round(training["before"]["images"].get(where, 0) / once, 2) for training in trainings]
     work.record(image_bytes=once, trainings=trainings, copies=copies)
     work.expect(len(trainings) == 3 + 2 * 3, f"{len(trainings)} trainings instead of 9")
@@ -530,6 +534,39 @@ def step_time(work: Work) -> None:
         work.target(ratio, 1.05, "ours / bare")
 
 
+@check(limit=120, alone=True, needs_gpus=1)
+def out_of_memory(work: Work) -> None:
+    """A network or batch that is too large for the GPU is one sentence that says what to change, and exit status 1."""
+    settings = ("arm=init", "prune.levels=0", "dataset.size=512", "train.batch_size=1024", "model.depth=56")
+    launch = work.launch("large", *settings, environment={"LTH_DIET_CACHE": str(work.folder / "cache")}).wait(1, 2)
+    errors = _error_lines(launch.output)
+    work.record(errors=errors, failed=[path.read_text() for path in launch.failures()])
+    work.expect(len(errors) == 1 and "memory" in errors[0], f"out of memory gives {errors}")
+    work.expect("Traceback" not in launch.output, "out of memory gives a traceback")
+    work.record(errors[0].removeprefix("error: ") if errors else "")
+
+
+@check(limit=120, alone=True, needs_gpus=1)
+def neighbor(work: Work) -> None:
+    """A run that finds the GPU's memory taken by another process fails, but not for good: a rerun trains it."""
+    import torch
+
+    settings = ("arm=init", "prune.levels=0", "dataset.size=128", "train.batch_size=1024", "train.steps=10")
+    settings += ("train.milestones=[]",)
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(max(0, free - 1536 * _MIB), dtype=torch.uint8, device="cuda")
+    launch = work.launch("run", *settings)
+    status = launch.process.wait()
+    print(launch.output, flush=True)
+    work.record(status=status, errors=_error_lines(launch.output))
+    work.expect(status, "the run trained although the memory was taken")
+    work.expect(not launch.failures(), f"{launch.failures()[:1]} says that the failure is final")
+    del taken
+    torch.cuda.empty_cache()
+    work.launch("run", *settings).wait()
+    work.record(f"exit status {status}; rerun once there was memory, it trained")
+
+
 @check(limit=150, alone=True, packages=("torch", "composer", "psutil"))
 def throughput(work: Work) -> None:
     """Steps per second of several replicates on one GPU."""
@@ -566,41 +603,11 @@ def _throughput(work: Work) -> None:
 def _benchmark(work: Work, name: str, *options: str) -> dict[str, Any]:
     path = work.folder / f"{name}.json"
     command = [sys.executable, str(ROOT / f"benchmarks/{name}.py"), *options, "-o", str(path)]
-    subprocess.run([*command, "--device", "gpu" if work.gpus else "cpu"], check=True, cwd=work.folder)
+    done = subprocess.run([*command, "--device", "gpu" if work.gpus else "cpu"], cwd=work.folder)
+    work.expect(not done.returncode, f"benchmarks/{name}.py ended with exit status {done.returncode}")
+    if not path.exists():
+        raise RuntimeError(f"benchmarks/{name}.py wrote no results")
     return json.loads(path.read_text())
-
-
-@check(limit=120, alone=True, needs_gpus=1)
-def out_of_memory(work: Work) -> None:
-    """A network or batch that is too large for the GPU is one sentence that says what to change, and exit status 1."""
-    settings = ("arm=init", "prune.levels=0", "dataset.size=512", "train.batch_size=1024", "model.depth=56")
-    launch = work.launch("large", *settings, environment={"LTH_DIET_CACHE": str(work.folder / "cache")}).wait(1, 2)
-    errors = _error_lines(launch.output)
-    work.record(errors=errors, failed=[path.read_text() for path in launch.failures()])
-    work.expect(len(errors) == 1 and "memory" in errors[0], f"out of memory gives {errors}")
-    work.expect("Traceback" not in launch.output, "out of memory gives a traceback")
-    work.record(errors[0].removeprefix("error: ") if errors else "")
-
-
-@check(limit=120, alone=True, needs_gpus=1)
-def neighbor(work: Work) -> None:
-    """A run that finds the GPU's memory taken by another process fails, but not for good: a rerun trains it."""
-    import torch
-
-    settings = ("arm=init", "prune.levels=0", "dataset.size=128", "train.batch_size=1024", "train.steps=10")
-    settings += ("train.milestones=[]",)
-    free, _ = torch.cuda.mem_get_info()
-    taken = torch.empty(max(0, free - 1536 * _MIB), dtype=torch.uint8, device="cuda")
-    launch = work.launch("run", *settings)
-    status = launch.process.wait()
-    print(launch.output, flush=True)
-    work.record(status=status, errors=_error_lines(launch.output))
-    work.expect(status, "the run trained although the memory was taken")
-    work.expect(not launch.failures(), f"{launch.failures()[:1]} says that the failure is final")
-    del taken
-    torch.cuda.empty_cache()
-    work.launch("run", *settings).wait()
-    work.record(f"exit status {status}; rerun once there was memory, it trained")
 
 
 def main() -> None:

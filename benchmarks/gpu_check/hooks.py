@@ -67,11 +67,11 @@ class Hooks:
 
     def record(self) -> dict[str, Any]:
         """What this process did."""
-        device = devices.torch_device()
+        is_gpu = devices.is_gpu()
         return {
-            "device": str(device),
+            "device": torch.cuda.current_device() if is_gpu else "cpu",
             "description": vars(devices.describe()),
-            "gpus": [_use_of(index) for index in range(torch.cuda.device_count())] if device.type == "cuda" else [],
+            "gpus": [_use_of(index) for index in range(torch.cuda.device_count())] if is_gpu else [],
             "trainings": self.trainings,
             "waits": dict(self.waits.most_common()),
             "guarded_steps": self.guarded_steps,
@@ -90,7 +90,7 @@ def memory() -> dict[str, Any]:
     """Memory of the device and of this process in bytes, and image tensors of this process by device."""
     gc.collect()
     found = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "images": _images()}
-    if devices.torch_device().type == "cuda":
+    if devices.is_gpu():
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
         found |= {"free": free, "total": total, "allocated": torch.cuda.memory_allocated()}
@@ -98,15 +98,16 @@ def memory() -> dict[str, Any]:
 
 
 def _images() -> dict[str, int]:
-    """Bytes of the live tensors that hold images (uint8, four dimensions), by type of device."""
+    """Bytes of the live tensors that hold images (uint8, four dimensions), on the CPU and on GPUs."""
     storages = {}
     for each in gc.get_objects():
         if type(each) is torch.Tensor and each.dtype == torch.uint8 and each.dim() == 4:
             storage = each.untyped_storage()
-            storages[each.device.type, storage.data_ptr()] = storage.nbytes()
+            where = "cpu" if each.device.type == "cpu" else "gpu"
+            storages[where, storage.data_ptr()] = storage.nbytes()
     totals: collections.Counter[str] = collections.Counter()
-    for (device, _), size in storages.items():
-        totals[device] += size
+    for (where, _), size in storages.items():
+        totals[where] += size
     return dict(totals)
 
 
@@ -143,7 +144,7 @@ class _Watch(Algorithm):
 
     def __init__(self, hooks: Hooks, after: int, is_row: Callable[[int], bool]):
         self.hooks, self.after, self.is_row = hooks, after, is_row
-        self.guard = _SyncDebug(hooks) if devices.torch_device().type == "cuda" else _Reads(hooks)
+        self.guard = _SyncDebug(hooks) if devices.is_gpu() else _Reads(hooks)
         self.inside = False
 
     def match(self, event: Event, state: Any) -> bool:
