@@ -355,7 +355,8 @@ def cpu(work: Work) -> None:
     recorded = {result.get("environment", {}).get("device") for result in hidden.results() if result["steps"]}
     work.expect(places == ["cpu"], f"CUDA_VISIBLE_DEVICES= trains on {places}")
     work.expect(recorded == {name}, f"CUDA_VISIBLE_DEVICES=: result.json has {recorded}, not {name}")
-    work.expect(name in hidden.output and "fp32" in hidden.output, "a launch on the CPU does not print its device")
+    line = next((line for line in hidden.output.splitlines() if line.startswith("1 process on CPU")), "")
+    work.expect(name in line and "fp32" in line, "a launch on the CPU does not print its device and precision")
     errors = _error_lines(absent.wait(2).output)
     work.record(absent=errors)
     work.expect(len(errors) == 1 and "CUDA_VISIBLE_DEVICES" in errors[0], f"CUDA_VISIBLE_DEVICES=99 gives {errors}")

@@ -16,7 +16,7 @@ import torch
 from composer import Algorithm, Event
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lth_diet.training import devices, trainer
+from lth_diet.training import callbacks, devices, trainer
 
 _FIRST_STEPS = 3
 """Steps at the beginning of a training that may wait for the device: libraries initialize themselves."""
@@ -41,7 +41,8 @@ class Hooks:
         self.guarded_steps = 0
 
     def patch(self) -> None:
-        """Add the hooks to every training from now on."""
+        """Add the hooks to every training from now on, and save checkpoints however fast the training is."""
+        callbacks.CHECKPOINT_SECONDS = 0.0
         original, signature = trainer.train, inspect.signature(trainer.train)
 
         def train(*args: Any, **kwargs: Any) -> dict[str, Any]:
