@@ -20,7 +20,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not integration and not faults"
 
 faults: .venv/installed
-	KILLS=120 $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults tests/runs tests/tracking tests/test_benchmarks.py
+	KILLS=120 $(BIN)/python -m pytest -n 2 --dist worksteal tests/faults tests/runs tests/tracking tests/test_benchmarks.py tests/test_gpu_check.py
 
 integration: .venv/installed
 	$(BIN)/python -m pytest -m "integration and not faults" -rs --durations=15

@@ -187,17 +187,24 @@ def test_runs_on_this_gpu_are_on_the_right_device_and_repeat_bit_for_bit(gpu, pl
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.integration
-def test_what_needs_no_gpu_runs_on_the_cpu(place):
-    done = subprocess.run(
-        [sys.executable, str(GPU_CHECK), "--device", "cpu", "--out", "out", "--budget", "1500"],
-        capture_output=True,
-        text=True,
-    )
-    found = results(place / "out")
-    ended = {name: each["status"] for name, each in found.items()}
-    skipped = {"rejections", "throughput_mps", "out_of_memory", "neighbor"}
+def run_on_cpu(*only):
+    command = [sys.executable, str(GPU_CHECK), "--device", "cpu", "--out", "out", "--budget", "3000", "--patience", "3"]
+    done = subprocess.run([*command, *(["--only", *only] if only else [])], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+    assert [path.name for path in Path("out").glob("work-*")] == [], "only failed checks leave files"
+    return {name: result["status"] for name, result in results(Path("out")).items()}
+
+
+@pytest.mark.integration
+def test_checks_of_the_device_of_waits_and_of_resuming_run_on_the_cpu(place):
+    names = ("cpu", "steps", "resume", "rejections")
+    passed = dict.fromkeys(("versions", *names), "passed")
+    assert run_on_cpu(*names) == passed | {"rejections": "skipped"}
+
+
+@pytest.mark.faults
+def test_all_checks_that_need_no_gpu_run_on_the_cpu(place):
+    ended = run_on_cpu()
+    skipped = {"rejections", "gpu_fault", "throughput_mps", "out_of_memory", "neighbor"}
     assert {name for name in ended if ended[name] == "skipped"} == skipped
     assert set(ended.values()) == {"passed", "skipped"}
-    assert [path.name for path in (place / "out").glob("work-*")] == []

@@ -12,6 +12,7 @@ Exit status: 0; 1 if a check failed. A target that is missed is reported, but is
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import datetime
@@ -95,12 +96,10 @@ class Runner:
         finally:
             self.stop()
             self.write()
-            shutil.rmtree(self.work / "cache", ignore_errors=True)
-            with contextlib.suppress(OSError):
-                self.work.rmdir()  # only failed checks leave files
+            failed = [name for name in self.checks if (self.work / name).exists()]  # only these leave files
+            shutil.rmtree(self.work / "cache" if failed else self.work, ignore_errors=True)
         print(f"\n{self.table()}", flush=True)
-        failed = any(result["status"] in (FAILED, NOT_RUN) for result in self.results.values())
-        return int(failed or bool(reason))
+        return int(bool(reason) or any(result["status"] in (FAILED, NOT_RUN) for result in self.results.values()))
 
     def _why_not_go_on(self, first: Check) -> str:
         """Find out what the machine has; returns why the other checks cannot run."""
@@ -194,15 +193,18 @@ class Runner:
             self._write()
 
     def _write(self) -> None:
-        statuses = [result["status"] for result in self.results.values()]
         content = {
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - self.began, 1),
-            "summary": {status: statuses.count(status) for status in dict.fromkeys(statuses)},
+            "summary": self._summary(),
             "checks": self.results,
         }
         write_atomically(self.out / "gpu_check.json", json.dumps(content, indent=2) + "\n")
         write_atomically(self.out / "gpu_check.txt", self.table() + "\n")
+
+    def _summary(self) -> dict[str, int]:
+        """Number of checks by result."""
+        return dict(collections.Counter(result["status"] for result in self.results.values()))
 
     def table(self) -> str:
         """One row per check, and below what was skipped."""
@@ -213,8 +215,9 @@ class Runner:
             note = "" if result["status"] == SKIPPED else result["note"] or self.checks[name].title
             rows.append(textwrap.fill(note, 120, initial_indent=start, subsequent_indent=" " * len(start)) or start)
         skipped = [f"  {name}: {r['note']}" for name, r in self.results.items() if r["status"] == SKIPPED]
-        seconds = f"{time.monotonic() - self.began:.0f} s"
-        return "\n".join([*rows, *(["skipped:", *skipped] if skipped else []), seconds])
+        counts = ", ".join(f"{count} {status}" for status, count in self._summary().items())
+        end = f"{counts}; {time.monotonic() - self.began:.0f} s"
+        return "\n".join([*rows, *(["skipped:", *skipped] if skipped else []), end])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
