@@ -544,6 +544,10 @@ def out_of_memory(work: Work) -> None:
     work.record(errors=errors, failed=[path.read_text() for path in launch.failures()])
     work.expect(len(errors) == 1 and "memory" in errors[0], f"out of memory gives {errors}")
     work.expect("Traceback" not in launch.output, "out of memory gives a traceback")
+    if launch.process.returncode == 1:
+        work.expect(
+            launch.failures(), "it is not recorded as failed, although another attempt would end in the same way"
+        )
     work.record(errors[0].removeprefix("error: ") if errors else "")
 
 

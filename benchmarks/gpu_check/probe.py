@@ -10,6 +10,7 @@ sync      "error": a step that waits for the device fails; "warn": the place is 
 report    whether to write the report at the end, which needs more packages
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -38,7 +39,8 @@ def main() -> int:
         try:
             return work(*args, **kwargs)
         finally:
-            Path(path).write_text(json.dumps(active[0].record()))
+            with contextlib.suppress(RuntimeError):  # after a fault of the GPU
+                Path(path).write_text(json.dumps(active[0].record()))
 
     for name in ("compute_scores", "train_replicates"):
         setattr(command_line, name, functools.partial(with_hooks, getattr(command_line, name)))
