@@ -187,9 +187,11 @@ def test_runs_on_this_gpu_are_on_the_right_device_and_repeat_bit_for_bit(gpu, pl
     assert done.returncode == 0, done.stdout
 
 
-def run_on_cpu(*only):
-    command = [sys.executable, str(GPU_CHECK), "--device", "cpu", "--out", "out", "--budget", "3000", "--patience", "3"]
-    done = subprocess.run([*command, *(["--only", *only] if only else [])], capture_output=True, text=True)
+def run(*only, device="cpu"):
+    """Results of some checks, or of all, with small networks."""
+    options = ["--device", device, "--small", "--out", "out", "--budget", "3000", "--patience", "3"]
+    command = [sys.executable, str(GPU_CHECK), *options, *(["--only", *only] if only else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert [path.name for path in Path("out").glob("work-*")] == [], "only failed checks leave files"
     return {name: result["status"] for name, result in results(Path("out")).items()}
@@ -199,12 +201,22 @@ def run_on_cpu(*only):
 def test_checks_of_the_device_of_waits_and_of_resuming_run_on_the_cpu(place):
     names = ("cpu", "steps", "resume", "rejections")
     passed = dict.fromkeys(("versions", *names), "passed")
-    assert run_on_cpu(*names) == passed | {"rejections": "skipped"}
+    assert run(*names) == passed | {"rejections": "skipped"}
 
 
 @pytest.mark.faults
 def test_all_checks_that_need_no_gpu_run_on_the_cpu(place):
-    ended = run_on_cpu()
+    ended = run()
     skipped = {"rejections", "gpu_fault", "throughput_mps", "out_of_memory", "neighbor"}
     assert {name for name in ended if ended[name] == "skipped"} == skipped
     assert set(ended.values()) == {"passed", "skipped"}
+
+
+@pytest.mark.faults
+def test_checks_for_gpus_run_on_the_meta_device(place, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("FAKE_GPUS", "2")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests/fake_gpu'}:{ROOT / 'tests'}")
+    names = ("devices", "cpu", "rejections", "steps", "deterministic", "memory")
+    assert run(*names, device="gpu") == dict.fromkeys(("versions", *names), "passed")
+    assert results(place / "out")["devices"]["findings"]["devices, bf16"] == [0, 1]

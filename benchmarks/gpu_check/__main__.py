@@ -46,12 +46,13 @@ class Runner:
 
     Args:
         all_checks: Checks by name. The first describes the machine and runs before the others.
-        script: The script that runs a check: `script NAME FOLDER RESULT GPUS`.
+        script: The script that runs a check: `script NAME FOLDER RESULT GPUS SIZES`.
         out: Folder of the results.
         budget: Seconds for all checks.
         jobs: Maximum number of checks at the same time; those that are `alone` run one by one.
         device: "auto": a GPU if there is one; "gpu"; or "cpu".
         patience: Factor of the time limits of the checks.
+        small: Whether networks are small also on a GPU.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Runner:
         jobs: int,
         device: str = "auto",
         patience: float = 1.0,
+        small: bool = False,
     ):
         self.checks, self.script, self.out, self.jobs, self.device = all_checks, script, out, jobs, device
-        self.budget, self.patience = budget, patience
+        self.budget, self.patience, self.small = budget, patience, small
         self.began, self.started = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
         self.end = self.began + budget
         self.gpus = 0
@@ -138,7 +140,8 @@ class Runner:
         folder, log = self.work / check.name, self.out / f"{check.name}.log"
         folder.mkdir()
         path = folder / "check.json"
-        command = [sys.executable, str(self.script), check.name, str(folder), str(path), str(self.gpus)]
+        sizes = "small" if self.small or not self.gpus else "large"
+        command = [sys.executable, str(self.script), check.name, str(folder), str(path), str(self.gpus), sizes]
         with open(log, "wb") as file:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, env=self._env()
@@ -225,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder of the results")
     parser.add_argument("--budget", type=float, default=600, metavar="SECONDS", help="time for all checks together")
     parser.add_argument("--patience", type=float, default=1, metavar="FACTOR", help="of the time limits of the checks")
+    parser.add_argument("--small", action="store_true", help="small networks, as on the CPU")
     parser.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto")
     parser.add_argument("--jobs", type=int, default=max(1, min(4, len(os.sched_getaffinity(0)) // 4)))
     parser.add_argument("--only", nargs="+", choices=checks.CHECKS, metavar="CHECK", help=", ".join(checks.CHECKS))
@@ -232,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first, *_ = checks.CHECKS
     chosen = {name: check for name, check in checks.CHECKS.items() if name in (first, *(options.only or checks.CHECKS))}
     script, jobs = Path(checks.__file__), max(1, options.jobs)
-    runner = Runner(chosen, script, options.out, options.budget, jobs, options.device, options.patience)
+    runner = Runner(chosen, script, options.out, options.budget, jobs, options.device, options.patience, options.small)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return runner.run()

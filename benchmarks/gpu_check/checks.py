@@ -1,4 +1,4 @@
-"""The checks of gpu_check. Each runs in a process: checks.py NAME FOLDER RESULT GPUS.
+"""The checks of gpu_check. Each runs in a process: checks.py NAME FOLDER RESULT GPUS SIZES.
 
 A check is a function of a `Work`. It records what it finds, and fails with a sentence for each expectation that does
 not hold. Packages are imported inside the checks: a check that lacks one is skipped.
@@ -41,8 +41,11 @@ intervals: {{log: {log}, checkpoint: {log}}}
 replicates: 1
 experiment: gpu_check
 """
-_CPU_SIZES = {"size": 8, "depth": 8, "width": 2, "steps": 16, "batch": 64}
-_GPU_SIZES = {"size": 32, "depth": 20, "width": 16, "steps": 160, "batch": 128}
+SIZES = {
+    "small": {"size": 8, "depth": 8, "width": 2, "steps": 16, "batch": 64},
+    "large": {"size": 32, "depth": 20, "width": 16, "steps": 160, "batch": 128},
+}
+"""Sizes of the networks, images and trainings of the checks, except those that measure speed or memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +98,12 @@ class Work:
         folder: An empty folder.
         result: JSON file of the result, written after every finding.
         gpus: Number of GPUs; 0: the check runs on the CPU.
+        sizes: Key of `SIZES`.
     """
 
-    def __init__(self, folder: Path, result: Path, gpus: int):
+    def __init__(self, folder: Path, result: Path, gpus: int, sizes: str):
         self.folder, self.gpus = folder, gpus
-        self.sizes = _GPU_SIZES if gpus else _CPU_SIZES
+        self.sizes = SIZES[sizes]
         self._path = result
         self._launches: list[Launch] = []
         self._findings: dict[str, Any] = {}
@@ -545,9 +549,7 @@ def out_of_memory(work: Work) -> None:
     work.expect(len(errors) == 1 and "memory" in errors[0], f"out of memory gives {errors}")
     work.expect("Traceback" not in launch.output, "out of memory gives a traceback")
     if launch.process.returncode == 1:
-        work.expect(
-            launch.failures(), "it is not recorded as failed, although another attempt would end in the same way"
-        )
+        work.expect(launch.failures(), "it is not recorded as failed, but another attempt would end in the same way")
     work.record(errors[0].removeprefix("error: ") if errors else "")
 
 
@@ -618,9 +620,9 @@ def _benchmark(work: Work, name: str, *options: str) -> dict[str, Any]:
 def main() -> None:
     from lth_diet.launch.processes import exit_with_parent
 
-    name, folder, result, gpus = sys.argv[1:]
+    name, folder, result, gpus, sizes = sys.argv[1:]
     exit_with_parent()
-    work = Work(Path(folder), Path(result), int(gpus))
+    work = Work(Path(folder), Path(result), int(gpus), sizes)
     try:
         CHECKS[name].function(work)
         work.finish()
