@@ -170,7 +170,16 @@ def test_it_starts_where_nothing_but_python_is_installed(place):
 
 
 def test_make_gpu_check_uses_the_given_python_without_installing_anything(place):
-    command = ["make", "-n", "-f", str(ROOT / "Makefile"), "gpu-check", "PYTHON=python3", "OPTIONS=--only steps"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "-n",
+        "-f",
+        str(ROOT / "Makefile"),
+        "gpu-check",
+        "PYTHON=python3",
+        "OPTIONS=--only steps",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "python3 benchmarks/gpu_check --only steps\n"
 

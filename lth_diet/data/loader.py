@@ -213,7 +213,6 @@ class EvaluationLoader:
         self.batch_size = batch_size
         self._ranks = ranks
         self._rank_slice = slice(rank, None, ranks)
-        self._most_batches = max(len(self.labels) // ranks, 1)
         self._normalize = _Normalize(dataset, device)
 
     def __repr__(self) -> str:

@@ -295,7 +295,7 @@ def test_a_checkpoint_is_due_at_multiples_and_not_sooner_than_ten_seconds_after_
 
     monkeypatch.setattr(callbacks, "CHECKPOINT_SECONDS", seconds)
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(type(phase), "commit_checkpoint", lambda phase, step: saved.append(step))
+    monkeypatch.setattr(type(phase), "commit_checkpoint", lambda phase, step, environment: saved.append(step))
     train(trainer.Schedule(0, 8, 0.1), [Late()], ["intervals.checkpoint=2"])
     assert saved == steps
 
@@ -322,7 +322,9 @@ def test_a_checkpoint_of_an_earlier_commit_resumes_with_its_momentum_and_the_ker
     expected = {name: state["momentum_buffer"] for name, state in optimizer["state"].items()}
     torch.save(content, path)
     phase.commit_checkpoint(step)
-    monkeypatch.setattr(trainer.devices, "is_gpu", lambda: device == "gpu")  # PyTorch's fused kernel is for CPUs, too
+    described = devices.describe()
+    monkeypatch.setattr(devices, "describe", lambda: described)
+    monkeypatch.setattr(devices, "is_gpu", lambda: device == "gpu")  # PyTorch's fused kernel is for CPUs, too
     momentum = []
 
     class First(Look):
