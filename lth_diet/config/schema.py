@@ -158,7 +158,7 @@ class Config(Section):
     parallelism: Literal["replicates", "data"] = "replicates"
     """replicates: each rank trains its own replicates. data: all ranks train each replicate together (DDP)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """fp32 (TF32 on GPUs that have it), bf16 (GPUs only), or auto: bf16 on GPUs since Ampere, fp32 elsewhere."""
+    """fp32 (TF32 on GPUs that have it), bf16 (where the hardware has it), or auto: bf16 on such GPUs, else fp32."""
     deterministic: Annotated[bool, Field(strict=True)] = False
     """Whether to use deterministic kernels on GPU; results on CPU are deterministic in any case."""
     compile: Annotated[bool, Field(strict=True)] = False

@@ -109,13 +109,11 @@ def check_device(config: Config, process: ProcessInfo) -> int:
             "parallelism: data"
         )
     device = devices.describe()
-    if config.precision == "bf16" and not device.is_gpu:
-        raise UserError("precision = 'bf16': must be auto or fp32 without a GPU")
     if config.precision == "bf16" and not device.has_bf16:
-        raise UserError(
-            f"precision = 'bf16': must be auto or fp32 on a {device.name} (compute capability {device.capability}); "
-            "bf16 needs 8.0 or later"
-        )
+        lacks = f"it has neither {' nor '.join(devices.BF16_FEATURES)}"
+        if device.is_gpu:
+            lacks = f"it has compute capability {device.capability}, and bf16 needs 8.0 or later"
+        raise UserError(f"precision = 'bf16': must be auto or fp32 on this device ({device.name}): {lacks}")
     return shared
 
 

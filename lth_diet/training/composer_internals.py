@@ -2,8 +2,9 @@
 
 import atexit
 import datetime
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,11 +35,14 @@ class LeanTrainer(Trainer):
     (AMD EPYC, one thread).
     """
 
-    def __init__(self, *, model: ComposerModel, **options: Any):
-        super().__init__(model=model, **options)
+    def __init__(self, *, model: ComposerModel, precision: str, **options: Any):
+        if precision == "amp_bf16" and not devices.is_gpu():  # Composer accepts fp32 only
+            model.forward, precision = _autocast(model.forward), "fp32"
+        forward = model.forward
+        super().__init__(model=model, precision=precision, **options)
         self.original_model = model
         if options.get("compile_config") is not None:  # evaluation would be compiled separately, for a few batches
-            model.eval_forward = lambda batch, outputs=None: type(model).forward(model, batch)
+            model.eval_forward = lambda batch, outputs=None: forward(batch)
         if isinstance(self.state.model, DistributedDataParallel):
             self.state.model.broadcast_buffers = False  # `_Recorder` does, before each evaluation
         sort = getattr(self.engine, "_compile", None)
@@ -87,6 +91,17 @@ class LeanTrainer(Trainer):
             if batch is None:
                 return
             yield batch
+
+
+def _autocast(forward: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+    """Have a forward pass compute in bf16 on the CPU. Its outputs are in single precision, for the loss and metrics."""
+
+    @functools.wraps(forward)
+    def in_bf16(batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(batch).float()
+
+    return in_bf16
 
 
 def training_device() -> Device:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 """Environment variable with the GPUs that may be used; empty: none."""
 
+BF16_FEATURES = ("avx512_bf16", "amx_bf16")
+"""Instruction sets of CPUs that make bf16 faster than fp32."""
+
 _DRIVER_FILE = Path("/dev/nvidia0")
 _USE_CPU = f"repair the GPU, or set {VISIBLE}= (empty) to train on the CPU"
 
@@ -32,16 +35,13 @@ class Device:
         capability: Compute capability of the GPU, such as `9.0`, or the instruction set that PyTorch uses on the CPU,
             such as `AVX512`.
         is_gpu: Whether it is a GPU.
+        has_bf16: Whether it has bf16 arithmetic; elsewhere PyTorch emulates it, many times slower.
     """
 
     name: str
     capability: str
     is_gpu: bool
-
-    @property
-    def has_bf16(self) -> bool:
-        """Whether a GPU has bf16 arithmetic; PyTorch emulates it on those before Ampere, many times slower."""
-        return self.is_gpu and int(self.capability.partition(".")[0]) >= 8
+    has_bf16: bool
 
 
 def select(local_rank: int) -> int:
@@ -140,8 +140,10 @@ def describe() -> Device:
     import torch
 
     if is_gpu():
-        return Device(torch.cuda.get_device_name(), "{}.{}".format(*torch.cuda.get_device_capability()), True)
-    return Device(_cpu_name(), torch.backends.cpu.get_cpu_capability(), False)
+        major, minor = torch.cuda.get_device_capability()
+        return Device(torch.cuda.get_device_name(), f"{major}.{minor}", True, major >= 8)
+    name, features = _cpu()
+    return Device(name, torch.backends.cpu.get_cpu_capability(), False, bool(features & set(BF16_FEATURES)))
 
 
 def summary(config: Config) -> dict[str, str | int | None]:
@@ -158,7 +160,8 @@ def summary(config: Config) -> dict[str, str | int | None]:
 
 def precision(setting: str) -> str:
     """What the setting `precision` means on this device: `fp32` or `bf16`."""
-    return ("bf16" if describe().has_bf16 else "fp32") if setting == "auto" else setting
+    device = describe()
+    return ("bf16" if device.is_gpu and device.has_bf16 else "fp32") if setting == "auto" else setting
 
 
 def environment(config: Config) -> Environment:
@@ -174,10 +177,11 @@ def environment(config: Config) -> Environment:
     }
 
 
-def _cpu_name() -> str:
-    """Name of the processor model."""
+def _cpu() -> tuple[str, set[str]]:
+    """Name of the processor model, and its instruction sets as far as Linux names them."""
+    found = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+    return found.get("model name") or platform.processor() or platform.machine(), set(found.get("flags", "").split())

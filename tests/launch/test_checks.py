@@ -180,7 +180,7 @@ def gpu(monkeypatch):
     def make(free, gpus=1):
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         monkeypatch.setattr(devices, "torch_device", lambda: torch.device("meta"))
-        monkeypatch.setattr(devices, "describe", lambda: devices.Device("Tesla T4", "7.5", True))
+        monkeypatch.setattr(devices, "describe", lambda: devices.Device("Tesla T4", "7.5", True, False))
         monkeypatch.setattr(devices, "count_gpus", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 15 * 2**30))

@@ -156,9 +156,8 @@ def test_bf16_is_for_gpus_with_bf16_arithmetic(tiny, monkeypatch, capability, au
     assert found["precision"] == automatic and found["capability"] == "{}.{}".format(*capability)
     config = loading.load_config(tiny(), ["precision=bf16"])
     if automatic == "fp32":
-        with pytest.raises(
-            UserError, match=r"^precision = 'bf16': must be auto or fp32 on a GPU 0 \(compute capability"
-        ):
+        expected = r"^precision = 'bf16': must be auto or fp32 on this device \(GPU 0\): it has compute capability 7"
+        with pytest.raises(UserError, match=expected):
             checks.check_device(config, process)
     else:
         checks.check_device(config, process)
@@ -190,3 +189,21 @@ def test_no_import_asks_cuda(place):
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (0, ""), process.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_bf16"), [("fpu avx512f avx512bw", False), ("fpu avx512_bf16", True), ("amx_tile amx_bf16", True)]
+)
+def test_a_cpu_has_bf16_if_linux_lists_the_instructions_but_auto_stays_fp32(tiny, monkeypatch, flags, has_bf16):
+    text = f"processor : 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\nprocessor : 1\nflags : none\n"
+    monkeypatch.setattr(devices.Path, "read_text", lambda path: text)
+    device = devices.describe()
+    assert (device.name, device.has_bf16, devices.precision("auto")) == ("Some CPU", has_bf16, "fp32")
+    monkeypatch.setattr(devices, "describe", lambda: device)
+    config, process = loading.load_config(tiny(), ["precision=bf16"]), ProcessInfo(0, 1, 0, "", 0)
+    if has_bf16:
+        checks.check_device(config, process)
+    else:
+        expected = r"on this device \(Some CPU\): it has neither avx512_bf16 nor amx_bf16$"
+        with pytest.raises(UserError, match=expected):
+            checks.check_device(config, process)

@@ -115,7 +115,7 @@ def test_a_phase_resumed_on_another_device_records_both(train, phase, monkeypatc
     with pytest.raises(Killed):
         train(*arguments, sync=kill)
     first = phase.environment()
-    monkeypatch.setattr(devices, "describe", lambda: devices.Device("another CPU", first["capability"], False))
+    monkeypatch.setattr(devices, "describe", lambda: devices.Device("another CPU", first["capability"], False, False))
     found = train(*arguments)["environment"]
     assert found == {**first, "device": f"{first['device']}, then another CPU"}
 
