@@ -103,6 +103,8 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[R
             status = train_replicates(run, replicates, process, board)
         if together and status:
             return status  # the other ranks wait for this one in a collective; the launcher terminates them
+        if together:
+            board.destroy_process_group()
         board.wait_for_others()
     if process.rank == 0:
         _print_results(run)

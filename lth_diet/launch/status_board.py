@@ -75,6 +75,13 @@ class StatusBoard:
             rank, ranks = self.process.rank, self.process.world_size
             self.process.init_process_group(store=world, rank=rank, world_size=ranks, timeout=_TIMEOUT)
 
+    def destroy_process_group(self) -> None:
+        """Free what the process group of all ranks holds. Every rank calls it, after the last collective."""
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
     def wait_for_others(self) -> None:
         """Wait on rank 0 until every other rank is at the barrier, which rank 0 can then hold closed."""
         if self.process.rank == 0:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import COMPOSER, ROOT, check_launcher_output
 
 from lth_diet.errors import UserError
 from lth_diet.launch.processes import LAUNCHER_VARIABLES, ProcessInfo
 from lth_diet.launch.status_board import StatusBoard
+from lth_diet.training import devices
 
 
 @pytest.mark.parametrize(
@@ -96,3 +98,13 @@ def test_ranks_of_a_launch_share_its_name_and_single_processes_do_not():
     ranks = [ProcessInfo(rank, 2, rank, "127.0.0.1", 1234) for rank in (0, 1)]
     assert ranks[0].launch == ranks[1].launch != ProcessInfo(0, 2, 0, "127.0.0.1", 1235).launch
     assert ProcessInfo(0, 1, 0, "127.0.0.1", 0).launch != ProcessInfo(0, 1, 0, "127.0.0.1", 0).launch
+
+
+def test_a_process_group_on_a_gpu_is_bound_to_the_gpu_of_this_process(monkeypatch):
+    started = []
+    monkeypatch.setattr(devices, "torch_device", lambda: torch.device("cuda", 3))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **options: started.append((backend, options))
+    )
+    ProcessInfo(3, 4, 3, "127.0.0.1", 1234).init_process_group(rank=3)
+    assert started == [("nccl", {"device_id": torch.device("cuda", 3), "rank": 3})]

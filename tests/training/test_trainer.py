@@ -339,3 +339,16 @@ def test_a_checkpoint_of_an_earlier_commit_resumes_with_its_momentum_and_the_ker
     assert len(momentum) == 5
     assert all(torch.equal(momentum[0][first.names[name]], value) for name, value in expected.items())
     assert any(bool(value.any()) for value in expected.values())
+
+
+@pytest.mark.integration
+def test_evaluation_is_not_compiled(train, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(trainer, "_compile_config", lambda: {"backend": backend})
+    train(trainer.Schedule(0, 4, 0.1), overrides=["compile=true", "intervals.evaluate=2"])
+    assert len(graphs) == 1, "of the training batches"
