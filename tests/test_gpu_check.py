@@ -207,8 +207,8 @@ def run(*only, device="cpu"):
 
 
 @pytest.mark.integration
-def test_checks_of_the_device_of_waits_and_of_resuming_run_on_the_cpu(place):
-    names = ("cpu", "steps", "resume", "rejections")
+def test_checks_of_the_device_and_of_waits_run_on_the_cpu(place):
+    names = ("cpu", "steps", "rejections")
     passed = dict.fromkeys(("versions", *names), "passed")
     assert run(*names) == passed | {"rejections": "skipped"}
 

@@ -24,6 +24,7 @@ def _patch_torch(torch):
         "get_device_name": lambda *args: "Meta H100",
         "get_device_capability": lambda *args: (9, 0),
         "get_device_properties": lambda index: types.SimpleNamespace(uuid=f"GPU-{index}"),
+        "is_bf16_supported": lambda *args, **options: True,
         "get_arch_list": lambda: ["sm_90"],
         "mem_get_info": lambda *args: (70 << 30, 80 << 30),
         "memory_allocated": lambda *args: 1 << 20,
