@@ -279,7 +279,7 @@ def versions(work: Work) -> None:
     work.record(
         python=platform.python_version(),
         packages=packages,
-        cpu=devices._cpu_name(),
+        cpu=devices.read_cpu()[0],
         cores=len(os.sched_getaffinity(0)),
         cuda=torch.version.cuda,
         gpus=gpus,
@@ -311,9 +311,10 @@ def versions(work: Work) -> None:
 def devices(work: Work) -> None:
     """Each rank trains on its own device with every precision, and its results say so."""
     from lth_diet.training.devices import describe
+    from lth_diet.training.devices import precision as resolve
 
     has_bf16 = describe().has_bf16
-    common = {"auto": "bf16" if has_bf16 else "fp32", "fp32": "fp32"} | ({"bf16": "bf16"} if has_bf16 else {})
+    common = {"auto": resolve("auto"), "fp32": "fp32"} | ({"bf16": "bf16"} if has_bf16 else {})
     ranks = max(2, work.gpus)
     settings = ("prune.levels=0", f"replicates={ranks}")
     launches = {

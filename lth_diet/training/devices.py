@@ -142,7 +142,7 @@ def describe() -> Device:
     if is_gpu():
         major, minor = torch.cuda.get_device_capability()
         return Device(torch.cuda.get_device_name(), f"{major}.{minor}", True, major >= 8)
-    name, features = _cpu()
+    name, features = read_cpu()
     return Device(name, torch.backends.cpu.get_cpu_capability(), False, bool(features & set(BF16_FEATURES)))
 
 
@@ -177,7 +177,7 @@ def environment(config: Config) -> Environment:
     }
 
 
-def _cpu() -> tuple[str, set[str]]:
+def read_cpu() -> tuple[str, set[str]]:
     """Name of the processor model, and its instruction sets as far as Linux names them."""
     found = {}
     with contextlib.suppress(OSError):
