@@ -64,12 +64,10 @@ def _without_comments(source: str) -> str:
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            rows = range(node.lineno - 1, node.end_lineno)
-            if "\n".join(lines[row] for row in rows).strip() == ast.get_source_segment(
-                source, node
-            ):  # nothing beside it
-                for row in rows:
-                    lines[row] = ""
+            first, last = node.lineno - 1, node.end_lineno - 1
+            beside = lines[first].encode()[: node.col_offset] + lines[last].encode()[node.end_col_offset :]
+            if not beside.strip():
+                lines[first : last + 1] = [""] * (last + 1 - first)
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
