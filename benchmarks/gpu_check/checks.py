@@ -279,7 +279,7 @@ def versions(work: Work) -> None:
     work.record(
         python=platform.python_version(),
         packages=packages,
-        cpu=devices.read_cpu()[0],
+        cpu=devices.cpu_name(),
         cores=len(os.sched_getaffinity(0)),
         cuda=torch.version.cuda,
         gpus=gpus,

@@ -15,7 +15,7 @@ from composer.core.precision import get_precision_context
 from composer.devices import Device, DeviceCPU, DeviceGPU
 from composer.models import ComposerModel
 from composer.trainer.trainer import TrainerMode
-from composer.utils import dist
+from composer.utils import collect_env, dist
 from torch.distributed.checkpoint import state_dict
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +36,7 @@ class LeanTrainer(Trainer):
     """
 
     def __init__(self, *, model: ComposerModel, precision: str, **options: Any):
+        collect_env.get_cpu_model = devices.cpu_name  # Composer's takes 1.3 s: it measures the clock of the CPU
         if precision == "amp_bf16" and not devices.is_gpu():  # Composer accepts fp32 only
             model.forward, precision = _autocast(model.forward), "fp32"
         forward = model.forward

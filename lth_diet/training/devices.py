@@ -142,7 +142,7 @@ def describe() -> Device:
     if is_gpu():
         major, minor = torch.cuda.get_device_capability()
         return Device(torch.cuda.get_device_name(), f"{major}.{minor}", True, major >= 8)
-    name, features = read_cpu()
+    name, features = _read_cpu()
     return Device(name, torch.backends.cpu.get_cpu_capability(), False, bool(features & set(BF16_FEATURES)))
 
 
@@ -177,7 +177,12 @@ def environment(config: Config) -> Environment:
     }
 
 
-def read_cpu() -> tuple[str, set[str]]:
+def cpu_name() -> str:
+    """Name of the processor model, such as `AMD EPYC`."""
+    return _read_cpu()[0]
+
+
+def _read_cpu() -> tuple[str, set[str]]:
     """Name of the processor model, and its instruction sets as far as Linux names them."""
     found = {}
     with contextlib.suppress(OSError):
