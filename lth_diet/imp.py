@@ -21,7 +21,6 @@ from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.runs.scores_directory import load_arm_scores
 from lth_diet.scores.artifact import Scores
-from lth_diet.scores.pictures import save_subset_pictures
 from lth_diet.scores.summary import ScoredExamples
 from lth_diet.training import trainer
 from lth_diet.training.builders import Builder
@@ -102,6 +101,8 @@ class IMP:
             rule = functools.partial(select, labels=labels, size=subset.size, **options)
             indices = rule(self.scores.mean)
         if self.is_rank_zero:
+            from lth_diet.scores.pictures import save_subset_pictures  # imports matplotlib, which is slow
+
             folder = self.replicate.pretrain.path
             save_indices(folder, indices)
             with self.progress.warn_on_error("cannot draw the pictures of the subset"):

@@ -22,7 +22,6 @@ from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.scores import artifact
 from lth_diet.scores.artifact import Scores
 from lth_diet.scores.el2n import el2n
-from lth_diet.scores.pictures import save_scores_pictures
 from lth_diet.scores.summary import ScoredExamples
 from lth_diet.training import trainer
 from lth_diet.training.builders import Builder
@@ -173,6 +172,8 @@ class Scoring:
 
     def save_pictures(self, scores: Scores) -> None:
         """Write the pictures and statistics of the scores; an error in drawing is only a warning."""
+        from lth_diet.scores.pictures import save_scores_pictures  # imports matplotlib, which is slow
+
         examples = ScoredExamples(self.builder.data, self.labels, scores)
         with self.progress.warn_on_error("cannot draw the pictures of the scores"):
             save_scores_pictures(self.folder.path / "examples", examples)

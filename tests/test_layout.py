@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 from helpers import ROOT
 
 import lth_diet
+from lth_diet.data import catalog
 
 PACKAGE = ROOT / "lth_diet"
 LAYERS = [
@@ -29,6 +31,8 @@ INDEPENDENT = {
 """Layers that are meant to be used without the rest, and all that they import."""
 OLD_SPELLINGS = {"remote.py", "masks/__main__.py", "runs/__main__.py", "tracking/__main__.py"}
 HEAVY = ("torch", "composer", "mlflow", "ray", "matplotlib")
+LATER = {"mlflow", "sqlalchemy", "alembic", "pandas", "matplotlib", "scipy", "sklearn", "PIL", "requests", "ray"}
+"""What a rank needs after its first step, or for some runs only. Composer imports some of these itself."""
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -131,6 +135,63 @@ def test_configuration_and_plans_import_nothing_heavy(tiny, grid):
     assert done.returncode == 0, done.stderr
     loaded = json.loads(done.stdout.splitlines()[-1])
     assert "lth_diet" in loaded and not set(HEAVY) & set(loaded)
+
+
+def top_imports(path):
+    """Modules that a file imports when it is imported, and of lth_diet those that these import."""
+    found, todo = set(), [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if is_module(name) else node.module for name in names}
+        elif not isinstance(node, ast.FunctionDef) and "TYPE_CHECKING" not in ast.unparse(getattr(node, "test", node)):
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def test_training_imports_what_is_slow_only_where_it_is_used():
+    found, todo = set(), {"lth_diet.launch.command_line", "lth_diet.imp", "lth_diet.scoring"}
+    while todo:
+        name = todo.pop()
+        found.add(name)
+        if is_module(name):
+            path = (ROOT / name.replace(".", "/")).with_suffix(".py")
+            todo |= top_imports(path if path.exists() else path.with_suffix("") / "__init__.py") - found
+    assert "lth_diet.training.trainer" in found and not {name.partition(".")[0] for name in found} & LATER
+
+
+FIRST_STEP = """
+import json, os, sys
+commands = []
+sys.addaudithook(lambda event, values: commands.append(str(values[1])) if event == "subprocess.Popen" else None)
+import composer
+before = set(sys.modules)
+from lth_diet.training import callbacks
+
+def end(recorder, state, logger):
+    print(json.dumps([sorted(set(sys.modules) - before), commands]), flush=True)
+    os._exit(0)
+
+callbacks._Recorder.batch_end = end
+from recipes import imp
+imp.main(["-f", "tiny.yaml"])
+"""
+
+
+@pytest.mark.integration
+def test_a_rank_imports_little_beside_composer_and_does_not_measure_the_cpu_before_its_first_step(tiny):
+    tiny("all")
+    catalog.load("digits", "data")  # decoded by scikit-learn, once
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", FIRST_STEP], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported, commands = json.loads(done.stdout.splitlines()[-1])
+    assert "lth_diet.imp" in imported and not [name for name in imported if name.startswith("lth_diet.tracking")]
+    assert not {name.partition(".")[0] for name in imported} & LATER
+    assert not [command for command in commands if "cpuinfo" in command]  # it takes a second
 
 
 @pytest.mark.integration

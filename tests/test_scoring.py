@@ -110,7 +110,7 @@ def test_pictures_are_restored_from_the_scores_without_the_networks(make_scoring
 
 def test_an_error_in_drawing_is_a_warning(make_scoring, monkeypatch):
     scoring = make_scoring()
-    monkeypatch.setattr("lth_diet.scoring.save_scores_pictures", lambda *args: 1 / 0)
+    monkeypatch.setattr("lth_diet.scores.pictures.save_scores_pictures", lambda *args: 1 / 0)
     scoring.run()
     assert scoring.folder.done
     assert scoring.progress.messages == [

@@ -2,8 +2,7 @@
 
 import contextlib
 import json
-
-import pandas as pd
+import statistics
 
 from lth_diet.config.run_ids import run_id
 from lth_diet.config.schema import Config
@@ -76,17 +75,17 @@ def summary(folder: ScoresDirectory) -> str:
 
 def table(run: RunDirectory) -> str:
     """Return a table of a run: test accuracy (mean ± sd over the finished replicates) at each level."""
-    rows = []
+    levels: dict[int, list[tuple[float, float]]] = {}
     for level, phase in (pair for replicate in run.replicates() for pair in replicate.levels() if pair[1].done):
         with contextlib.suppress(UserError):  # a damaged result, which has been reported
             result = phase.result()
-            rows.append((level, result["weights_remaining_percent"], result["test_accuracy_percent"]))
-    if not rows:
+            levels.setdefault(level, []).append((result["weights_remaining_percent"], result["test_accuracy_percent"]))
+    if not levels:
         return "no level is finished yet"
-    frame = pd.DataFrame(rows, columns=["level", "weights", "accuracy"])
     lines = ["level  weights remaining  test accuracy (mean ± sd)    n"]
-    for level, group in frame.groupby("level"):
-        sd = f"± {group.accuracy.std():.2f}" if len(group) > 1 else "      "
-        accuracy = f"{group.accuracy.mean():.2f} {sd} %"
-        lines.append(f"{level:>5}  {group.weights.iloc[0]:>15.1f} %  {accuracy:>25}  {len(group):>3}")
+    for level, results in sorted(levels.items()):
+        weights, accuracies = zip(*results, strict=True)
+        sd = f"± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else "      "
+        accuracy = f"{statistics.fmean(accuracies):.2f} {sd} %"
+        lines.append(f"{level:>5}  {weights[0]:>15.1f} %  {accuracy:>25}  {len(accuracies):>3}")
     return "\n".join(lines)

@@ -42,12 +42,12 @@ class Tracker:
             self._sync()
 
     def _sync(self) -> None:
+        from lth_diet.tracking import mlflow_store  # slow (MLflow): not before the first step, nor part of a failure
+
         self._skipped, began = False, time.monotonic()
         try:
             self.sync()
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each raise their own
-            from lth_diet.tracking import mlflow_store  # slow
-
             now = time.monotonic()
             self._not_before = now + BACKOFF_FACTOR * (now - began)
             if not self._warned:

@@ -6,6 +6,7 @@ import functools
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from lth_diet.errors import HOW_TO_RESUME, DeviceError, TrainingError, UserError
 from lth_diet.files import LockedError
@@ -34,7 +35,6 @@ def compute_scores(
         The exit status: 0; 1 if it failed; DEVICE_FAULT.
     """
     from lth_diet.scoring import Scoring
-    from lth_diet.tracking import sync
     from lth_diet.training import device_faults
 
     networks = range(folder.config.scores.networks)
@@ -42,7 +42,7 @@ def compute_scores(
     others = [number for number in networks if number not in mine]
     steps = work_left.steps_left(work_left.scoring_phases(folder)) * len(mine) // len(networks)
     progress = Progress([replicate.name for replicate in replicates], steps, board.publish)
-    track = Tracker(lambda: sync.sync_scores(folder.path), folder.path.parents[1], progress)
+    track = Tracker(functools.partial(_sync_scores, folder.path), folder.path.parents[1], progress)
     try:
         Scoring(folder.config, progress, track, [*mine, *others]).run()
         track.finish()
@@ -75,7 +75,6 @@ def train_replicates(
         The exit status: 0; 1 if a replicate failed; DEVICE_FAULT.
     """
     from lth_diet.imp import IMP
-    from lth_diet.tracking import sync
     from lth_diet.training import device_faults
 
     steps = sum(work_left.steps_left(work_left.phases_of(run, replicate)) for replicate in replicates)
@@ -84,7 +83,7 @@ def train_replicates(
     progress = Progress(names, steps, board.publish if is_writer else lambda status: None)
     status = 0
     for replicate in replicates:
-        track = Tracker(functools.partial(sync.sync_replicate, replicate), run.path.parent, progress)
+        track = Tracker(functools.partial(_sync_replicate, replicate), run.path.parent, progress)
         try:
             with replicate.lock() if is_writer else contextlib.nullcontext():
                 IMP(run.config, replicate, progress, track).run()
@@ -108,6 +107,18 @@ def train_replicates(
         if status == DEVICE_FAULT or run.config.parallelism == "data":
             break
     return status
+
+
+def _sync_scores(folder: Path) -> None:
+    from lth_diet.tracking import sync  # slow (MLflow): imported after the first phase
+
+    sync.sync_scores(folder)
+
+
+def _sync_replicate(replicate: ReplicateDirectory) -> None:
+    from lth_diet.tracking import sync  # slow (MLflow): imported after the first phase
+
+    sync.sync_replicate(replicate)
 
 
 def _reason(error: Exception) -> str:

@@ -6,9 +6,8 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -17,6 +16,9 @@ from torch import Tensor, nn
 from lth_diet.errors import UserError
 from lth_diet.masks.prunable import prunable
 from lth_diet.networks.parameters import enumerate_names, match_names
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Mask(Mapping[str, Tensor]):
@@ -82,8 +84,10 @@ class Mask(Mapping[str, Tensor]):
         """Remaining weights as a fraction of all prunable weights, 0 to 1."""
         return self.remaining / self.total
 
-    def table(self) -> pd.DataFrame:
+    def table(self) -> "pd.DataFrame":
         """Return one row per layer, with columns layer, shape, total, remaining and density."""
+        import pandas as pd  # takes a quarter of a second
+
         rows = [
             {
                 "layer": name,

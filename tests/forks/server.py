@@ -26,6 +26,7 @@ from faults import moments
 from analysis import report  # noqa: F401
 from lth_diet import files, imp, scoring  # noqa: F401
 from lth_diet.launch import command_line, screen  # noqa: F401
+from lth_diet.scores import pictures  # noqa: F401
 from lth_diet.tracking import sync  # noqa: F401
 from lth_diet.training import callbacks
 
