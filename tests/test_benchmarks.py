@@ -43,6 +43,15 @@ def test_parts_of_the_breakdown_add_up_to_the_step(place):
     assert found["evaluation_seconds"] > 0 and found["evaluated_images"] == 6000 > 5120, "more than training images"
 
 
+def test_start_up_measures_both_launchers_against_the_import_of_composer(place):
+    found = figures(place, "start_up", "--repeats", "1")
+    for unit in ("seconds", "cpu_seconds"):
+        alone, one, two = (found[unit][name][0] for name in ("import composer", "python", "composer -n 2"))
+        assert 0 < alone < two and 0 < one < two
+    excess = found["medians"]["python"][1] - found["medians"]["import composer"][1]
+    assert found["beyond_import"]["python"][1] == pytest.approx(excess)
+
+
 def test_throughput_measures_every_number_of_replicates(place):
     found = figures(place, "throughput", "--depth", "8", "--warmup", "1", "--steps", "3", "--most", "2")
     assert [row["replicates"] for row in found["rows"]] == [1, 2]
