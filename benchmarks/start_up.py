@@ -7,8 +7,8 @@ python            python recipes/imp.py, until step 1 of its replicate is done
 composer -n 2     composer -n 2 recipes/imp.py, until step 1 of both replicates is done
 
 They alternate. Each launch has a new folder of runs and a new MLflow store. A launch that is not measured decodes the
-data set and compiles the bytecode of all packages. CPU seconds vary less than seconds on a machine that does other work.
-Those of a launch are the launcher's and the busiest rank's, which work one after the other.
+data set and compiles the bytecode of all packages. CPU seconds vary less than seconds on a busy machine. Those of a
+launch are the launcher's and the busiest rank's, which work one after the other.
 """
 
 import argparse
@@ -43,13 +43,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def import_composer(programs: dict[str, str]) -> tuple[float, float]:
-    """Returns the seconds and CPU seconds of a program that imports Composer."""
-    began = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-c", "import composer"], env=programs)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"error: import composer exits with status {os.waitstatus_to_exitcode(status)}")
-    return time.monotonic() - began, usage.ru_utime + usage.ru_stime
+    """Returns the seconds and CPU seconds from starting a program until it has imported Composer."""
+    began = time.time()
+    program = "import composer, time; print(time.time(), time.process_time())"
+    done = subprocess.run([sys.executable, "-c", program], env=programs, check=True, capture_output=True, text=True)
+    ended, busy = map(float, done.stdout.split())
+    return ended - began, busy
 
 
 def first_step(launcher: Sequence[str | Path], replicates: int, programs: dict[str, str]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from composer import Trainer
 from composer.devices import DeviceGPU
+from composer.utils import collect_env
 from helpers import ROOT
 from torch import distributed
 
@@ -108,6 +109,12 @@ def test_numbers_that_a_scoring_rank_reduces_are_on_the_gpu_because_nccl_reduces
             distributed.all_reduce(number)
         moved = training_device().tensor_to_device(number)  # as Composer does where it resumes from a checkpoint
         assert moved.device.type == "meta"
+
+
+def test_a_trainer_does_not_measure_the_clock_of_the_cpu(train, monkeypatch):
+    monkeypatch.setattr("cpuinfo.get_cpu_info", lambda: pytest.fail("a second before the first step"))
+    train(trainer.Schedule(0, 1, 0.1), [])
+    assert collect_env.get_composer_env_dict()["cpu_model"] == devices.cpu_name()
 
 
 def test_without_the_private_names_a_training_ends_with_the_same_bits(train, phase, monkeypatch):
