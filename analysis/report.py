@@ -118,14 +118,18 @@ def write(
     return _write(frame, output, about, *settings)
 
 
-def write_run_report(run: run_directory.RunDirectory) -> None:
-    """Writes the report of a run's experiment next to its directory, and prints the verdicts and the path.
+def write_run_reports(runs: Sequence[run_directory.RunDirectory]) -> None:
+    """Writes one report for each experiment of some runs, next to their directories, and prints verdicts and paths.
 
     An error is printed but not raised: training has finished, and the report can be written later.
     """
-    experiment = read_config(run.path)["experiment"]
+    for folder, experiment in dict.fromkeys((run.path.parent, read_config(run.path)["experiment"]) for run in runs):
+        _write_run_report(folder, experiment)
+
+
+def _write_run_report(folder: Path, experiment: str) -> None:
     try:
-        report = write(default_tracking_uri(), experiment, run.path.parent / file_name(experiment))
+        report = write(default_tracking_uri(), experiment, folder / file_name(experiment))
     except Exception as error:  # from MLflow, SQLAlchemy, requests or the file system
         print(f"no report: {error if isinstance(error, UserError) else failure_reason(error)}")
         return

@@ -23,8 +23,12 @@ class UserError(Exception):
     """
 
     def __str__(self) -> str:
-        text = super().__str__()
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Escape control characters, such as line ends and terminal escape sequences, as in Python strings."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def expand_path(text: str) -> str:

@@ -4,7 +4,7 @@ composer -n 4 recipes/score.py -f yamls/cifar10_easy.yaml               networks
 python recipes/score.py -f yamls/cifar10_easy.yaml scores.networks=3    networks one after another, in one process
 python recipes/score.py -f yamls/cifar10_easy.yaml --plan               print what exists and what would run, and exit
 
-Rerun the same command to resume. recipes/imp.py computes missing scores itself.
+Rerun the same command to resume. A launch has one file. recipes/imp.py computes missing scores itself.
 """
 
 from collections.abc import Sequence

@@ -51,6 +51,7 @@ RUNS = {
     "composer -n 2 recipes/imp.py -f yamls/cifar10_all.yaml replicates=2 prune.levels=3": f"{DIGITS} {PRETRAIN}",
     "python recipes/imp.py -f yamls/cifar10_all.yaml --plan": "",
     "composer -n 2 recipes/imp.py -f yamls/image_folder_all.yaml dataset.root=data/mine replicates=2": f"{SMALL} {PRETRAIN}",
+    "composer -n 2 recipes/imp.py -f yamls/digits_init.yaml -f yamls/digits_easy.yaml -f yamls/digits_hard.yaml prune.levels=3": f"{SMALL} {SUBSET} {SCORES}",
     "for arm in init all all_half random easy hard; do composer -n 4 recipes/imp.py -f yamls/cifar10_$arm.yaml; done": None,  # below
     "for arm in all all_half random easy; do composer -n 4 recipes/imp.py -f yamls/cifar10_noise10_$arm.yaml; done": None,  # below
     "python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml --plan gpus=4 step_ms=20": "",

@@ -31,12 +31,14 @@ class Loaded:
     """A configuration, and where its values are from.
 
     Attributes:
+        path: Its file.
         config: The configuration.
         where: Where each given value is from, by dotted key, such as "on the command line".
         written: The keys of `where` that were not given in a base file, which arms share.
         repeated: Keys that were given more than once on the command line.
     """
 
+    path: Path
     config: Config
     where: dict[str, str]
     written: frozenset[str]
@@ -70,7 +72,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), layers: Iterable[Layer
     sources = {"command line", *(where for where, _ in layers)} if layers else {"command line", str(path)}
     where = {key: _location(origin, "", key) for key in flatten(config.model_dump()) if key in origin}
     written = frozenset(key for key in where if origin[key] in sources)
-    return Loaded(config, where, written, repeated_keys(key for key, _ in given))
+    return Loaded(Path(path), config, where, written, repeated_keys(key for key, _ in given))
 
 
 def repeated_keys(keys: Iterable[str]) -> tuple[str, ...]:

@@ -162,7 +162,7 @@ class Config(Section):
     deterministic: Annotated[bool, Field(strict=True)] = False
     """Whether to use deterministic kernels on GPU; results on CPU are deterministic in any case."""
     compile: Annotated[bool, Field(strict=True)] = False
-    """Whether to use torch.compile, with CUDA graphs on GPU; compiles once per process."""
+    """Whether to use torch.compile, with CUDA graphs on GPU; compiles once per process and arm."""
     variant: Text | None = None
     """Name of a change of the code, if you make one: runs and scores of each variant have their own ids."""
     intervals: Intervals = Intervals()

@@ -5,12 +5,13 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lth_diet.config.loading import Loaded
-from lth_diet.config.run_ids import OUTSIDE_IDENTITY, flatten, run_identity, scores_identity
+from lth_diet.config.run_ids import OUTSIDE_IDENTITY, flatten, run_identity, run_name, scores_identity
 from lth_diet.config.schema import Config
+from lth_diet.config.yaml_files import quote
 from lth_diet.data import catalog
 from lth_diet.data.dataset import Dataset
 from lth_diet.data.label_noise import noisy_labels
@@ -29,23 +30,58 @@ WORKING_MEMORY = _GIB
 """Bytes of GPU memory that a process needs beside its images: the CUDA context, a network and its batches."""
 
 
-def check_imp(config: Config, process: ProcessInfo) -> None:
-    """Check that every rank has something to train.
+def check_imp(files: Sequence[Loaded], process: ProcessInfo) -> None:
+    """Check that every rank has something to train, and that one launch can train all files.
 
     Raises:
-        UserError: If the ranks cannot share the batches or the replicates.
+        UserError: If the ranks cannot share the batches or the replicates, two files are one run, or the files differ
+            in a setting of the whole process.
     """
+    config = files[0].config
+    if len(files) > 1:
+        check_together(files)
     if config.parallelism == "data":
         if config.train.batch_size % process.world_size:
             raise UserError(
                 f"train.batch_size = {config.train.batch_size}: must be a multiple of the {process.world_size} ranks "
                 "with parallelism: data"
             )
-    elif process.world_size > len(config.replicates):
+        return
+    replicates = sum(len(loaded.config.replicates) for loaded in files)
+    if process.world_size > replicates:
+        remedies = "fewer, more replicates, or parallelism=data" if len(files) == 1 else "fewer, or more replicates"
         raise UserError(
-            f"command line: {process.world_size} ranks for {len(config.replicates)} replicates; use composer -n "
-            f"{len(config.replicates)} or fewer, more replicates, or parallelism=data"
+            f"command line: {process.world_size} ranks for {replicates} replicates; use composer -n {replicates} or "
+            f"{remedies}"
         )
+
+
+def check_together(files: Sequence[Loaded]) -> None:
+    """Check that one launch can train the runs of several files.
+
+    Raises:
+        UserError: If two files are one run, or the files differ in a setting of the whole process.
+    """
+    first, *others = files
+    found: dict[str, Path] = {}
+    for loaded in files:
+        name = run_name(loaded.config)
+        if name in found:
+            raise UserError(f"command line: -f {found[name]} and -f {loaded.path} are one run, {name}; give it once")
+        found[name] = loaded.path
+        if loaded.config.parallelism == "data":
+            raise UserError(
+                f"parallelism = 'data' {loaded.where['parallelism']}: must be replicates with several files; start one "
+                "launch per file"
+            )
+    for key in ("threads", "deterministic"):
+        for other in others:
+            theirs, ours = (quote(getattr(each.config, key)) for each in (first, other))
+            if ours != theirs:
+                raise UserError(
+                    f"{key} = {theirs} in {first.path} and {ours} in {other.path}: must be equal in one launch, which "
+                    f"sets it once for all files; add {key}=... to the command line, or start one launch per file"
+                )
 
 
 def check_scoring(config: Config, process: ProcessInfo) -> None:
@@ -63,23 +99,60 @@ def check_scoring(config: Config, process: ProcessInfo) -> None:
         )
 
 
-def check_environment(config: Config, process: ProcessInfo) -> None:
-    """Check the store of the runs, the data, the scores and the machine, and choose the device of this process.
+def check_environment(files: Sequence[Loaded], process: ProcessInfo) -> None:
+    """Check the stores of the runs, the data, the scores and the machine, and choose the device of this process.
 
     Decodes the data if there is no cache yet.
 
+    Args:
+        files: The configurations of the launch.
+        process: This rank.
+
     Raises:
-        UserError: If one of them cannot be used with this configuration.
+        UserError: If one of them cannot be used with a configuration.
     """
-    gpus = check_device(config, process)
-    if config.compile:
-        check_compiler()
-    open_run_store(config.runs).check()
-    dataset = config.dataset
-    warning = catalog.prepare(dataset.name, dataset.root, process.launch, dataset.size)
-    if warning and process.local_rank == 0:
-        print_warnings([warning])
-    data = catalog.load(dataset.name, dataset.root, dataset.size)
+    gpus = 0
+    for loaded in files:
+        with _naming_file(loaded, files):
+            gpus = max(gpus, check_device(loaded.config, process))  # of MIG devices, the first call chooses one
+            if loaded.config.compile:
+                check_compiler()
+            open_run_store(loaded.config.runs).check()
+    prepared = set()
+    for loaded in files:
+        dataset = loaded.config.dataset
+        key = (dataset.name, dataset.root, dataset.size)
+        with _naming_file(loaded, files):
+            warning = None if key in prepared else catalog.prepare(*key[:2], process.launch, dataset.size)
+            prepared.add(key)
+            if warning and process.local_rank == 0:
+                print_warnings([warning])
+            check_data(loaded.config, process, gpus)
+
+
+@contextlib.contextmanager
+def _naming_file(loaded: Loaded, files: Sequence[Loaded]) -> Iterator[None]:
+    """Adds the path of a configuration to errors, where a launch has several."""
+    try:
+        yield
+    except UserError as error:
+        if len(files) == 1:
+            raise
+        raise UserError(f"{loaded.path}: {error}") from None
+
+
+def check_data(config: Config, process: ProcessInfo, gpus: int) -> None:
+    """Check the images and finished scores of a configuration.
+
+    Args:
+        config: The configuration.
+        process: This rank.
+        gpus: Number of GPUs that the ranks of this machine share.
+
+    Raises:
+        UserError: If the images do not fit or are too few, or the scores are not those of the images.
+    """
+    data = catalog.load(config.dataset.name, config.dataset.root, config.dataset.size)
     check_memory(config, data, process, gpus)
     images = len(data.test.labels)
     if config.parallelism == "data" and images < process.world_size:
@@ -199,7 +272,23 @@ def check_compiler() -> None:
         )
 
 
-def warnings(loaded: Loaded, ranks: int = 1, scoring: bool = False) -> list[str]:
+def launch_warnings(files: Sequence[Loaded], ranks: int = 1) -> list[str]:
+    """List the `warnings` of all files of a launch.
+
+    An override that has an effect on one of the files causes none. With several files, a warning that does not hold for
+    all of them names its file.
+    """
+    used = {key for loaded in files for key in loaded.where.keys() - unused_settings(loaded).keys()}
+    found = [warnings(loaded, ranks, used_elsewhere=used) for loaded in files]
+    common = set(found[0]).intersection(*found)
+    return [
+        sentence if sentence in common or str(loaded.path) in sentence else f"{loaded.path}: {sentence}"
+        for loaded, sentences in zip(files, found, strict=True)
+        for sentence in sentences
+    ]
+
+
+def warnings(loaded: Loaded, ranks: int = 1, scoring: bool = False, used_elsewhere: Collection[str] = ()) -> list[str]:
     """List what is valid but hardly meant, one sentence each: settings without effect, threads, files, changed images.
 
     Args:
@@ -207,9 +296,14 @@ def warnings(loaded: Loaded, ranks: int = 1, scoring: bool = False) -> list[str]
             of a base file are shared by arms.
         ranks: Ranks of the launch on this machine.
         scoring: Whether only scores are computed. Then only settings of the command line are listed.
+        used_elsewhere: Keys with an effect on another file of the launch; on the command line, they are not listed.
     """
     sentences = repeated_warnings(loaded.repeated)
-    unused = unused_settings(loaded, scoring)
+    unused = {
+        key: reason
+        for key, reason in unused_settings(loaded, scoring).items()
+        if not (key in used_elsewhere and loaded.where[key] == "on the command line")
+    }
     for reason in dict.fromkeys(unused.values()):
         sentences.append(describe_unused([key for key in unused if unused[key] == reason], *reason))
     threads = thread_warnings(loaded.config.threads, ranks, available_cpus())

@@ -17,16 +17,20 @@ from typing import Any
 from lth_diet.config import loading
 from lth_diet.config.loading import Loaded
 from lth_diet.config.schema import Config
+from lth_diet.config.yaml_files import quote
 from lth_diet.errors import Parser, UserError, print_warnings
 from lth_diet.launch import checks, plan, screen
+from lth_diet.launch.arms import Arm, open_arms, scores_of, tasks_of
 from lth_diet.launch.processes import ProcessInfo, report_invalid_input
 from lth_diet.launch.status_board import StatusBoard
 from lth_diet.launch.text import describe_devices
 from lth_diet.launch.worker import compute_scores, train_replicates
+from lth_diet.program import DEVICE_FAULT
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
-from lth_diet.runs.scores_directory import ScoresDirectory, missing_scores
+from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.training import devices
+from lth_diet.training.progress import Progress
 
 
 class _Once(argparse.Action):
@@ -34,81 +38,89 @@ class _Once(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: Any = None):
         if getattr(namespace, self.dest) is not None:
-            raise argparse.ArgumentError(self, "given twice; a file can name another one as its base")
+            raise argparse.ArgumentError(self, "given twice; only recipes/imp.py takes several files")
         setattr(namespace, self.dest, value)
 
 
-def recipe_parser(description: str) -> Parser:
-    """Return the command-line parser of a recipe: configuration file, --plan and overrides."""
+def recipe_parser(description: str, several: bool = False) -> Parser:
+    """Return the command-line parser of a recipe: configuration file, or several, --plan and overrides."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    action, each = ("append", "; one -f for each arm") if several else (_Once, "")
     parser.add_argument(
-        "-f", "--file", type=Path, action=_Once, required=True, help="configuration, such as yamls/cifar10_all.yaml"
+        "-f",
+        "--file",
+        type=Path,
+        action=action,
+        required=True,
+        help=f"configuration, such as yamls/cifar10_all.yaml{each}",
     )
     parser.add_argument("--plan", action="store_true", help="print what would run and what exists already, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as prune.levels=3 replicates=[0,1]")
     return parser
 
 
-def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[RunDirectory], None]) -> int:
-    """Run IMP for this rank's replicates, after computing the scores that the arm needs.
+def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[Sequence[RunDirectory]], None]) -> int:
+    """Run IMP for this rank's replicates of all arms, after computing the scores that the arms need.
 
     Args:
         argv: The command line; None: that of this process.
         description: Description of the recipe, for --help.
-        report: Called on rank 0 at the end.
+        report: Called on rank 0 at the end, with the runs of all arms.
 
     Returns:
         The exit status: 0; 1 if a replicate failed; 2 if the input is invalid; DEVICE_FAULT.
     """
     try:
         process = ProcessInfo.from_environment()
-        loaded, only_plan = _read(argv, description)
-        config = loaded.config
-        checks.check_imp(config, process)
-        run = RunDirectory(config, process.world_size)
-        scores = missing_scores(run)
+        files, only_plan = _read(argv, description, several=True)
+        checks.check_imp(files, process)
+        arms = open_arms(files, process)
         if only_plan:
-            print_warnings(_warnings(loaded, process))
-            print(plan.plan(run, scores))
+            print_warnings(_warnings(files, process))
+            print(plan.plan_arms(arms))
             return 0
         process.exit_with_launcher()
-        read_only = run.done and not run.is_writable  # such as an archive: its results are only shown
-        if not read_only:
-            checks.check_environment(config, process)
-        scores = None if read_only else scores
-        sentences = _warnings(loaded, process)  # before the new run directory hides that images have changed
-        if not read_only and not run.done:
-            sentences += _environment_warnings(config, process, run.path, checks.run_phases(run))
-        if scores:
-            sentences += _environment_warnings(config, process, scores.path, scores.named_networks())
-        if not read_only:
-            run.create()
-        if scores:
-            scores.create()
+        to_train = [arm for arm in arms if not arm.read_only]
+        scores = scores_of(to_train)
+        checks.check_environment([arm.loaded for arm in to_train], process)
+        sentences = _warnings(files, process)  # before the new run directories hide that images have changed
+        for run in (arm.run for arm in to_train if not arm.run.done):
+            sentences += _environment_warnings(run.config, process, run.path, checks.run_phases(run))
+        for folder in scores:
+            sentences += _environment_warnings(folder.config, process, folder.path, folder.named_networks())
+        for directory in [*(arm.run for arm in to_train), *scores]:
+            directory.create()
         print_warnings(sentences)
-        board = _start(config, process)
+        board = _start([loaded.config for loaded in files], process)
     except (UserError, OSError) as error:
         return report_invalid_input(error)
-    together, status = config.parallelism == "data", 0
-    replicates = run.replicates() if together else process.shard(run.replicates())
-    with _screen(board, run.path.name):
+    together = files[0].config.parallelism == "data"
+    tasks = tasks_of(arms) if together else process.shard(tasks_of(arms))
+    tasks = [task for task in tasks if not task.arm.read_only]
+    with _screen(board, arms):
         if not together:
             process.detach()
-        if scores:
+        progress, status = Progress([], 0, board.publish), 0
+        for folder in scores:
+            name = f"scores/{folder.path.name}" if len(scores) > 1 else ""
             with process.as_single_process() if together else contextlib.nullcontext():
-                status = compute_scores(scores, process, board, replicates)
+                failed = compute_scores(folder, process, progress, tasks, name)
+            status = max(status, failed)
+            if status == DEVICE_FAULT:
+                break
+            tasks = [task for task in tasks if not (failed and task.needs(folder))]
         if together and not status:
             board.init_process_group()
-        if not (status or read_only):
-            status = train_replicates(run, replicates, process, board)
+        if tasks and status != DEVICE_FAULT:
+            status = max(status, train_replicates(tasks, process, progress))
         if together and status:
             return status  # the other ranks wait for this one in a collective; the launcher terminates them
         if together:
             board.destroy_process_group()
         board.wait_for_others()
     if process.rank == 0:
-        _print_results(run)
-        report(run)
+        _print_results(arms)
+        report([arm.run for arm in arms])
     board.barrier()
     return status
 
@@ -125,30 +137,30 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
     """
     try:
         process = ProcessInfo.from_environment()
-        loaded, only_plan = _read(argv, description)
+        (loaded,), only_plan = _read(argv, description)
         config = loaded.config
         checks.check_scoring(config, process)
         folder = ScoresDirectory(config)
         if only_plan:
-            print_warnings(_warnings(loaded, process, scoring=True))
+            print_warnings(_scoring_warnings(loaded, process))
             print(plan.plan_scores(folder))
             return 0
         process.exit_with_launcher()
         read_only = folder.done and not folder.is_writable
         if not read_only:
-            checks.check_environment(config, process)
-        sentences = _warnings(loaded, process, scoring=True)
+            checks.check_environment([loaded], process)
+        sentences = _scoring_warnings(loaded, process)
         if not read_only and not folder.done:
             sentences += _environment_warnings(config, process, folder.path, folder.named_networks())
         if not read_only:
             folder.create()
         print_warnings(sentences)
-        board = _start(config, process)
+        board = _start([config], process)
     except (UserError, OSError) as error:
         return report_invalid_input(error)
     process.detach()
-    with _screen(board, f"scores/{folder.path.name}"):
-        status = 0 if read_only else compute_scores(folder, process, board)
+    with _screen(board, title=f"scores/{folder.path.name}"):
+        status = 0 if read_only else compute_scores(folder, process, Progress([], 0, board.publish))
         board.wait_for_others()
     if process.rank == 0 and not status:
         print(f"\n{folder.path}\n{plan.summary(folder)}", flush=True)
@@ -156,18 +168,42 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
     return status
 
 
-def _read(argv: Sequence[str] | None, description: str) -> tuple[Loaded, bool]:
-    """The configuration, and whether only the plan is requested."""
-    arguments = recipe_parser(description).parse_intermixed_args(argv)
-    return loading.load(arguments.file, arguments.overrides), arguments.plan
+def _read(argv: Sequence[str] | None, description: str, several: bool = False) -> tuple[list[Loaded], bool]:
+    """The configurations, and whether only the plan is requested."""
+    arguments = recipe_parser(description, several).parse_intermixed_args(argv)
+    for text in arguments.overrides if several else ():
+        if text.endswith((".yaml", ".yml")) and "=" not in text:
+            raise UserError(f"command line: {quote(text)} is not an override; write -f before each file")
+    paths = arguments.file if several else [arguments.file]
+    return _load(paths, arguments.overrides), arguments.plan
 
 
-def _warnings(loaded: Loaded, process: ProcessInfo, scoring: bool = False) -> list[str]:
+def _load(paths: Sequence[Path], overrides: Sequence[str]) -> list[Loaded]:
+    """Load configurations. An error that is not the same for all of them names its file."""
+    files, errors = [], {}
+    for path in paths:
+        try:
+            files.append(loading.load(path, overrides))
+        except UserError as error:
+            errors[path] = error
+    if errors:
+        path, error = next(iter(errors.items()))
+        is_common = len(errors) == len(set(paths)) and len({str(each) for each in errors.values()}) == 1
+        raise error if is_common or str(path) in str(error) else UserError(f"{path}: {error}")
+    return files
+
+
+def _scoring_warnings(loaded: Loaded, process: ProcessInfo) -> list[str]:
+    """Return the warnings of a launch that computes scores, which rank 0 prints."""
+    return [] if process.rank else checks.warnings(loaded, process.local_world_size, scoring=True)
+
+
+def _warnings(files: Sequence[Loaded], process: ProcessInfo) -> list[str]:
     """Return the warnings of this launch, which rank 0 prints."""
     if process.rank:
         return []
-    sentences = checks.warnings(loaded, process.local_world_size, scoring)
-    if loaded.config.parallelism == "data" and process.world_size == 1 and not scoring:
+    sentences = checks.launch_warnings(files, process.local_world_size)
+    if files[0].config.parallelism == "data" and process.world_size == 1:
         sentences.append("parallelism = data: has no effect with one rank; use composer -n <ranks>")
     return sentences
 
@@ -179,29 +215,37 @@ def _environment_warnings(
     return [] if process.rank else checks.environment_warnings(path, phases, environment)
 
 
-def _start(config: Config, process: ProcessInfo) -> StatusBoard:
+def _start(configs: Sequence[Config], process: ProcessInfo) -> StatusBoard:
     """Prepare this process for training and connect it to the other ranks; rank 0 prints the devices of all."""
     _silence_libraries()
-    os.environ.update({key: str(config.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
+    threads = configs[0].threads
+    os.environ.update({key: str(threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
     board = StatusBoard(process)
     import torch
 
-    torch.set_num_threads(config.threads)
-    ranks = [json.loads(text) for text in board.gather(json.dumps(devices.summary(config)))]
+    torch.set_num_threads(threads)
+    precision = " and ".join(dict.fromkeys(devices.precision(config.precision) for config in configs))
+    mine = devices.summary(configs[0]) | {"precision": precision}
+    ranks = [json.loads(text) for text in board.gather(json.dumps(mine))]
     if ranks:
-        print(describe_devices(ranks, config.threads), flush=True)
+        print(describe_devices(ranks, threads), flush=True)
     return board
 
 
-def _screen(board: StatusBoard, title: str) -> contextlib.AbstractContextManager:
-    return screen.Screen(board.read, title) if board.process.rank == 0 else contextlib.nullcontext()
+def _screen(board: StatusBoard, arms: Sequence[Arm] = (), title: str = "") -> contextlib.AbstractContextManager:
+    if board.process.rank:
+        return contextlib.nullcontext()
+    title = title or (arms[0].run.path.name if len(arms) == 1 else f"{len(arms)} arms")
+    return screen.Screen(board.read, title, arms=[arm.name for arm in arms])
 
 
-def _print_results(run: RunDirectory) -> None:
-    print(f"\n{run.path}\n{plan.table(run)}")
-    for replicate in run.replicates():
-        if replicate.failed:
-            print(f"replicate {replicate.index} failed: see {replicate.path / 'failed.json'}")
+def _print_results(arms: Sequence[Arm]) -> None:
+    for arm in arms:
+        name = f"  ({arm.name})" if arm.name else ""
+        print(f"\n{arm.run.path}{name}\n{plan.table(arm.run)}")
+        for replicate in arm.run.replicates():
+            if replicate.failed:
+                print(f"replicate {replicate.index} failed: see {replicate.path / 'failed.json'}")
     from lth_diet.tracking import mlflow_store
 
     print(f"compare in MLflow: {mlflow_store.describe_store()}", flush=True)

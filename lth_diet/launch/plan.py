@@ -3,6 +3,7 @@
 import contextlib
 import json
 import statistics
+from collections.abc import Sequence
 
 from lth_diet.config.run_ids import run_id
 from lth_diet.config.schema import Config
@@ -10,6 +11,7 @@ from lth_diet.config.weights import remaining_weights
 from lth_diet.data import catalog
 from lth_diet.errors import UserError
 from lth_diet.files import read_json
+from lth_diet.launch.arms import Arm
 from lth_diet.launch.text import humanize
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
@@ -41,6 +43,23 @@ def _state(phase: PhaseDirectory, first: int) -> str:
     return "done" if phase.done else f"resumes at step {step}" if step > first else "to do"
 
 
+def plan_arms(arms: Sequence[Arm]) -> str:
+    """Describe what the arms of a launch would train; scores that several arms need are described once."""
+    first_with = {arm.scores.path: arm for arm in reversed(arms) if arm.scores is not None}
+    pairs = [(arm.run, arm.scores if arm in first_with.values() else None) for arm in arms]
+    texts = [plan(*pair) for pair in pairs]
+    if len(arms) > 1:
+        total = sum(total_steps(*pair) for pair in pairs)
+        texts.append(f"total of {len(arms)} arms: {total:,} steps to train")
+    return "\n\n".join(texts)
+
+
+def total_steps(run: RunDirectory, scores: ScoresDirectory | None) -> int:
+    """Number of steps that a run, and the scores to compute first, have left to train."""
+    phases = scoring_phases(scores) if scores else []
+    return steps_left([*phases, *(phase for replicate in run.replicates() for phase in phases_of(run, replicate))])
+
+
 def plan(run: RunDirectory, scores: ScoresDirectory | None = None) -> str:
     """Describe what a run would train: its phases, their steps and what is done.
 
@@ -53,18 +72,15 @@ def plan(run: RunDirectory, scores: ScoresDirectory | None = None) -> str:
     lines.append(f"training of {_in_epochs(run.config, run.config.train.steps)}")
     if run.config.rewind_step:
         lines[-1] += f", pre-training of {_in_epochs(run.config, run.config.rewind_step)}"
-    total = steps_left(scoring_phases(scores)) if scores else 0
     remaining = remaining_weights(run.config)
     for replicate in run.replicates():
         phases = phases_of(run, replicate)
-        left = steps_left(phases)
-        total += left
-        lines.append(f"replicate {replicate.index}: {left:,} steps to train")
+        lines.append(f"replicate {replicate.index}: {steps_left(phases):,} steps to train")
         for number, (phase, first, last) in enumerate(phases):
             weights = 100 * remaining[max(number - 1, 0)] / remaining[0]
             state = _state(phase, first)
             lines.append(f"  {humanize(phase.name):<9} {weights:>5.1f} % of weights  steps {first} to {last}  {state}")
-    return "\n".join([*lines, f"total: {total:,} steps to train"])
+    return "\n".join([*lines, f"total: {total_steps(run, scores):,} steps to train"])
 
 
 def summary(folder: ScoresDirectory) -> str:

@@ -3,7 +3,8 @@
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,6 +13,7 @@ from rich.text import Text
 from lth_diet.launch.text import duration, humanize, progress_table
 from lth_diet.training.progress import Status
 
+_FRAME = 7  # lines of the screen beside the rows of the table
 _LINE_INTERVAL = 10.0  # seconds between two plain lines of the same replicate or network
 
 
@@ -22,11 +24,19 @@ class Screen:
         read: Returns the status of each rank.
         title: Title of the table.
         console: Where to print; standard output by default.
+        arms: Names of the arms, in the order in which the table shows them.
     """
 
-    def __init__(self, read: Callable[[], dict[int, Status]], title: str, console: Console | None = None):
+    def __init__(
+        self,
+        read: Callable[[], dict[int, Status]],
+        title: str,
+        console: Console | None = None,
+        arms: Sequence[str] = (),
+    ):
         self.read, self.title = read, title
-        self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
+        self._order = {arm: number for number, arm in enumerate(arms)}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
@@ -66,7 +76,7 @@ class Screen:
                 self._print(row, left)
 
     def _print(self, row: Status, left: int) -> None:
-        name, results = row["name"], row.get("results", {})
+        name, results = _name(row), row.get("results", {})
         for phase, (weights, accuracy) in list(results.items())[self._results.get(name, 0) :]:
             self.console.print(f"{_line(name, phase, weights)}  test accuracy {accuracy:.2f} %")
         self._results[name] = len(results)
@@ -81,8 +91,9 @@ class Screen:
     def _table(self, rows: list[tuple[Status, int]]) -> Group:
         table = progress_table(self.title, ["", "phase"], ["weights", "step", "steps/s", "ETA phase"])
         table.add_column("test accuracy so far, %")
-        for row, _ in sorted(rows, key=lambda pair: _sort_key(pair[0]["name"])):
-            name = humanize(row["name"])
+        shown, hidden = self._fitting(sorted((row for row, _ in rows), key=self._sort_key))
+        for row in shown:
+            name = _name(row)
             accuracies = " ".join(f"{accuracy:.1f}" for _, accuracy in row.get("results", {}).values())
             if row["state"] != "training":
                 table.add_row(name, row["state"], "", "", "", "", accuracies)
@@ -92,9 +103,23 @@ class Screen:
                 name, humanize(row["phase"]), f"{row['weights']:.1f} %", f"{step:,}/{last:,}",
                 f"{rate:.1f}" if rate else "", duration(last - step, rate), accuracies,
             )  # fmt: skip
-        if all(row["state"] in ("done", "failed") for row, _ in rows):
-            return Group(table)
-        return Group(table, Text(f"ETA of the run {_eta(rows)}"))
+        lines = [Text(hidden)] if hidden else []
+        if not all(row["state"] in ("done", "failed") for row, _ in rows):
+            lines.append(Text(f"ETA of the run {_eta(rows)}"))
+        return Group(table, *lines)
+
+    def _fitting(self, rows: list[Status]) -> tuple[list[Status], str]:
+        """The rows of several arms that the terminal shows: without those done or waiting, which are counted."""
+        if len(self._order) < 2 or len(rows) + _FRAME <= self.console.height:
+            return rows, ""
+        hidden = Counter(row["state"] for row in rows if row["state"] in ("done", "waiting"))
+        text = ", ".join(f"{number} {state}" for state, number in sorted(hidden.items()))
+        return [row for row in rows if row["state"] not in hidden], f"not shown: {text}"
+
+    def _sort_key(self, row: Status) -> tuple[int, str, str, int]:
+        """Key that sorts networks before replicates, these by arm, and `network_10` after `network_9`."""
+        kind, _, number = row["name"].partition("_")
+        return self._order.get(row["arm"], -1), row["arm"], kind, int(number)
 
 
 def _eta(rows: list[tuple[Status, int]]) -> str:
@@ -104,11 +129,11 @@ def _eta(rows: list[tuple[Status, int]]) -> str:
     return duration(max(left / (rate or min(known)) for left, rate in rates), 1) if known else "?"
 
 
-def _sort_key(name: str) -> tuple[str, int]:
-    """Key that sorts `network_10` after `network_9`, and replicates after networks."""
-    kind, _, number = name.partition("_")
-    return kind, int(number)
+def _name(row: Status) -> str:
+    """Such as `replicate 0`, or `digits_all  replicate 0` if the launch has several arms."""
+    arm = f"{row['arm']}  " if row["arm"] else ""
+    return f"{arm}{humanize(row['name'])}"
 
 
 def _line(name: str, phase: str, weights_remaining_percent: float) -> str:
-    return f"{humanize(name)}  {humanize(phase):<8}  {weights_remaining_percent:5.1f} % of weights"
+    return f"{name}  {humanize(phase):<8}  {weights_remaining_percent:5.1f} % of weights"

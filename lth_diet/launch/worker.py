@@ -8,28 +8,29 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from lth_diet.config.schema import Config
 from lth_diet.errors import HOW_TO_RESUME, DeviceError, TrainingError, UserError
 from lth_diet.files import LockedError
+from lth_diet.launch.arms import Task
 from lth_diet.launch.processes import ProcessInfo
-from lth_diet.launch.status_board import StatusBoard
 from lth_diet.launch.tracker import Tracker
 from lth_diet.program import DEVICE_FAULT
 from lth_diet.runs import work_left
-from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.training.progress import Progress
 
 
 def compute_scores(
-    folder: ScoresDirectory, process: ProcessInfo, board: StatusBoard, replicates: Sequence[ReplicateDirectory] = ()
+    folder: ScoresDirectory, process: ProcessInfo, progress: Progress, tasks: Sequence[Task] = (), name: str = ""
 ) -> int:
     """Train this rank's share of the scoring networks and wait for the other ranks' networks.
 
     Args:
         folder: Where the scores are stored.
         process: This rank.
-        board: Where progress is published.
-        replicates: Replicates of this rank that need the scores. They fail if the scores fail.
+        progress: Progress of this rank.
+        tasks: Replicates of this rank. Those that need the scores fail if the scores fail.
+        name: Name of the scores in the output; empty if the launch has no others.
 
     Returns:
         The exit status: 0; 1 if it failed; DEVICE_FAULT.
@@ -41,35 +42,35 @@ def compute_scores(
     mine = process.shard(networks)
     others = [number for number in networks if number not in mine]
     steps = work_left.steps_left(work_left.scoring_phases(folder)) * len(mine) // len(networks)
-    progress = Progress([replicate.name for replicate in replicates], steps, board.publish)
+    progress.begin([task.row for task in tasks], steps)
+    progress.arm = name
     track = Tracker(functools.partial(_sync_scores, folder.path), folder.path.parents[1], progress)
     try:
+        if name:
+            _forget_compiled_networks(folder.config)
         Scoring(folder.config, progress, track, [*mine, *others]).run()
         track.finish()
     except Exception as error:
         error = device_faults.explain(error)
         reason, is_fault = _reason(error), isinstance(error, DeviceError)
-        for name in [name for name, row in progress.rows.items() if row["state"] != "done"]:
-            progress.set_state(name, "failed")
-        for replicate in replicates if not is_fault else ():
-            replicate.record_failure(f"scores: {reason.splitlines()[0]}")
-        _report_failure(progress, "scores", process, reason)
+        stopped = [task for task in tasks if is_fault or task.needs(folder)]
+        progress.fail_unfinished(spare=[task.row for task in tasks if task not in stopped])
+        for task in stopped if not is_fault else ():
+            task.replicate.record_failure(f"scores: {reason.splitlines()[0]}")
+        _report_failure(progress, name or "scores", process, reason)
         return DEVICE_FAULT if is_fault else 1
     return 0
 
 
-def train_replicates(
-    run: RunDirectory, replicates: list[ReplicateDirectory], process: ProcessInfo, board: StatusBoard
-) -> int:
+def train_replicates(tasks: Sequence[Task], process: ProcessInfo, progress: Progress) -> int:
     """Train replicates one after another. A failure does not stop the others, unless ranks train together.
 
     After a fault of the GPU this process can train no other replicate. Nothing is recorded as failed.
 
     Args:
-        run: The run.
-        replicates: Replicates of this rank.
+        tasks: Replicates of this rank.
         process: This rank.
-        board: Where progress is published.
+        progress: Progress of this rank. Of ranks that train together, only rank 0 publishes it.
 
     Returns:
         The exit status: 0; 1 if a replicate failed; DEVICE_FAULT.
@@ -77,16 +78,22 @@ def train_replicates(
     from lth_diet.imp import IMP
     from lth_diet.training import device_faults
 
-    steps = sum(work_left.steps_left(work_left.phases_of(run, replicate)) for replicate in replicates)
-    is_writer = process.rank == 0 or run.config.parallelism == "replicates"
-    names = [replicate.name for replicate in replicates]
-    progress = Progress(names, steps, board.publish if is_writer else lambda status: None)
-    status = 0
-    for replicate in replicates:
-        track = Tracker(functools.partial(_sync_replicate, replicate), run.path.parent, progress)
+    together = any(task.arm.config.parallelism == "data" for task in tasks)
+    is_writer = process.rank == 0 or not together
+    steps = sum(work_left.steps_left(work_left.phases_of(task.arm.run, task.replicate)) for task in tasks)
+    progress = progress if is_writer else Progress([], 0)
+    progress.begin([task.row for task in tasks], steps)
+    status, arm = 0, tasks[0].arm
+    for task in tasks:
+        replicate, config = task.replicate, task.arm.config
+        if task.arm is not arm:
+            arm = task.arm
+            _forget_compiled_networks(config)
+        progress.arm = arm.name
+        track = Tracker(functools.partial(_sync_replicate, replicate), arm.run.path.parent, progress)
         try:
             with replicate.lock() if is_writer else contextlib.nullcontext():
-                IMP(run.config, replicate, progress, track).run()
+                IMP(config, replicate, progress, track).run()
                 track.finish()
             progress.set_state(replicate.name, "done")
             continue
@@ -103,8 +110,8 @@ def train_replicates(
                 track.finish()
         status = status or 1
         progress.set_state(replicate.name, "failed")
-        _report_failure(progress, f"replicate {replicate.index}", process, reason)
-        if status == DEVICE_FAULT or run.config.parallelism == "data":
+        _report_failure(progress, f"{arm.name} replicate {replicate.index}".lstrip(), process, reason)
+        if status == DEVICE_FAULT or together:
             break
     return status
 
@@ -119,6 +126,14 @@ def _sync_replicate(replicate: ReplicateDirectory) -> None:
     from lth_diet.tracking import sync  # slow (MLflow): imported after the first phase
 
     sync.sync_replicate(replicate)
+
+
+def _forget_compiled_networks(config: Config) -> None:
+    """Reset `torch.compile`, which otherwise compiles networks of different shapes for variable shapes."""
+    if config.compile:
+        import torch
+
+        torch.compiler.reset()
 
 
 def _reason(error: Exception) -> str:

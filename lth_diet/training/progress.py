@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 Status = dict[str, Any]
@@ -20,23 +20,38 @@ class Progress:
         names: Names of the replicates to train. `start_phase` adds others.
         steps: Number of steps left, over all replicates and phases.
         publish: Called with the status: every half second during a phase, at its end, and after each other report.
+
+    Attributes:
+        arm: Name of the arm of the replicates that the following reports name; empty if the launch has one arm.
     """
 
-    def __init__(self, names: list[str], steps: int, publish: Callable[[Status], None] = lambda status: None):
-        self.rows: dict[str, Status] = {name: {"name": name, "state": "waiting"} for name in names}
+    def __init__(self, names: Sequence[str], steps: int, publish: Callable[[Status], None] = lambda status: None):
+        self.arm = ""
+        self.rows: dict[str, Status] = {}
         self.messages: list[str] = []
-        self.left = steps
         self._publish = publish
         self._published = 0.0
-        self._rate: float | None = None
         self._samples: collections.deque[tuple[float, int]] = collections.deque()
         self._measured_from = 0
         self._row: Status = {}
+        self.begin([("", name) for name in names], steps)
+
+    def begin(self, replicates: Iterable[tuple[str, str]], steps: int) -> None:
+        """Start a part of the work. Messages and what has failed are kept.
+
+        Args:
+            replicates: Names of arm and replicate of all that is to be trained.
+            steps: Number of steps left in this part.
+        """
+        failed = {key: row for key, row in self.rows.items() if row["state"] == "failed"}
+        rows = {_key(arm, name): {"arm": arm, "name": name, "state": "waiting"} for arm, name in replicates}
+        self.rows, self.left = rows | failed, steps
+        self._rate: float | None = None
         self.publish()
 
     def start_phase(self, name: str, phase: str, weights_remaining_percent: float = 100.0) -> None:
         """Assign the following steps to a phase of `replicate_<r>` or `network_<k>`."""
-        self._row = self.rows.setdefault(name, {"name": name})
+        self._row = self.rows.setdefault(_key(self.arm, name), {"arm": self.arm, "name": name})
         weights = round(weights_remaining_percent, 1)
         self._row |= {"state": "training", "phase": phase, "weights": weights, "rate": None}
 
@@ -71,13 +86,20 @@ class Progress:
         self, name: str, phase: str, test_accuracy_percent: float, weights_remaining_percent: float = 100.0
     ) -> None:
         """Report the result of a finished phase, of this launch or an earlier one."""
-        results = self.rows[name].setdefault("results", {})
+        results = self.rows[_key(self.arm, name)].setdefault("results", {})
         results[phase] = [round(weights_remaining_percent, 1), test_accuracy_percent]
         self.publish()
 
     def set_state(self, name: str, state: str) -> None:
         """Set the state of a replicate or network: "done" or "failed"."""
-        self.rows[name]["state"] = state
+        self.rows[_key(self.arm, name)]["state"] = state
+        self.publish()
+
+    def fail_unfinished(self, spare: Collection[tuple[str, str]] = ()) -> None:
+        """Set the state of what is not done to "failed", except for some replicates, named as for `begin`."""
+        for row in self.rows.values():
+            if row["state"] != "done" and (row["arm"], row["name"]) not in spare:
+                row["state"] = "failed"
         self.publish()
 
     def log(self, message: str) -> None:
@@ -99,3 +121,7 @@ class Progress:
         """Publish the current status."""
         self._published = time.monotonic()
         self._publish({"rows": list(self.rows.values()), "messages": self.messages, "left": self.left})
+
+
+def _key(arm: str, name: str) -> str:
+    return f"{arm}/{name}" if arm else name

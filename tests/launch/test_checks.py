@@ -199,10 +199,10 @@ def test_training_needs_free_memory_for_all_ranks_of_a_gpu(config, gpu, ranks, r
     gpu(free, gpus)
     process = ProcessInfo(rank, ranks, rank, "127.0.0.1", 1)
     if fits:
-        checks.check_environment(loading.load_config(config), process)
+        checks.check_environment([loading.load(config)], process)
     else:
         with pytest.raises(UserError, match="dataset.name = 'digits': the GPU needs about"):
-            checks.check_environment(loading.load_config(config), process)
+            checks.check_environment([loading.load(config)], process)
 
 
 def test_images_that_do_not_fit_into_the_gpu_are_rejected_with_sizes_and_remedies(config, gpu):
@@ -223,7 +223,7 @@ def test_images_that_do_not_fit_into_the_gpu_are_rejected_with_sizes_and_remedie
 def test_ranks_on_separate_mig_devices_do_not_share_memory(config, gpu, monkeypatch):
     gpu(1.1)
     monkeypatch.setenv(devices.VISIBLE, "MIG-a,MIG-b")
-    checks.check_environment(loading.load_config(config), ProcessInfo(1, 2, 1, "127.0.0.1", 1))
+    checks.check_environment([loading.load(config)] * 2, ProcessInfo(1, 2, 1, "127.0.0.1", 1))
     assert os.environ[devices.VISIBLE] == "MIG-b"
 
 

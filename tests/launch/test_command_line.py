@@ -119,9 +119,9 @@ def test_a_batch_size_that_ranks_cannot_share_is_rejected(tiny, environment, cap
 
 
 def test_more_ranks_than_test_images_are_rejected_with_parallelism_data(tiny):
-    config = loading.load_config(tiny(), ["parallelism=data"])
+    config = loading.load(tiny(), ["parallelism=data"])
     with pytest.raises(UserError, match="400 ranks for 355 test images; use composer -n 355 or fewer with parallelism"):
-        checks.check_environment(config, ProcessInfo(0, 400, 0, "127.0.0.1", 1))
+        checks.check_environment([config], ProcessInfo(0, 400, 0, "127.0.0.1", 1))
 
 
 def test_a_data_parallel_run_of_two_ranks_is_not_resumed_by_one(tiny, capsys):

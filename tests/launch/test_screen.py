@@ -38,7 +38,7 @@ def two_ranks(clock):
 
 def screen(statuses, **console):
     out = io.StringIO()
-    return out, Screen(lambda: statuses, "run", Console(file=out, width=140, highlight=False, **console))
+    return out, Screen(lambda: statuses, "run", Console(file=out, width=140, highlight=False, markup=False, **console))
 
 
 def test_plain_lines_show_replicate_level_weights_step_rate_and_eta(clock):
@@ -66,6 +66,55 @@ def test_the_table_on_a_terminal_has_the_replicates_of_all_ranks(clock):
     assert "replicate 1 failed" in lines
     assert "replicate 2 waiting" in lines
     assert "ETA of the run 0:00:25" in lines
+
+
+def test_rows_of_several_arms_name_them_and_are_in_the_order_of_the_files(clock):
+    statuses = {}
+    progress = Progress([], 0, lambda status: statuses.update({0: status}))
+    out, shown = screen(statuses, force_terminal=True, color_system=None)
+    shown = Screen(shown.read, "2 arms", shown.console, arms=["b_[red]", "a"])
+    progress.begin([("a", "replicate_0"), ("b_[red]", "replicate_10"), ("b_[red]", "replicate_9")], 30)
+    for arm in ("a", "b_[red]"):
+        progress.arm = arm
+        progress.start_phase("replicate_0", "level_0")
+        progress.report_accuracy("replicate_0", "level_0", 91.0)
+        progress.set_state("replicate_0", "done")
+    with shown:
+        pass
+    lines = [re.sub("[ │┃]+", " ", line).strip() for line in out.getvalue().splitlines()]
+    rows = [f"b_[red] replicate {end}" for end in ("0 done 91.0", "9 waiting", "10 waiting")]
+    assert [line for line in lines if "replicate" in line][-4:] == [*rows, "a replicate 0 done 91.0"]
+
+
+def test_rows_of_several_arms_that_do_not_fit_are_those_that_train_or_failed(clock):
+    statuses = {}
+    progress = Progress([], 0, lambda status: statuses.update({0: status}))
+    out = io.StringIO()
+    console = Console(file=out, width=140, height=24, force_terminal=True, color_system=None)
+    progress.begin([(arm, f"replicate_{index}") for arm in "abcd" for index in range(5)], 30)
+    progress.arm = "c"
+    for index, state in enumerate(("done", "failed", "training")):
+        progress.start_phase(f"replicate_{index}", "level_0")
+        progress.start_training(0, 10)
+        progress.set_state(f"replicate_{index}", state)
+    with Screen(lambda: statuses, "4 arms", console, arms="abcd"):
+        pass
+    lines = [re.sub("[ │┃]+", " ", line).strip() for line in out.getvalue().splitlines()]
+    assert {line[:13] for line in lines if "replicate" in line} == {"c replicate 1", "c replicate 2"}
+    assert "not shown: 1 done, 17 waiting" in lines and "ETA of the run ?" in lines
+
+
+def test_each_part_of_the_work_has_its_rows_and_keeps_messages_and_failures():
+    progress = Progress(["replicate_0", "replicate_1"], 10)
+    for number in (0, 1):
+        progress.start_phase(f"network_{number}", "scoring")
+    progress.set_state("network_1", "done")
+    progress.log("warning")
+    progress.fail_unfinished(spare=[("", "replicate_1")])
+    progress.begin([("", "replicate_1")], 20)
+    states = {name: row["state"] for name, row in progress.rows.items()}
+    assert states == {"replicate_1": "waiting", "replicate_0": "failed", "network_0": "failed"}
+    assert (progress.messages, progress.left) == (["warning"], 20)
 
 
 def test_messages_of_all_ranks_are_printed_once_to_stderr(clock, capsys):

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from lth_diet.config import loading
+from lth_diet.launch.arms import open_arms, tasks_of
 from lth_diet.launch.processes import ProcessInfo
 from lth_diet.launch.status_board import StatusBoard
 from lth_diet.launch.worker import compute_scores, train_replicates
 from lth_diet.program import DEVICE_FAULT
-from lth_diet.runs.run_directory import RunDirectory
-from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.training import trainer
+from lth_diet.training.progress import Progress
 
 PROCESS = ProcessInfo(0, 1, 0, "127.0.0.1", 0)
 GIB = 2**30
@@ -26,17 +26,17 @@ def train(tiny, monkeypatch):
         def fail(*arguments):
             raise error
 
-        config = loading.load_config(tiny("easy"), ["replicates=2"] + ["arm=all"] * (what == "replicates"))
-        directory, board = RunDirectory(config), StatusBoard(PROCESS)
-        directory.create()
+        file = loading.load(tiny("easy"), ["replicates=2"] + ["arm=all"] * (what == "replicates"))
+        (arm,), board = open_arms([file], PROCESS), StatusBoard(PROCESS)
+        arm.run.create()
         monkeypatch.setattr(trainer, "train", fail)
+        tasks, progress = tasks_of([arm]), Progress([], 0, board.publish)
         if what == "scores":
-            folder = ScoresDirectory(config)
-            folder.create()
-            status = compute_scores(folder, PROCESS, board, directory.replicates())
+            arm.scores.create()
+            status = compute_scores(arm.scores, PROCESS, progress, tasks)
         else:
-            status = train_replicates(directory, directory.replicates(), PROCESS, board)
-        files = [replicate.path / "failed.json" for replicate in directory.replicates()]
+            status = train_replicates(tasks, PROCESS, progress)
+        files = [task.replicate.path / "failed.json" for task in tasks]
         reasons = [json.loads(file.read_text())["reason"] for file in files if file.exists()]
         return status, reasons, board.read()[0]["messages"]
 

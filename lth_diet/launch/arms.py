@@ -1,0 +1,84 @@
+"""The arms of a launch, one per configuration file, and the replicates that its ranks train."""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from lth_diet.config.loading import Loaded
+from lth_diet.config.schema import Config
+from lth_diet.errors import printable
+from lth_diet.launch.processes import ProcessInfo
+from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
+from lth_diet.runs.scores_directory import ScoresDirectory, missing_scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One arm of a launch.
+
+    Attributes:
+        name: Name in the output; empty if the launch has no other arm.
+        loaded: Its configuration.
+        run: Directory of its results.
+        scores: Directory of the scores that it needs, if it computes or checks them.
+        read_only: Whether it is finished and cannot be written, such as an archive: its results are only shown.
+    """
+
+    name: str
+    loaded: Loaded
+    run: RunDirectory
+    scores: ScoresDirectory | None
+    read_only: bool
+
+    @property
+    def config(self) -> Config:
+        return self.loaded.config
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One replicate of an arm, which one rank trains, or all ranks together with `parallelism: data`."""
+
+    arm: Arm
+    replicate: ReplicateDirectory
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """Names of arm and replicate, as `Progress` needs them."""
+        return self.arm.name, self.replicate.name
+
+    def needs(self, folder: ScoresDirectory) -> bool:
+        """Whether the replicate needs these scores."""
+        return self.arm.scores is not None and self.arm.scores.path == folder.path
+
+
+def open_arms(files: Sequence[Loaded], process: ProcessInfo) -> list[Arm]:
+    """Open the run directories of some configurations. Nothing is written.
+
+    Raises:
+        UserError: If a directory was created with a different configuration.
+    """
+    arms = []
+    for name, loaded in zip(_names([loaded.path for loaded in files]), files, strict=True):
+        run = RunDirectory(loaded.config, process.world_size)
+        arms.append(Arm(name, loaded, run, missing_scores(run), run.done and not run.is_writable))
+    return arms
+
+
+def scores_of(arms: Sequence[Arm]) -> list[ScoresDirectory]:
+    """Scores that some arms need, each once."""
+    return list({arm.scores.path: arm.scores for arm in reversed(arms) if arm.scores is not None}.values())[::-1]
+
+
+def tasks_of(arms: Sequence[Arm]) -> list[Task]:
+    """All replicates of some arms, in order."""
+    return [Task(arm, replicate) for arm in arms for replicate in arm.run.replicates()]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Names of files in the output: without folder and suffix if they then differ; empty for a single file."""
+    if len(paths) == 1:
+        return [""]
+    stems = collections.Counter(path.stem for path in paths)
+    return [printable(path.stem if stems[path.stem] == 1 else str(path)) for path in paths]
