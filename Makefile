@@ -14,7 +14,7 @@ BIN = .venv/bin
 .PHONY: quickstart test faults integration lint ui lock image-test gpu-check
 
 quickstart: .venv/installed
-	for arm in init all random easy hard; do $(BIN)/composer -n 2 recipes/imp.py -f yamls/digits_$$arm.yaml || exit 1; done
+	$(BIN)/composer -n 2 recipes/imp.py $(foreach arm,init all random easy hard,-f yamls/digits_$(arm).yaml)
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not integration and not faults"
