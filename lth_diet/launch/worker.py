@@ -16,6 +16,7 @@ from lth_diet.launch.processes import ProcessInfo
 from lth_diet.launch.tracker import Tracker
 from lth_diet.program import DEVICE_FAULT
 from lth_diet.runs import work_left
+from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.training.progress import Progress
 
