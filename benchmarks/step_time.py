@@ -1,12 +1,16 @@
 """Compares the time per training step of this project, plain Composer and a bare PyTorch loop.
 
-python benchmarks/step_time.py --compile              # ResNet-20, batch 128, 2 threads, fp32 on the CPU
+python benchmarks/step_time.py --compile              # ResNet-20, batch 128, 2 threads, on the CPU
 python benchmarks/step_time.py --device gpu --steps 500
 
 ours      lth_diet.training.trainer.train with an all-true mask, Rewind and the device-resident loader, channels last
 composer  Trainer, torchvision transforms on PIL images, DataLoader, no training metrics: the better of 0 and 2 workers
           on the CPU, of 2 and 8 workers with pinned memory on a GPU
+open_lth  a PyTorch loop with the same transforms and DataLoader, and masks multiplied into the weights in each forward
 bare      forward, backward and SGD on one ready batch, channels last: a lower bound
+
+On a GPU all compute in the precision that `auto` means; on a CPU in fp32 and, if it has bf16 arithmetic, in bf16 too.
+Plain Composer has no bf16 on CPUs: there its network runs under PyTorch's autocast.
 
 Images are random, which does not affect the time. After a warm-up, each repeat gives the mean over its steps; the table
 shows medians over the repeats. The contenders alternate, so that ratios compare measurements of the same minute.
@@ -14,8 +18,10 @@ shows medians over the repeats. The contenders alternate, so that ratios compare
 
 import argparse
 import functools
+import itertools
 import statistics
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import composer
@@ -59,19 +65,14 @@ class Benchmark:
         self.depth, self.batch_size = depth, batch_size
         self.warmup, self.last = warmup, warmup + steps
         self.work = Workload(depth, batch_size=batch_size, examples=batch_size * min(self.last + 3, 390))
-        self.bf16 = devices.describe().has_bf16
 
-    def ours(self, compiled: bool = False) -> float:
+    def ours(self, precision: str, compiled: bool = False) -> float:
         clock = Clock(self.warmup, self.last)
-        self.work.train(self.last, [clock], compiled)
+        self.work.train(self.last, [clock], compiled, precision)
         return clock.seconds
 
-    def composer(self, workers: int) -> float:
-        clock = Clock(self.warmup, self.last)
-        network = ResNet(self.depth, 10)
-        initialize(network, 1)
-        model = composer.models.ComposerClassifier(network, num_classes=10, train_metrics=MetricCollection([]))
-        loader = DataLoader(
+    def images(self, workers: int) -> DataLoader:
+        return DataLoader(
             Images(self.work.data.train.images, self.work.data.train.labels),
             self.batch_size,
             shuffle=True,
@@ -80,14 +81,24 @@ class Benchmark:
             pin_memory=devices.is_gpu(),
             persistent_workers=workers > 0,
         )
+
+    def composer(self, precision: str, workers: int) -> float:
+        clock = Clock(self.warmup, self.last)
+        network = ResNet(self.depth, 10)
+        initialize(network, 1)
+        model = composer.models.ComposerClassifier(network, num_classes=10, train_metrics=MetricCollection([]))
+        on_gpu = devices.is_gpu()
+        if precision == "bf16" and not on_gpu:
+            forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+            model.forward = lambda batch: forward(batch).float()
         trainer = Trainer(
             model=model,
-            train_dataloader=loader,
+            train_dataloader=self.images(workers),
             max_duration=f"{self.last}ba",
             optimizers=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4),
             algorithms=[clock],
-            device="gpu" if devices.is_gpu() else "cpu",
-            precision="amp_bf16" if self.bf16 else "fp32",
+            device="gpu" if on_gpu else "cpu",
+            precision="amp_bf16" if precision == "bf16" and on_gpu else "fp32",
             progress_bar=False,
             seed=1,
         )
@@ -95,18 +106,30 @@ class Benchmark:
         trainer.close()
         return clock.seconds
 
-    def bare(self) -> float:
+    def bare(self, precision: str) -> float:
+        batch = self.work.loader().batch(0)
+        return self.loop(precision, itertools.repeat(batch), memory_format=torch.channels_last)
+
+    def open_lth(self, precision: str, workers: int) -> float:
+        return self.loop(precision, self.images(workers), masked=True)
+
+    def loop(self, precision: str, batches: Iterable, masked: bool = False, **layout: torch.memory_format) -> float:
+        """Trains in a PyTorch loop; returns seconds per step."""
         device = devices.torch_device()
         network = ResNet(self.depth, 10)
         initialize(network, 1)
-        network.to(device, memory_format=torch.channels_last)
+        network.to(device, **layout)
+        weights = [weight for weight in network.parameters() if weight.dim() > 1] if masked else []
+        masks = [torch.ones_like(weight) for weight in weights]
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-        images, labels = self.work.loader().batch(0)
-        for step in range(self.last):
+        for step, (images, labels) in zip(range(self.last), batches, strict=False):
             if step == self.warmup:
                 began = now()
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            for weight, mask in zip(weights, masks, strict=True):
+                weight.data *= mask
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss = torch.nn.functional.cross_entropy(network(images), labels)
             loss.backward()
             optimizer.step()
@@ -129,28 +152,35 @@ def main() -> None:
     select_device(arguments.device)
     torch.set_num_threads(arguments.threads)
     bench = Benchmark(arguments.depth, arguments.batch_size, arguments.warmup, arguments.steps)
-    peers = {f"composer, {workers} workers": workers for workers in ((2, 8) if devices.is_gpu() else (0, 2))}
-    contenders = {
-        "ours": bench.ours,
-        **{name: functools.partial(bench.composer, workers) for name, workers in peers.items()},
-        "bare": bench.bare,
-    }
-    if arguments.compile:
-        contenders["ours, compiled"] = lambda: bench.ours(compiled=True)
-        bench.ours(compiled=True)  # compiles once, before timing
+    precisions = [devices.precision("auto")]
+    if not devices.is_gpu() and devices.describe().has_bf16:
+        precisions.append("bf16")
+    contenders = {}
+    for precision in precisions:
+        run = functools.partial
+        contenders[f"ours, {precision}"] = run(bench.ours, precision)
+        for workers in (2, 8) if devices.is_gpu() else (0, 2):
+            contenders[f"composer, {precision}, {workers} workers"] = run(bench.composer, precision, workers)
+            contenders[f"open_lth, {precision}, {workers} workers"] = run(bench.open_lth, precision, workers)
+        contenders[f"bare, {precision}"] = run(bench.bare, precision)
+        if arguments.compile:
+            contenders[f"ours, {precision}, compiled"] = run(bench.ours, precision, compiled=True)
+            bench.ours(precision, compiled=True)  # compiles once, before timing
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(arguments.repeats):
         for name, run in contenders.items():
             times[name].append(1000 * run())
     median = {name: statistics.median(values) for name, values in times.items()}
-    plain = min(median[name] for name in peers)
-    ours = median["ours"]
     rows = [(name, median[name], min(values), max(values)) for name, values in times.items()]
     print(table(rows, ("ms per step", "median", "min", "max")))
-    print(f"ours: {ours / median['bare']:.3f} x the bare loop; plain Composer: {plain / ours:.3f} x ours")
-    if arguments.compile:
-        print(f"plain Composer: {plain / median['ours, compiled']:.3f} x ours, compiled")
-    write(arguments, {"milliseconds": times, "median": median})
+    ratios = {
+        f"{name} / {own}": median[name] / median[own]
+        for own in (name for name in median if name.startswith("ours"))
+        for name in median
+        if not name.startswith("ours")
+    }
+    print(table(list(ratios.items()), ("ratio of medians", "")))
+    write(arguments, {"milliseconds": times, "median": median, "ratio": ratios})
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Workload:
         self.data = dataset.Dataset("cifar10", train, test, MEAN, STD, tuple("0123456789"))
         self.depth, self.width, self.batch_size = depth, width, batch_size
 
-    def builder(self, steps: int = 1, compiled: bool = False) -> Builder:
+    def builder(self, steps: int = 1, compiled: bool = False, precision: str = "auto") -> Builder:
         config = Config.model_validate(
             {
                 "arm": "init",
@@ -66,6 +66,7 @@ class Workload:
                 "model": {"depth": self.depth, "width": self.width},
                 "train": {"steps": steps, "batch_size": self.batch_size},
                 "compile": compiled,
+                "precision": precision,
             }
         )
         builder = Builder(config, 0)
@@ -75,9 +76,11 @@ class Workload:
     def loader(self) -> Loader:
         return self.builder().build_loader(self.data)
 
-    def train(self, steps: int, algorithms: Sequence[Algorithm] = (), compiled: bool = False) -> None:
+    def train(
+        self, steps: int, algorithms: Sequence[Algorithm] = (), compiled: bool = False, precision: str = "auto"
+    ) -> None:
         """Trains a level with an all-true mask, calling `lth_diet.training.trainer.train` as IMP does."""
-        build = self.builder(steps, compiled)
+        build = self.builder(steps, compiled, precision)
         model = build.build_network()
         algorithms = [Rewind(0, model.module.state_dict()), ApplyMask(Mask.dense(model.module)), *algorithms]
         loader, evaluation = build.build_loader(self.data), build.build_evaluation_loader(self.data.test)

@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from lth_diet.training import devices
+
 pytestmark = pytest.mark.integration
+
+
+PEERS = ("composer", "open_lth")
 
 
 def figures(place, name, *arguments):
@@ -29,7 +34,9 @@ def figures(place, name, *arguments):
 def test_step_time_measures_every_contender_and_repeat(place):
     small = ("--depth", "8", "--batch-size", "8", "--warmup", "1", "--steps", "2", "--repeats", "2")
     found = figures(place, "step_time", *small)
-    assert set(found["milliseconds"]) == {"ours", "composer, 0 workers", "composer, 2 workers", "bare"}
+    precisions = ["fp32", *(["bf16"] if devices.describe().has_bf16 else [])]
+    peers = ("ours, {}", "bare, {}", *(f"{name}, {{}}, {workers} workers" for name in PEERS for workers in (0, 2)))
+    assert set(found["milliseconds"]) == {name.format(precision) for name in peers for precision in precisions}
     assert all(len(times) == 2 and min(times) > 0 for times in found["milliseconds"].values())
 
 

@@ -531,10 +531,13 @@ def compiled(work: Work) -> None:
 @check(limit=200, alone=True, packages=("torch", "composer", "torchvision", "PIL"))
 def step_time(work: Work) -> None:
     """Time per step against a bare PyTorch loop and plain Composer."""
+    from lth_diet.training.devices import precision as resolve
+
     options = ("--steps", "150", "--warmup", "30", "--repeats", "2", "--compile")
     small = ("--steps", "2", "--warmup", "1", "--repeats", "1", "--depth", "8", "--batch-size", "8")
     median = _benchmark(work, "step_time", *(options if work.gpus else small))["median"]
-    ratio = median["ours"] / median["bare"]
+    precision = resolve("auto")
+    ratio = median[f"ours, {precision}"] / median[f"bare, {precision}"]
     work.record(", ".join(f"{name} {value:.2f}" for name, value in median.items()) + " ms", milliseconds=median)
     if work.gpus:
         work.target(ratio, 1.05, "ours / bare")
