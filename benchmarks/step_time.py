@@ -4,10 +4,10 @@ python benchmarks/step_time.py --compile              # ResNet-20, batch 128, 2 
 python benchmarks/step_time.py --device gpu --steps 500
 
 ours      lth_diet.training.trainer.train with an all-true mask, Rewind and the device-resident loader, channels last
-composer  Trainer, torchvision transforms on PIL images, DataLoader, no training metrics: the better of 0 and 2 workers
-          on the CPU, of 2 and 8 workers with pinned memory on a GPU
+composer  Trainer, torchvision transforms on PIL images, DataLoader, no training metrics: with 0 and 2 workers on the
+          CPU, with 2 and 8 workers and pinned memory on a GPU
 open_lth  a PyTorch loop with the same transforms and DataLoader, and masks multiplied into the weights in each forward
-bare      forward, backward and SGD on one ready batch, channels last: a lower bound
+bare      forward, backward and the SGD kernel of ours on one ready batch, channels last: a lower bound
 
 On a GPU all compute in the precision that `auto` means; on a CPU in fp32 and, if it has bf16 arithmetic, in bf16 too.
 Plain Composer has no bf16 on CPUs: there its network runs under PyTorch's autocast.
@@ -108,12 +108,14 @@ class Benchmark:
 
     def bare(self, precision: str) -> float:
         batch = self.work.loader().batch(0)
-        return self.loop(precision, itertools.repeat(batch), memory_format=torch.channels_last)
+        return self.loop(precision, [batch], fused=devices.is_gpu(), memory_format=torch.channels_last)
 
     def open_lth(self, precision: str, workers: int) -> float:
         return self.loop(precision, self.images(workers), masked=True)
 
-    def loop(self, precision: str, batches: Iterable, masked: bool = False, **layout: torch.memory_format) -> float:
+    def loop(
+        self, precision: str, epoch: Iterable, masked: bool = False, fused: bool = False, **layout: torch.memory_format
+    ) -> float:
         """Trains in a PyTorch loop; returns seconds per step."""
         device = devices.torch_device()
         network = ResNet(self.depth, 10)
@@ -121,7 +123,9 @@ class Benchmark:
         network.to(device, **layout)
         weights = [weight for weight in network.parameters() if weight.dim() > 1] if masked else []
         masks = [torch.ones_like(weight) for weight in weights]
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        kernel = {"fused": True} if fused else {}
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, **kernel)
+        batches = itertools.chain.from_iterable(itertools.repeat(epoch))
         for step, (images, labels) in zip(range(self.last), batches, strict=False):
             if step == self.warmup:
                 began = now()

@@ -174,6 +174,7 @@ class Runner:
             "PYTHONUNBUFFERED": "1",
             "LTH_DIET_CACHE": str(self.work / "cache"),
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_TRACKING_URI": "",  # the store of each check, not that of the user
         }
         return environment | ({"CUDA_VISIBLE_DEVICES": ""} if self.device == "cpu" else {})
 

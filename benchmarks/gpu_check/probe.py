@@ -30,7 +30,7 @@ def main() -> int:
     path = f"{options['record']}_{os.environ.get('RANK', 0)}.json"  # ranks that train alone change the variable later
     active: list[Any] = []
 
-    def with_hooks(work: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
+    def with_hooks(work: Callable[..., int], *args: Any, **kwargs: Any) -> int:
         from hooks import Hooks  # imports Composer, after the recipe has set the variables of the launcher
 
         if not active:

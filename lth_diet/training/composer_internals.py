@@ -26,9 +26,9 @@ class LeanTrainer(Trainer):
     """Composer's Trainer without host work that this project does not need; every event still runs.
 
     A GPU runs one kernel while the host launches the next, unless the host reads a number from the GPU in between.
-    Composer reads five numbers per step: the loss for the optimizer, the loss for the log, two sizes of the batch, and
-    whether a rank has no more batches. Here `_Recorder` reads losses at an interval, and all ranks have equally many
-    batches of one size. Composer also copies each batch for training metrics, of which there are none here.
+    Composer reads six numbers per step: the loss for the optimizer, the loss for the log, two sizes and the time of the
+    batch, and whether a rank has no more batches. Here `_Recorder` reads losses at an interval, and all ranks have
+    equally many batches of one size. Composer also copies each batch for training metrics, which are not used here.
 
     At each of the 13 events of a step, Composer's engine checks for a dataloader, sorts the Algorithms even if there
     is at most one, and looks the event up in two lists. Together these cost 0.6 of 5.2 ms of a step on the digits

@@ -1,4 +1,4 @@
-"""bf16 on a CPU that has it; skipped elsewhere."""
+"""bf16 on a CPU that has it; most tests are skipped elsewhere."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from lth_diet.networks.classifier import build_classifier
 from lth_diet.training import callbacks, devices, trainer
 from recipes import imp
 
-pytestmark = pytest.mark.skipif(
+needs_bf16 = pytest.mark.skipif(
     not devices.describe().has_bf16, reason=f"this CPU has neither {' nor '.join(devices.BF16_FEATURES)}"
 )
 
@@ -37,6 +37,7 @@ def network():
     return model
 
 
+@needs_bf16
 def test_training_and_evaluation_compute_in_bf16_but_weights_losses_and_metrics_are_fp32(train, network):
     result = train(trainer.Schedule(0, 4, 0.1), model=network, overrides=["precision=bf16"])
     assert network.seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
@@ -46,6 +47,7 @@ def test_training_and_evaluation_compute_in_bf16_but_weights_losses_and_metrics_
     assert math.isfinite(loss) and loss.bfloat16() != loss
 
 
+@needs_bf16
 def test_scores_are_measured_in_fp32(train, network):
     train(trainer.Schedule(0, 4, 0.1), model=network, overrides=["precision=bf16"])
     network.seen.clear()
@@ -58,6 +60,7 @@ def test_auto_is_fp32(train, network):
     assert {dtype for _, dtype in network.seen} == {torch.float32}
 
 
+@needs_bf16
 def test_a_resumed_training_has_the_bits_of_an_uninterrupted_one_and_pruned_weights_stay_zero(
     train, phase, monkeypatch
 ):
@@ -85,6 +88,7 @@ def test_a_resumed_training_has_the_bits_of_an_uninterrupted_one_and_pruned_weig
     assert [row["step"] for row in curve] == [row["step"] for row in expected[2]]
 
 
+@needs_bf16
 def test_a_run_with_scores_and_a_data_parallel_run_repeat_bit_for_bit(tiny):
     def weights(folder, *overrides, ranks=None):
         status, out, err = run(
@@ -106,6 +110,7 @@ def test_a_run_with_scores_and_a_data_parallel_run_repeat_bit_for_bit(tiny):
     assert [result["environment"]["precision"] for result in results] == ["bf16"]
 
 
+@needs_bf16
 def test_the_precision_of_a_launch_is_printed(tiny, capsys):
     assert imp.main(["-f", str(tiny("init")), "precision=bf16", "prune.levels=0"]) == 0
     assert ", bf16, 1 thread\n" in capsys.readouterr().out
