@@ -15,7 +15,7 @@ from lth_diet.config.yaml_files import quote
 from lth_diet.data import catalog
 from lth_diet.data.dataset import Dataset
 from lth_diet.data.label_noise import noisy_labels
-from lth_diet.errors import UserError, print_warnings
+from lth_diet.errors import DeviceError, UserError, print_warnings
 from lth_diet.launch.processes import ProcessInfo
 from lth_diet.runs import changed_images, environment
 from lth_diet.runs.environment import Environment
@@ -63,12 +63,12 @@ def check_together(files: Sequence[Loaded]) -> None:
         UserError: If two files are one run, or the files differ in a setting of the whole process.
     """
     first, *others = files
-    found: dict[str, Path] = {}
+    found: dict[tuple[str, str], Path] = {}
     for loaded in files:
-        name = run_name(loaded.config)
-        if name in found:
-            raise UserError(f"command line: -f {found[name]} and -f {loaded.path} are one run, {name}; give it once")
-        found[name] = loaded.path
+        run = loaded.config.runs, run_name(loaded.config)
+        if run in found:
+            raise UserError(f"command line: -f {found[run]} and -f {loaded.path} are one run, {run[1]}; give it once")
+        found[run] = loaded.path
         if loaded.config.parallelism == "data":
             raise UserError(
                 f"parallelism = 'data' {loaded.where['parallelism']}: must be replicates with several files; start one "
@@ -200,7 +200,8 @@ def check_memory(config: Config, data: Dataset, process: ProcessInfo, gpus: int)
         gpus: Number of GPUs that the ranks of this machine share.
 
     Raises:
-        UserError: If they do not fit.
+        UserError: If they do not fit into the whole memory.
+        DeviceError: If they do not fit into what is free, as where another process uses the GPU.
     """
     if not devices.is_gpu():
         return
@@ -210,7 +211,7 @@ def check_memory(config: Config, data: Dataset, process: ProcessInfo, gpus: int)
     (free, total), needed = devices.memory(), ranks * (images + WORKING_MEMORY)
     if needed > free:
         each = f" for each of {ranks} ranks" if ranks > 1 else ""
-        raise UserError(
+        raise (DeviceError if needed <= total else UserError)(
             f"dataset.name = {config.dataset.name!r}: the GPU needs about {needed / _GIB:.1f} GiB of memory "
             f"({images / _GIB:.1f} GiB of images and {WORKING_MEMORY / _GIB:g} GiB for training{each}), but "
             f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free; use a smaller dataset.size, fewer ranks or runs "
@@ -257,7 +258,7 @@ def check_compiler() -> None:
     else:
         name, variable, language, packages, found = "C++", "CXX", "c++", "g++", "g++"
     compiler = os.environ.get(variable, found)
-    include = sysconfig.get_paths()["include"]
+    include = sysconfig.get_path("include", "posix_prefix")
     command = [compiler, "-x", language, "-fsyntax-only", f"-I{include}", "-"]
     try:
         done = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True, errors="replace")

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from lth_diet.config import loading
 from lth_diet.config.loading import Loaded
 from lth_diet.config.schema import Config
 from lth_diet.config.yaml_files import quote
-from lth_diet.errors import Parser, UserError, print_warnings
+from lth_diet.errors import HOW_TO_RESUME, DeviceError, Parser, UserError, print_warnings
 from lth_diet.launch import checks, plan, screen
 from lth_diet.launch.arms import Arm, open_arms, scores_of, tasks_of
 from lth_diet.launch.processes import ProcessInfo, report_invalid_input
@@ -86,14 +87,14 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[S
         sentences = _warnings(files, process)  # before the new run directories hide that images have changed
         for run in (arm.run for arm in to_train if not arm.run.done):
             sentences += _environment_warnings(run.config, process, run.path, checks.run_phases(run))
-        for folder in scores:
+        for folder in (folder for folder in scores if not folder.done):
             sentences += _environment_warnings(folder.config, process, folder.path, folder.named_networks())
         for directory in [*(arm.run for arm in to_train), *scores]:
             directory.create()
         print_warnings(sentences)
         board = _start([loaded.config for loaded in files], process)
-    except (UserError, OSError) as error:
-        return report_invalid_input(error)
+    except Exception as error:
+        return _report_error(error)
     together = files[0].config.parallelism == "data"
     tasks = tasks_of(arms) if together else process.shard(tasks_of(arms))
     tasks = [task for task in tasks if not task.arm.read_only]
@@ -109,7 +110,7 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[S
             if status == DEVICE_FAULT:
                 break
             tasks = [task for task in tasks if not (failed and task.needs(folder))]
-        if together and not status:
+        if together and tasks and not status:
             board.init_process_group()
         if tasks and status != DEVICE_FAULT:
             status = max(status, train_replicates(tasks, process, progress))
@@ -156,8 +157,8 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
             folder.create()
         print_warnings(sentences)
         board = _start([config], process)
-    except (UserError, OSError) as error:
-        return report_invalid_input(error)
+    except Exception as error:
+        return _report_error(error)
     process.detach()
     with _screen(board, title=f"scores/{folder.path.name}"):
         status = 0 if read_only else compute_scores(folder, process, Progress([], 0, board.publish))
@@ -193,6 +194,19 @@ def _load(paths: Sequence[Path], overrides: Sequence[str]) -> list[Loaded]:
     return files
 
 
+def _report_error(error: Exception) -> int:
+    """Report an error raised before training; returns the exit status. Raises an error of this program again."""
+    if isinstance(error, UserError | OSError):
+        return report_invalid_input(error)
+    from lth_diet.training import device_faults  # slow (torch)
+
+    error = device_faults.explain(error)
+    if not isinstance(error, DeviceError):
+        raise error
+    print(f"error: {error}; {HOW_TO_RESUME}", file=sys.stderr, flush=True)
+    return DEVICE_FAULT
+
+
 def _scoring_warnings(loaded: Loaded, process: ProcessInfo) -> list[str]:
     """Return the warnings of a launch that computes scores, which rank 0 prints."""
     return [] if process.rank else checks.warnings(loaded, process.local_world_size, scoring=True)
@@ -225,7 +239,7 @@ def _start(configs: Sequence[Config], process: ProcessInfo) -> StatusBoard:
 
     torch.set_num_threads(threads)
     precision = " and ".join(dict.fromkeys(devices.precision(config.precision) for config in configs))
-    mine = devices.summary(configs[0]) | {"precision": precision}
+    mine = devices.summary() | {"precision": precision}
     ranks = [json.loads(text) for text in board.gather(json.dumps(mine))]
     if ranks:
         print(describe_devices(ranks, threads), flush=True)

@@ -84,12 +84,13 @@ def train_replicates(tasks: Sequence[Task], process: ProcessInfo, progress: Prog
     steps = sum(work_left.steps_left(work_left.phases_of(task.arm.run, task.replicate)) for task in tasks)
     progress = progress if is_writer else Progress([], 0)
     progress.begin([task.row for task in tasks], steps)
-    status, arm = 0, tasks[0].arm
+    status, arm = 0, None
     for task in tasks:
         replicate, config = task.replicate, task.arm.config
         if task.arm is not arm:
             arm = task.arm
-            _forget_compiled_networks(config)
+            if arm.name:
+                _forget_compiled_networks(config)
         progress.arm = arm.name
         track = Tracker(functools.partial(_sync_replicate, replicate), arm.run.path.parent, progress)
         try:

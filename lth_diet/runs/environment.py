@@ -51,13 +51,13 @@ def code_hash(package: Path = PACKAGE) -> str:
         path = package / name
         for source in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(f"{source.relative_to(package).as_posix()}\n".encode())
-            digest.update(_without_comments(source.read_text()).encode())
+            digest.update(_without_comments(source.read_text(encoding="utf-8")).encode())
     return digest.hexdigest()[:12]
 
 
 def _without_comments(source: str) -> str:
     """Python source without comments, docstrings and empty lines."""
-    lines = source.splitlines()
+    lines = source.split("\n")
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start

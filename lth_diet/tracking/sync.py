@@ -151,7 +151,8 @@ class _Sync:
         values: dict[str, dict[str, None]] = {}
         for result in results:
             tags = {f"version.{name}": version for name, version in (result.get("versions") or {}).items()}
-            tags |= {key: value for key, value in (result.get("environment") or {}).items() if key not in _VERSIONS}
+            for key, value in (result.get("environment") or {}).items():
+                tags[f"version.{key}" if key in _VERSIONS else key] = value
             for key, value in tags.items():
                 values.setdefault(key, {})[value] = None
         tags = [RunTag(key, " and ".join(different)) for key, different in values.items()]

@@ -21,7 +21,7 @@ _GPU = re.compile(
 )
 _CONNECTION = re.compile(r"\bNCCL (error|communicator)\b|\bnccl\w+Error\b|\bgloo/", re.IGNORECASE)
 _MEMORY = re.compile(r"\bCUDA out of memory\b")
-_OTHERS_PERCENT = 10  # of a GPU's memory; the CUDA context of this process, outside PyTorch's allocator, is less
+_OTHERS = 0.1, 2**30  # share and bytes of a GPU's memory: more than the CUDA context and work space of this process
 
 
 def is_device_fault(error: Exception) -> bool:
@@ -32,8 +32,8 @@ def is_device_fault(error: Exception) -> bool:
 def explain(error: Exception) -> Exception:
     """Return the error to report for one raised in training.
 
-    Out of memory is the experiment's own error if other processes use less than a tenth of the GPU, because another
-    attempt would end in the same way. Otherwise it is a fault like any other.
+    Out of memory is the experiment's own error if other processes use less than a tenth of the GPU, or less than 1 GiB,
+    because another attempt would end in the same way. Otherwise it is a fault like any other.
 
     Returns:
         DeviceError for a fault; TrainingError for memory that the experiment needs and no GPU of this size has;
@@ -71,7 +71,7 @@ def _line(pattern: re.Pattern, text: str) -> str:
 def _gpu() -> str:
     index = None
     with contextlib.suppress(RuntimeError):  # no call to CUDA succeeds after some faults
-        index = devices.torch_device().index
+        index = devices.gpu_number()
     return f"{'the GPU' if index is None else f'GPU {index}'} of {socket.gethostname()}"
 
 
@@ -83,7 +83,7 @@ def _explain_memory(error: Exception) -> Exception:
         return DeviceError(f"{_gpu()} is out of memory ({_line(_MEMORY, str(error))})")
     others = total - free - own
     numbers = f"{own / 2**30:.1f} of {total / 2**30:.1f} GiB used by this process, {others / 2**30:.1f} by others"
-    if 100 * others >= _OTHERS_PERCENT * total:
+    if others >= max(_OTHERS[0] * total, _OTHERS[1]):
         return DeviceError(
             f"{_gpu()} is out of memory ({numbers}); if this happens again, start fewer processes per GPU "
             "(gpus_per_run of a sweep, composer -n)"

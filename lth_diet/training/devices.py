@@ -146,15 +146,22 @@ def describe() -> Device:
     return Device(name, torch.backends.cpu.get_cpu_capability(), False, bool(features & set(BF16_FEATURES)))
 
 
-def summary(config: Config) -> dict[str, str | int | None]:
-    """What a launch prints of this process: host, index of the GPU (None: CPU), name of the device, precision."""
+def gpu_number() -> str | None:
+    """Number or UUID of this process's GPU on its machine, as in `CUDA_VISIBLE_DEVICES`; None on the CPU."""
+    index, names = torch_device().index, _visible()
+    if index is None:
+        return None
+    return names[index] if names and index < len(names) else str(index)
+
+
+def summary() -> dict[str, str | None]:
+    """What a launch prints of this process: host, number of the GPU (None: CPU), name of the device."""
     device = describe()
     hidden = f"; {VISIBLE} = {os.environ[VISIBLE]!r}" if _visible() == [] else ""
     return {
         "host": socket.gethostname(),
-        "index": torch_device().index,
+        "index": gpu_number(),
         "name": device.name if device.is_gpu else f"CPU ({device.name}{hidden})",
-        "precision": precision(config.precision),
     }
 
 

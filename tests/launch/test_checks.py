@@ -12,7 +12,7 @@ from PIL import Image
 
 from lth_diet.config import loading
 from lth_diet.data.dataset import Dataset, Split
-from lth_diet.errors import UserError
+from lth_diet.errors import DeviceError, UserError
 from lth_diet.launch import checks
 from lth_diet.launch.processes import ProcessInfo
 from lth_diet.training import devices
@@ -202,7 +202,7 @@ def test_training_needs_free_memory_for_all_ranks_of_a_gpu(config, gpu, ranks, r
     if fits:
         checks.check_environment([loading.load(config)], process)
     else:
-        with pytest.raises(UserError, match="dataset.name = 'digits': the GPU needs about"):
+        with pytest.raises(DeviceError, match="dataset.name = 'digits': the GPU needs about"):
             checks.check_environment([loading.load(config)], process)
 
 
@@ -250,7 +250,7 @@ class TestCompiler:
             checks.check_compiler()
 
     @pytest.mark.skipif(
-        not (shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()),
+        not (shutil.which("g++") and Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()),
         reason="this machine has no compiler or no headers of Python",
     )
     def test_a_compiler_with_the_headers_of_python_is_accepted(self, device, variable, name, packages):
@@ -265,7 +265,7 @@ class TestCompiler:
         self.rejected("/bin/false", name, packages, "status 1")
 
     def test_no_headers_of_python_are_rejected(self, device, variable, name, packages, place, monkeypatch):
-        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(place)})
+        monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(place))
         self.rejected(".*", name, packages, f"{place}/Python.h")
 
 

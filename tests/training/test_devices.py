@@ -141,7 +141,7 @@ def test_hidden_gpus_are_not_asked_for_and_the_launch_says_what_hides_them(tiny,
     monkeypatch.setenv(devices.VISIBLE, visible)
     assert devices.count_gpus() == 0 and not cuda.calls
     config = loading.load_config(tiny())
-    assert devices.summary(config)["name"].endswith(f"; CUDA_VISIBLE_DEVICES = {visible!r})")
+    assert devices.summary()["name"].endswith(f"; CUDA_VISIBLE_DEVICES = {visible!r})")
     assert devices.environment(config)["precision"] == "fp32"
 
 
