@@ -115,7 +115,7 @@ def test_a_sweep_that_loses_something_ends_bit_identical_to_serial_runs(
     grid(GRID)
     nodes = cluster()
     process = sweep(nodes, "runs")
-    while not list(Path("runs").glob(f"{moment}/checkpoint.json")):
+    while not list(Path("runs").glob(f"{moment}/curve.jsonl")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     time.sleep(delay)
@@ -142,7 +142,7 @@ def test_a_sweep_whose_nodes_share_only_an_object_store_survives_the_loss_of_one
     caches = [place / "one", place / "two"]
     with started(*({"LTH_DIET_CACHE": str(cache)} for cache in caches)) as nodes:
         process = sweep(nodes, s3)
-        while not all(list(cache.glob("runs/**/replicate_0/level_*/checkpoint.json")) for cache in caches):
+        while not all(list(cache.glob("runs/**/replicate_0/level_*/curve.jsonl")) for cache in caches):
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         kill("node", "SIGKILL", process, place, nodes)
