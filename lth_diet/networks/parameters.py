@@ -29,7 +29,8 @@ def match_names(names: Iterable[str], available: Iterable[str]) -> dict[str, str
     """
     names, full = list(names), bare_names(available)
     best: dict[str, str] = {}
-    for missing in (0, -1, 1, -2, 2, -3, 3):  # a wrapper adds its prefix to all names alike
+    most = max((name.count(_WRAPPER) for name in [*names, *full.values()]), default=0)
+    for missing in sorted(range(-most, most + 1), key=abs):  # a wrapper adds its prefix to all names alike
         found = {name: full[each] for name in names if (each := _shifted(_uncompiled(name), missing)) in full}
         if len(found) > len(best):
             best = found

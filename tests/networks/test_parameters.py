@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -16,6 +16,7 @@ prefixes = st.lists(st.sampled_from(["module", "_orig_mod"]), max_size=3).map(
 
 
 @given(names, prefixes)
+@example(["module.module.module.module"], "module.")
 def test_every_name_is_found_behind_the_prefixes_of_wrappers(names, prefix):
     wrapped = [prefix + name for name in names]
     assert match_names(names, wrapped) == dict(zip(names, wrapped, strict=True))
