@@ -376,7 +376,7 @@ def _mixtures(client: MlflowClient, experiments: list[str], run_ids: set[str]) -
     sentences = []
     for name, phases in sorted(trained.items()):
         if found := environment.differences(sorted(phases, key=lambda phase: _natural(phase[0]))):
-            sentences.append(f"{name}: its trainings are not the results of one program: {environment.describe(found)}")
+            sentences.append(f"{name}: its trainings were run in different environments: {environment.describe(found)}")
     return sentences
 
 

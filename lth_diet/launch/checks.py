@@ -235,8 +235,8 @@ def environment_warnings(path: Path, phases: Iterable[tuple[str, PhaseDirectory]
     if not found:
         return []
     return [
-        f"{path}: {environment.describe(found)}; these are not the results of one program: for a run of its own, set "
-        "variant=<name> or runs=<another folder>"
+        f"{path}: {environment.describe(found)}; results from different environments should not be combined: to start "
+        "a separate run, set variant=<name> or runs=<another folder>"
     ]
 
 

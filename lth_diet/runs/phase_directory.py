@@ -154,7 +154,8 @@ class PhaseDirectory:
         """What the phase was trained with, up to its end or its checkpoint, as far as that was recorded."""
         if self.done:
             return environment_of(self.result())
-        return environment_of(read_json(self.path / "checkpoint.json")) if self.checkpoint() else {}
+        path = self.path / "checkpoint.json"
+        return environment_of(read_json(path)) if path.exists() else {}
 
     def checkpoint_path(self, step: int) -> Path:
         """Path of the checkpoint of a step, which is written before `commit_checkpoint`."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import socket
@@ -143,7 +144,7 @@ def describe() -> Device:
         major, minor = torch.cuda.get_device_capability()
         return Device(torch.cuda.get_device_name(), f"{major}.{minor}", True, major >= 8)
     name, features = _read_cpu()
-    return Device(name, torch.backends.cpu.get_cpu_capability(), False, bool(features & set(BF16_FEATURES)))
+    return Device(name, torch.backends.cpu.get_cpu_capability(), False, not features.isdisjoint(BF16_FEATURES))
 
 
 def gpu_number() -> str | None:
@@ -189,11 +190,13 @@ def cpu_name() -> str:
     return _read_cpu()[0]
 
 
-def _read_cpu() -> tuple[str, set[str]]:
+@functools.cache
+def _read_cpu() -> tuple[str, frozenset[str]]:
     """Name of the processor model, and its instruction sets as far as Linux names them."""
     found = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
             found.setdefault(key.strip(), value.strip())
-    return found.get("model name") or platform.processor() or platform.machine(), set(found.get("flags", "").split())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    return name, frozenset(found.get("flags", "").split())

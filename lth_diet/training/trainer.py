@@ -75,7 +75,7 @@ def train(
             Algorithm, callback, optimizer or scheduler, or the network cannot be compiled.
     """
     resume = phase.checkpoint()
-    environment = merge(phase.environment(), devices.environment(config))
+    environment = merge(phase.environment() if resume else {}, devices.environment(config))
     optimizer = SGD(
         model.parameters(),
         lr=schedule.lr,

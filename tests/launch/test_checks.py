@@ -151,13 +151,13 @@ def test_continuing_a_run_with_other_code_is_a_warning_and_a_variant_is_a_run_of
     out, err = capsys.readouterr()
     assert re.fullmatch(
         r"warning: runs/digits_all-\w+: code = \w{12} \(replicate_0/pretrain to replicate_0/level_0, 2 trainings\) and "
-        r"another \(this launch\); these are not the results of one program: for a run of its own, set variant=<name> or "
-        r"runs=<another folder>\n",
+        r"another \(this launch\); results from different environments should not be combined: to start a separate run, "
+        r"set variant=<name> or runs=<another folder>\n",
         err,
     )
     assert re.match(r"1 process on CPU \(.+\), fp32, 1 thread\n", out)
     assert re.search(
-        r"note: digits_all-\w+: its trainings are not the results of one program: code = \w{12} \(repl", out
+        r"note: digits_all-\w+: its trainings were run in different environments: code = \w{12} \(repl", out
     )
     runs = sorted(path.name for path in Path("runs").glob("digits_all-*"))
     assert len(runs) == 2

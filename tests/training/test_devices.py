@@ -79,10 +79,7 @@ def test_a_rank_has_its_own_gpu_before_anything_else_asks_cuda(
         recipe.main(["-f", str(tiny("easy")), f"precision={precision}", "replicates=4", "scores.networks=4"])
     assert cuda.current == chosen and devices.torch_device() == torch.device("cuda", chosen)
     first = [name for name, _ in cuda.calls].index("set_device")
-    assert {name for name, _ in cuda.calls[:first]} <= {
-        "is_available",
-        "device_count",
-    }  # neither has a device of its own
+    assert {name for name, _ in cuda.calls[:first]} <= {"is_available", "device_count"}  # independent of the device
     assert {seen for _, seen in cuda.calls} == {"MIG-d" if mig else visible}
 
 
@@ -197,6 +194,7 @@ def test_no_import_asks_cuda(place):
 def test_a_cpu_has_bf16_if_linux_lists_the_instructions_but_auto_stays_fp32(tiny, monkeypatch, flags, has_bf16):
     text = f"processor : 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\nprocessor : 1\nflags : none\n"
     monkeypatch.setattr(devices.Path, "read_text", lambda path: text)
+    monkeypatch.setattr(devices, "_read_cpu", devices._read_cpu.__wrapped__)  # without its cache
     device = devices.describe()
     assert (device.name, device.has_bf16, devices.precision("auto")) == ("Some CPU", has_bf16, "fp32")
     monkeypatch.setattr(devices, "describe", lambda: device)
