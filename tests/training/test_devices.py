@@ -1,4 +1,7 @@
+import ctypes
+import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -205,3 +208,31 @@ def test_a_cpu_has_bf16_if_linux_lists_the_instructions_but_auto_stays_fp32(tiny
         expected = r"on this device \(Some CPU\): it has neither avx512_bf16 nor amx_bf16$"
         with pytest.raises(UserError, match=expected):
             checks.check_device(config, process)
+
+
+def select_and_count_page_faults(faults):
+    """Puts page faults of a second array of 64 MiB, after an equal one was freed."""
+    libc = ctypes.CDLL(None)
+    for number in devices._MALLOPT.values():
+        libc.mallopt(number, 131072)  # whatever earlier tests have set
+    libc.malloc_trim(0)
+    devices.select(0)
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        b"x" * (64 << 20)
+    faults.put(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is of glibc")
+@pytest.mark.parametrize("is_set", [False, True], ids=["unset", "set by the user"])
+def test_memory_freed_on_the_cpu_is_reused_unless_the_environment_says_when(monkeypatch, is_set):
+    monkeypatch.setenv(devices.VISIBLE, "")
+    for variable in devices._MALLOPT:
+        monkeypatch.setenv(variable, "131072") if is_set else monkeypatch.delenv(variable, raising=False)
+    fork = multiprocessing.get_context("fork")
+    faults = fork.SimpleQueue()
+    process = fork.Process(target=select_and_count_page_faults, args=(faults,))
+    process.start()
+    process.join(60)
+    pages = (64 << 20) // resource.getpagesize()
+    assert process.exitcode == 0 and (faults.get() > 0.9 * pages) is is_set
