@@ -40,6 +40,19 @@ def test_step_time_measures_every_contender_and_repeat(place):
     assert all(len(times) == 2 and min(times) > 0 for times in found["milliseconds"].values())
 
 
+def test_roofline_counts_a_step_and_compares_it_with_the_limits_of_the_machine(place):
+    found = figures(place, "roofline", "--depth", "8", "--batch-size", "8", "--steps", "1", "--repeats", "1")
+    assert set(found["limits"]) == {"fp32", *(["bf16"] if devices.describe().has_bf16 else [])}
+    limits = found["limits"]["fp32"]
+    forward = 9 * (3 * 16 + 2 * 16 * 16) * 32**2 + 9 * (16 * 32 + 32 * 32) * 16**2 + 9 * (32 * 64 + 64 * 64) * 8**2
+    forward += 16 * 32 * 16**2 + 32 * 64 * 8**2 + 64 * 10
+    to_images = 9 * 3 * 16 * 32**2  # the first layer passes no gradient on
+    assert limits["operations"] == 2 * 8 * (3 * forward - to_images)
+    assert 0 < limits["fused_bytes"] < sum(limits["bytes"].values())
+    assert limits["least_seconds"]["arithmetic"] == limits["operations"] / limits["operations_a_second"]
+    assert sum(limits["profile"].values()) == pytest.approx(1)
+
+
 def test_parts_of_the_breakdown_add_up_to_the_step(place):
     found = figures(place, "breakdown", "--warmup", "2", "--steps", "20", "--tested", "6000")
     parts = found["milliseconds"]
