@@ -7,35 +7,63 @@ batches.
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lth_diet.data.crops import Crops, Normalize
 from lth_diet.data.dataset import Dataset, Split
 from lth_diet.data.seeds import generator
 
 Batch = tuple[Tensor, Tensor]
-_OUTSIDE = -(2**40)  # of the image: plus any index of a pixel, still negative
 
 
-class _Normalize:
-    """Computes (x / 255 - mean) / std with one multiplication and one addition."""
+class _TrainingLoader:
+    """Iterates over the batches of an epoch, and makes a batch of one or several replicates.
 
-    def __init__(self, dataset: Dataset, device: torch.device | str):
-        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (dataset.mean, dataset.std))
-        width = dataset.train.images.shape[2]
-        # repeated over a row of pixels: broadcasting vectors of three numbers is slow
-        self.scale = (1 / (255 * std)).float().repeat(width).to(device)
-        self.shift = (-mean / std).float().repeat(width).to(device)
+    Attributes:
+        current_step: Function without arguments that returns the step at which iteration starts.
+    """
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Convert uint8 (B, H, W, C) to float32 (B, C, H, W) in channels-last memory format."""
-        rows = torch.addcmul(self.shift, images.flatten(2).float(), self.scale)
-        return rows.view(images.shape).permute(0, 3, 1, 2)
+    def __init__(self, dataset: Dataset, device: torch.device | str, replicates: int = 1):
+        self.images, self.labels = _on_device(dataset.train, device)
+        self.num_examples = len(self.labels)
+        self.padding = self.images.shape[1] // 8
+        self.current_step: Callable[[], int] = lambda: 0
+        self._dataset, self._replicates = dataset, replicates
+        self._crops = Crops(*self.images.shape[1:3], self.padding)
+        self._normalize = Normalize(dataset, device, replicates)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Batch]:
+        step = self.current_step()
+        while True:
+            yield self.batch(step)
+            step += 1
+            if step % len(self) == 0:
+                return
+
+    def batch(self, step: int) -> Batch:
+        raise NotImplementedError
+
+    def _make(self, *numbers: np.ndarray) -> Batch:
+        """Return the images, (B, R x C, H, W), and labels, (B x R,), of crops with the numbers of `Crops.plan`."""
+        plan = self._to_device(torch.from_numpy(self._crops.plan(*numbers)))
+        images, examples = self._crops.take(self.images, plan, self._replicates)
+        return self._normalize(images), self.labels.index_select(0, examples)
+
+    def _to_device(self, numbers: Tensor) -> Tensor:
+        if self.images.device.type == "cpu":
+            return numbers
+        # PyTorch reuses pinned memory only after the copies from it that it knows of
+        return numbers.pin_memory().to(self.images.device, non_blocking=True)
 
 
-class Loader:
+class Loader(_TrainingLoader):
     """Augmented training batches, for Composer's `train_dataloader`.
 
     An epoch visits the examples in use without replacement, in a new order, and drops the last incomplete batch.
@@ -79,16 +107,11 @@ class Loader:
     ):
         if batch_size % ranks:
             raise ValueError(f"batch_size {batch_size} is not divisible by {ranks} ranks")
-        self.images, self.labels = _on_device(dataset.train, device)
+        super().__init__(dataset, device)
         self.global_batch_size, self.batch_size = batch_size, batch_size // ranks
         self._rank_slice = slice(rank, None, ranks)
         self.order_seed, self.augmentation_seed = order_seed, augmentation_seed
         self.flip = dataset.flip if flip is None else flip
-        self.padding = self.images.shape[1] // 8
-        self._crops = Crops(*self.images.shape[1:3], self.padding)
-        self.current_step: Callable[[], int] = lambda: 0
-        self._normalize = _Normalize(dataset, device)
-        self.num_examples = len(self.labels)
         self.indices = None
 
     def __repr__(self) -> str:
@@ -110,14 +133,6 @@ class Loader:
         """Number of batches per epoch."""
         return len(self._examples) // self.global_batch_size
 
-    def __iter__(self) -> Iterator[Batch]:
-        step = self.current_step()
-        while True:
-            yield self.batch(step)
-            step += 1
-            if step % len(self) == 0:
-                return
-
     def examples(self, step: int) -> np.ndarray:
         """Return the indices of the examples in batch `step`, over all ranks, shape (global batch size,)."""
         epoch, batch_in_epoch = divmod(step, len(self))
@@ -132,55 +147,94 @@ class Loader:
         top, left = random.integers(0, 2 * self.padding + 1, (2, self.global_batch_size))
         return top, left, random.integers(0, 2, self.global_batch_size).astype(bool) & self.flip
 
+    def crops(self, step: int) -> tuple[np.ndarray, ...]:
+        """Return the examples and the augmentation of this rank's batch `step`, each (B,); see `Crops.plan`."""
+        return tuple(array[self._rank_slice] for array in (self.examples(step), *self.augmentation(step)))
+
     def batch(self, step: int) -> Batch:
         """Return this rank's images, float32 (B, C, H, W), and labels, int64 (B,), of batch `step`."""
-        numbers = [array[self._rank_slice] for array in (self.examples(step), *self.augmentation(step))]
-        images, examples = self._crops.take(self.images, self._to_device(torch.from_numpy(self._crops.plan(*numbers))))
-        return self._normalize(images), self.labels.index_select(0, examples)
-
-    def _to_device(self, numbers: Tensor) -> Tensor:
-        if self.images.device.type == "cpu":
-            return numbers
-        # PyTorch reuses pinned memory only after the copies from it that it knows of
-        return numbers.pin_memory().to(self.images.device, non_blocking=True)
+        return self._make(*self.crops(step))
 
 
-class Crops:
-    """Crops of zero-padded images, some of them flipped, as one gather of pixels with few operators on the device.
+class StackedLoader(_TrainingLoader):
+    """Augmented training batches of R replicates that train as one network (`lth_diet.networks.stack`).
+
+    A batch holds the batches of R loaders, which have the same images and labels: images are concatenated along the
+    channels, so that replicate r has channels r x C to (r + 1) x C - 1, and labels are (B, R). It takes as many
+    operators on the device as a batch of one loader. To iterate, set `current_step` as for `Loader`; that of `loaders`
+    is not used.
 
     Args:
-        height, width: Size of the images and of the crops, in pixels.
-        padding: Pixels added on each side.
+        loaders: Loaders of the same data, batch size, device and ranks, which differ in their seeds and indices.
+
+    Attributes:
+        loaders: The R loaders.
+        batch_size: Images per batch, replicate and rank.
+        num_examples: Number of examples of the training split.
+        indices: Indices of the examples in use, R rows of the same length, or None for all. May be set at any time;
+            acts on the next batch.
+        current_step: Function without arguments that returns the step at which iteration starts.
+
+    Raises:
+        ValueError: If there is no loader, or the loaders do not fit together.
     """
 
-    def __init__(self, height: int, width: int, padding: int):
-        def windows(size: int) -> np.ndarray:
-            pixels = np.arange(2 * padding + 1)[:, None] + np.arange(size) - padding
-            return np.where((pixels >= 0) & (pixels < size), pixels, _OUTSIDE)
+    def __init__(self, loaders: Sequence[Loader]):
+        if not loaders:
+            raise ValueError("a StackedLoader needs at least one Loader")
+        first, *others = self.loaders = tuple(loaders)
+        for name, values in _properties(first).items():
+            for index, other in enumerate(others, 1):
+                if not _is_same(values, _properties(other)[name]):
+                    raise ValueError(f"loaders 0 and {index} of the stack have different {name}; expected the same")
+        super().__init__(first._dataset, first.images.device, len(self.loaders))
+        self.batch_size = first.batch_size
 
-        self.height, self.width = height, width
-        self._rows = windows(height) * width
-        self._columns = np.stack([windows(width), windows(width)[:, ::-1]])
+    def __repr__(self) -> str:
+        return f"StackedLoader({len(self.loaders)} x {self.loaders[0]!r})"
 
-    def plan(self, images: np.ndarray, top: np.ndarray, left: np.ndarray, flipped: np.ndarray) -> np.ndarray:
-        """Return the numbers that `take` needs, int64, for B crops.
+    @property
+    def indices(self) -> Sequence[Sequence[int]] | None:
+        rows = [loader.indices for loader in self.loaders]
+        return None if all(row is None for row in rows) else rows
 
-        Args:
-            images: Index of the image of each crop, (B,).
-            top, left: Edges of each crop in the padded image, (B,), 0 to 2 x padding.
-            flipped: Which crops to flip horizontally, boolean (B,).
-        """
-        rows = images[:, None] * (self.height * self.width) + self._rows[top]
-        return np.concatenate([images, rows.ravel(), self._columns[flipped.astype(int), left].ravel()])
+    @indices.setter
+    def indices(self, indices: Sequence[Sequence[int]] | None) -> None:
+        rows = [None] * len(self.loaders) if indices is None else list(indices)
+        if len(rows) != len(self.loaders):
+            raise ValueError(f"indices have {len(rows)} rows; expected {len(self.loaders)}, one per loader")
+        if indices is not None and len(lengths := {len(row) for row in rows}) > 1:
+            raise ValueError(f"rows of indices have lengths {sorted(lengths)}; expected rows of the same length")
+        for loader, row in zip(self.loaders, rows, strict=True):
+            loader.indices = row
 
-    def take(self, images: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the crops of `images`, (B, H, W, C), and the indices of their images, (B,)."""
-        count = len(plan) // (1 + self.height + self.width)
-        indices, rows, columns = plan.split([count, count * self.height, count * self.width])
-        pixels = rows.view(count, self.height, 1) + columns.view(count, 1, self.width)
-        outside = pixels < 0
-        crops = images.flatten(0, 2).index_select(0, pixels.clamp_(min=0).flatten())
-        return crops.view(*pixels.shape, -1).masked_fill_(outside[..., None], 0), indices
+    def __len__(self) -> int:
+        """Number of batches per epoch."""
+        return len(self.loaders[0])
+
+    def batch(self, step: int) -> Batch:
+        """Return this rank's images, float32 (B, R x C, H, W), and labels, int64 (B, R), of batch `step`."""
+        crops = zip(*(loader.crops(step) for loader in self.loaders), strict=True)
+        images, labels = self._make(*(np.stack(numbers, axis=1) for numbers in crops))
+        return images, labels.view(-1, len(self.loaders))
+
+
+def _properties(loader: Loader) -> dict[str, Any]:
+    """What the loaders of a stack have in common."""
+    dataset = loader._dataset
+    return {
+        "images": dataset.train.images,
+        "labels": dataset.train.labels,
+        "means or standard deviations": (dataset.mean, dataset.std),
+        "batch sizes": loader.global_batch_size,
+        "devices": loader.images.device,
+        "ranks": loader._rank_slice,
+        "numbers of indices": len(loader._examples),
+    }
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b)
 
 
 class EvaluationLoader:
@@ -193,6 +247,8 @@ class EvaluationLoader:
             by at most one image.
         device: Device on which batches are made.
         rank, ranks: Index of this rank and number of ranks. Each rank makes every `ranks`-th image of a batch.
+        copies: Number R of replicates in the network (`lth_diet.networks.stack`). For more than one, images are
+            repeated R times along the channels, float32 (B, R x C, H, W), and labels are int64 (B, R).
 
     Raises:
         ValueError: If there are fewer images than ranks: the loss of no image is NaN.
@@ -206,6 +262,7 @@ class EvaluationLoader:
         device: torch.device | str = "cpu",
         rank: int = 0,
         ranks: int = 1,
+        copies: int = 1,
     ):
         if len(split.labels) < ranks:
             raise ValueError(f"{len(split.labels)} images do not suffice for {ranks} ranks")
@@ -213,7 +270,8 @@ class EvaluationLoader:
         self.batch_size = batch_size
         self._ranks = ranks
         self._rank_slice = slice(rank, None, ranks)
-        self._normalize = _Normalize(dataset, device)
+        self._copies = copies
+        self._normalize = Normalize(dataset, device, copies)
 
     def __repr__(self) -> str:
         device = str(self.images.device)
@@ -226,22 +284,25 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         for batch in torch.arange(len(self.labels), device=self.labels.device).tensor_split(len(self)):
             share = batch[self._rank_slice]
-            yield self._normalize(self.images[share]), self.labels[share]
+            images, labels = self.images[share], self.labels[share]
+            if self._copies > 1:
+                images, labels = images.repeat(1, 1, 1, self._copies), labels[:, None].repeat(1, self._copies)
+            yield self._normalize(images), labels
 
 
 def _on_device(split: Split, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    return _shared_images(split.images, torch.device(device)), torch.from_numpy(split.labels).to(device)
+    return _shared(split.images, torch.device(device)), _shared(split.labels, torch.device(device))
 
 
 _copies: dict[tuple[int, torch.device], Tensor] = {}  # by id of the array
 
 
-def _shared_images(images: np.ndarray, device: torch.device) -> Tensor:
+def _shared(array: np.ndarray, device: torch.device) -> Tensor:
     """The copy of an array on a device, which is made once and freed with the array; on the CPU, the array itself."""
     if device.type == "cpu":
-        return torch.from_numpy(images)
-    key = id(images), device
+        return torch.from_numpy(array)
+    key = id(array), device
     if key not in _copies:
-        _copies[key] = torch.from_numpy(images).to(device)
-        weakref.finalize(images, _copies.pop, key, None)
+        _copies[key] = torch.from_numpy(array).to(device)
+        weakref.finalize(array, _copies.pop, key, None)
     return _copies[key]

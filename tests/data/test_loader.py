@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 import weakref
 
 import numpy as np
@@ -9,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lth_diet.data.dataset import Dataset, Split
-from lth_diet.data.loader import Crops, EvaluationLoader, Loader
+from lth_diet.data.loader import EvaluationLoader, Loader, StackedLoader
 
 
 def dataset(count=50, size=8, channels=3, name="cifar10"):
@@ -21,32 +20,6 @@ def dataset(count=50, size=8, channels=3, name="cifar10"):
 
 def loader(data=None, batch_size=7, order=1, augmentation=2):
     return Loader(data or dataset(), batch_size, order, augmentation)
-
-
-def naive_crop(images, padding, top, left, flipped):
-    """Crop and flip pixel by pixel."""
-    count, height, width, channels = images.shape
-    out = np.zeros_like(images)
-    for b, y, x, c in itertools.product(range(count), range(height), range(width), range(channels)):
-        column_in_window = width - 1 - x if flipped[b] else x
-        row, column = y + top[b] - padding, column_in_window + left[b] - padding
-        if 0 <= row < height and 0 <= column < width:
-            out[b, y, x, c] = images[b, row, column, c]
-    return out
-
-
-@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 3), st.integers(0, 99))
-def test_crops_equal_a_naive_reference(count, height, width, padding, seed):
-    random = np.random.default_rng(seed)
-    images = random.integers(1, 256, (4, height, width, 2), dtype=np.uint8)
-    chosen = random.integers(0, 4, count)
-    top, left = random.integers(0, 2 * padding + 1, (2, count))
-    flipped = random.integers(0, 2, count).astype(bool)
-    crops = Crops(height, width, padding)
-    plan = torch.from_numpy(crops.plan(chosen, top, left, flipped))
-    taken, indices = crops.take(torch.from_numpy(images), plan)
-    assert np.array_equal(taken.numpy(), naive_crop(images[chosen], padding, top, left, flipped))
-    assert indices.tolist() == chosen.tolist()
 
 
 @given(st.integers(1, 50), st.integers(0, 5), st.integers(0, 5))
@@ -90,7 +63,9 @@ def test_batch_has_the_normalized_crops_of_the_images_with_its_labels():
     data, train = dataset(), loader()
     images, labels = train.batch(5)
     top, left, flipped = train.augmentation(5)
-    cropped = naive_crop(data.train.images[labels.numpy()], 1, top, left, flipped)
+    padded = np.pad(data.train.images[labels.numpy()], [(0, 0), (1, 1), (1, 1), (0, 0)])
+    edges = zip(padded, top, left, flipped, strict=True)
+    cropped = np.stack([image[y : y + 8, x : x + 8][:, :: -1 if flip else 1] for image, y, x, flip in edges])
     expected = (torch.from_numpy(cropped).permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.25
     assert images.dtype == torch.float32 and images.shape == (7, 3, 8, 8)
     assert torch.allclose(images.double(), expected, atol=1e-5)
@@ -180,13 +155,13 @@ def test_ranks_evaluate_each_image_once_in_equally_many_batches(ranks):
     assert sorted(labels.tolist()) == list(range(50))
 
 
-def test_loaders_on_a_device_share_one_copy_of_the_images_which_is_freed_with_the_data():
+def test_loaders_on_a_device_share_one_copy_of_images_and_labels_which_is_freed_with_the_data():
     data = dataset()
     noisy = dataclasses.replace(data, train=Split(data.train.images, data.train.labels[::-1].copy()))
     loaders = [Loader(each, 7, 1, 2, "meta") for each in (data, noisy)] + [
         EvaluationLoader(data, data.train, 7, "meta")
     ]
-    assert len({id(each.images) for each in loaders}) == 1 and len({id(each.labels) for each in loaders}) == 3
+    assert len({id(each.images) for each in loaders}) == 1 and len({id(each.labels) for each in loaders}) == 2
     assert loader(dataset()).images.device.type == "cpu", "other images"
     copy = weakref.ref(loaders[0].images)
     del loaders
@@ -217,3 +192,85 @@ def test_no_rank_evaluates_an_empty_share(ranks, batch_size, images):
 def test_batch_size_not_divisible_by_ranks_raises():
     with pytest.raises(ValueError, match="batch_size 7 is not divisible by 2 ranks"):
         Loader(dataset(), 7, 1, 2, ranks=2)
+
+
+def loaders_of_a_stack(count, channels=3, batch_size=7, size=8, **options):
+    data = dataset(size=size, channels=channels)
+    return [Loader(data, batch_size, 10 + r, 20 + r, **options) for r in range(count)]
+
+
+@given(st.integers(1, 4), st.sampled_from([1, 3]), st.booleans(), st.integers(0, 40), st.data())
+def test_batch_of_a_stack_is_the_batches_of_its_loaders_bit_for_bit(count, channels, flip, step, drawn):
+    ranks = drawn.draw(st.sampled_from([1, 2]))
+    options = {"channels": channels, "batch_size": 6, "size": 5, "flip": flip, "ranks": ranks, "rank": ranks - 1}
+    stacked, single = StackedLoader(loaders_of_a_stack(count, **options)), loaders_of_a_stack(count, **options)
+    length = drawn.draw(st.integers(6, 50))
+    orders = drawn.draw(st.lists(st.permutations(range(50)), min_size=count, max_size=count))
+    for rows in (None, [order[:length] for order in orders], None):
+        stacked.indices = rows
+        for loader, row in zip(single, rows or [None] * count, strict=True):
+            loader.indices = row
+        images, labels = stacked.batch(step)
+        expected = [loader.batch(step) for loader in single]
+        assert torch.equal(images, torch.cat([images for images, _ in expected], 1))
+        assert torch.equal(labels, torch.stack([labels for _, labels in expected], 1))
+        assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
+        assert len(stacked) == len(single[0])
+
+
+@given(st.integers(0, 20))
+def test_iteration_of_a_stack_starts_at_its_current_step_and_ends_with_the_epoch(start):
+    train = StackedLoader(loaders_of_a_stack(2))
+    train.current_step = lambda: start
+    batches = list(train)
+    assert len(batches) == len(train) - start % len(train)
+    for step, batch in enumerate(batches, start):
+        for made, expected in zip(batch, train.batch(step), strict=True):
+            assert torch.equal(made, expected)
+
+
+def test_a_stack_has_the_sizes_and_the_indices_of_its_loaders():
+    train = StackedLoader(loaders_of_a_stack(2))
+    assert (train.batch_size, train.num_examples, train.indices) == (7, 50, None)
+    train.indices = np.arange(28).reshape(2, 14)
+    assert [list(row) for row in train.indices] == [[*range(14)], [*range(14, 28)]]
+    assert repr(train) == "StackedLoader(2 x Loader(14 of 50 examples, batch_size=7, device='cpu'))"
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (loader(batch_size=8), "have different batch sizes"),
+        (loader(dataset(count=49)), "have different images"),
+        (loader(dataclasses.replace(dataset(), train=Split(dataset().train.images, np.zeros(50)))), "different labels"),
+        (None, "at least one Loader"),
+    ],
+)
+def test_loaders_that_do_not_fit_together_raise(other, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        StackedLoader([loader(), other] if other else [])
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([range(8)], "indices have 1 rows; expected 2, one per loader"),
+        ([range(8), range(9)], "lengths \\[8, 9\\]; expected rows of the same length"),
+        ([range(6)] * 2, "6 examples do not fill a batch of 7"),
+    ],
+)
+def test_indices_that_do_not_fit_a_stack_raise_and_change_nothing(rows, sentence):
+    train = StackedLoader(loaders_of_a_stack(2))
+    with pytest.raises(ValueError, match=sentence):
+        train.indices = rows
+    assert train.indices is None
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_evaluation_of_a_stack_repeats_images_and_labels(channels):
+    data = dataset(channels=channels)
+    single, stacked = (list(EvaluationLoader(data, data.test, 16, copies=copies)) for copies in (1, 3))
+    for (images, labels), (repeated, repeated_labels) in zip(single, stacked, strict=True):
+        assert torch.equal(repeated, torch.cat([images] * 3, 1))
+        assert torch.equal(repeated_labels, torch.stack([labels] * 3, 1))
+        assert repeated.is_contiguous(memory_format=torch.channels_last)
