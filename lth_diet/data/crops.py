@@ -47,9 +47,10 @@ class Crops:
         count = len(plan) // (1 + self.height + self.width)
         indices, rows, columns = plan.split([count, count * self.height, count * self.width])
         pixels = rows.view(-1, self.height, 1, replicates) + columns.view(-1, 1, self.width, replicates)
-        outside = pixels < 0
-        crops = images.flatten(0, 2).index_select(0, pixels.clamp_(min=0).flatten())
-        return crops.view(*pixels.shape, -1).masked_fill_(outside[..., None], 0).flatten(3), indices
+        inside = (pixels >= 0).view(torch.uint8)
+        # selecting numbers is faster than selecting rows of one number, and multiplying than masked_fill
+        crops = images.flatten(0, 2).squeeze(1).index_select(0, pixels.clamp_(min=0).flatten())
+        return crops.view(*pixels.shape, -1).mul_(inside[..., None]).flatten(3), indices
 
 
 class Normalize:
@@ -70,5 +71,6 @@ class Normalize:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Convert uint8 (B, H, W, R x C) to float32 (B, R x C, H, W) in channels-last memory format."""
-        rows = torch.addcmul(self.shift, images.flatten(2).float(), self.scale)
+        rows = images.flatten(2).float()
+        torch.addcmul(self.shift, rows, self.scale, out=rows)
         return rows.view(images.shape).permute(0, 3, 1, 2)

@@ -145,7 +145,9 @@ class Loader(_TrainingLoader):
         """Return the top and left edges of the crops (0 to 2 x padding) in batch `step`, and which ones are flipped."""
         random = generator(self.augmentation_seed, step)
         top, left = random.integers(0, 2 * self.padding + 1, (2, self.global_batch_size))
-        return top, left, random.integers(0, 2, self.global_batch_size).astype(bool) & self.flip
+        if not self.flip:
+            return top, left, np.zeros(self.global_batch_size, bool)
+        return top, left, random.integers(0, 2, self.global_batch_size).astype(bool)
 
     def crops(self, step: int) -> tuple[np.ndarray, ...]:
         """Return the examples and the augmentation of this rank's batch `step`, each (B,); see `Crops.plan`."""

@@ -202,7 +202,7 @@ def loaders_of_a_stack(count, channels=3, batch_size=7, size=8, **options):
 @given(st.integers(1, 4), st.sampled_from([1, 3]), st.booleans(), st.integers(0, 40), st.data())
 def test_batch_of_a_stack_is_the_batches_of_its_loaders_bit_for_bit(count, channels, flip, step, drawn):
     ranks = drawn.draw(st.sampled_from([1, 2]))
-    options = {"channels": channels, "batch_size": 6, "size": 5, "flip": flip, "ranks": ranks, "rank": ranks - 1}
+    options = {"channels": channels, "batch_size": 6, "size": 9, "flip": flip, "ranks": ranks, "rank": ranks - 1}
     stacked, single = StackedLoader(loaders_of_a_stack(count, **options)), loaders_of_a_stack(count, **options)
     length = drawn.draw(st.integers(6, 50))
     orders = drawn.draw(st.lists(st.permutations(range(50)), min_size=count, max_size=count))
