@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lth_diet.data import loader as loaders
-from lth_diet.data.loader import Loader
+from lth_diet.data.loader import Loader, StackedLoader
 from lth_diet.training import composer_internals, devices
 
 META = torch.device("meta")
@@ -169,9 +169,12 @@ def meta_gpu() -> Iterator[MetaGPU]:
         def init(device, device_id=None, *, allow_tf32=True):
             device._device = META
 
-        def batch(loader, step, original=Loader.batch):
-            gpu.step = step
-            return original(loader, step)
+        def batch(kind):
+            def make(loader, step, original=kind.batch):
+                gpu.step = step
+                return original(loader, step)
+
+            return make
 
         def fit(trainer, *args, original=composer_internals.LeanTrainer.fit, **kwargs):
             gpu.trainings += 1
@@ -192,7 +195,8 @@ def meta_gpu() -> Iterator[MetaGPU]:
         patch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
         patch.setattr(torch.cuda, "mem_get_info", lambda *args: (80 << 30, 80 << 30))
         patch.setattr(loaders, "_copies", {})  # an empty GPU
-        patch.setattr(Loader, "batch", batch)
+        for kind in (Loader, StackedLoader):
+            patch.setattr(kind, "batch", batch(kind))
         patch.setattr(composer_internals.LeanTrainer, "fit", fit)
         for kind in ("foreach", "fused"):  # where PyTorch uses these optimizers: on the meta device as on CUDA
             name = f"_get_{kind}_kernels_supported_devices"

@@ -35,6 +35,10 @@ class SubsetSampling(Algorithm):
     takes effect at the next batch, such as `lth_diet.data.loader.Loader`, it switches exactly at ``until``. A warning
     says so if training ends before the switch. When training ends, the loader has all examples again.
 
+    A loader of several replicates that train as one network, such as `lth_diet.data.loader.StackedLoader`, needs one
+    subset per replicate, all of one size. It has an attribute ``loaders``, one per replicate, and takes R rows of
+    indices.
+
     A run that resumes from a checkpoint must have the same subset and ``until``. If a Trainer also has `Rewind`, list
     `Rewind` first.
 
@@ -42,14 +46,16 @@ class SubsetSampling(Algorithm):
 
     Args:
         indices: Distinct indices, from 0 to N - 1, of the subset in the training dataset of N examples, as a list,
-            array, tensor or pandas Series; or a boolean mask of N values. The index of a Series is ignored.
+            array, tensor or pandas Series; or a boolean mask of N values. The index of a Series is ignored. R rows of
+            them, each of at least two, for a loader of R replicates.
         until: Time of the switch, as an int (batches) or a time string in batches, epochs or samples, such as
             ``"400ba"``.
 
     Raises:
-        ValueError: If ``indices`` or ``until`` is invalid. When training starts, if the indices do not fit the dataset,
-            differ between the ranks or do not fill a batch, or the loader cannot be restricted to a subset: it must
-            have all examples of a dataset with a length, in order, shuffled or with a DistributedSampler.
+        ValueError: If ``indices`` or ``until`` is invalid. When training starts, if the indices do not fit the dataset
+            or the number of replicates, differ between the ranks or do not fill a batch, or the loader cannot be
+            restricted to a subset: it must have all examples of a dataset with a length, in order, shuffled or with a
+            DistributedSampler.
 
     Example:
         >>> import torch
@@ -71,16 +77,24 @@ class SubsetSampling(Algorithm):
         3
     """
 
-    def __init__(self, indices: Iterable[int] | Iterable[bool], until: int | str | Time):
+    def __init__(self, indices: Iterable[int | bool] | Iterable[Iterable[int | bool]], until: int | str | Time):
         array = _to_array(indices)
-        self._mask_length = len(array) if array.dtype == bool else None
-        self.indices: list[int] = (np.flatnonzero(array) if array.dtype == bool else array).tolist()
-        _check_indices(self.indices)
+        self._mask_length = array.shape[-1] if array.dtype == bool else None
+        self.indices: list[int] | list[list[int]] = (_selected(array) if array.dtype == bool else array).tolist()
+        self._is_stacked = array.ndim == 2
+        for prefix, row in self._rows():
+            _check_indices(row, prefix)
         self.until = parse_time("until", until, (TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE))
         self._full_loader: Iterable | None = None
         self._full_length = -1
         self._subset_loader: Iterable | None = None
         self._warned = False
+
+    def _rows(self) -> list[tuple[str, list[int]]]:
+        """The indices of each replicate, with the beginning of an error that concerns them."""
+        if not self._is_stacked:
+            return [("", self.indices)]
+        return [(f"row {number} of the indices: ", row) for number, row in enumerate(self.indices)]
 
     @property
     def restricts(self) -> bool:
@@ -119,8 +133,8 @@ class SubsetSampling(Algorithm):
         subset_length = _length(subset_loader)
         if subset_length == 0:
             raise ValueError(
-                f"a subset of {len(self.indices)} examples does not fill a batch; use a larger subset, a smaller batch "
-                "or drop_last=False"
+                f"a subset of {np.shape(self.indices)[-1]} examples does not fill a batch; use a larger subset, a "
+                "smaller batch or drop_last=False"
             )
         if 0 < self._full_length < (subset_length or 0):
             subset_length = self._full_length
@@ -157,14 +171,33 @@ class SubsetSampling(Algorithm):
         """Check that the indices fit the dataset of the loader and are the same on all ranks."""
         if not _has_indices(loader):
             _check_supported(loader)
+        self._check_replicates(loader)
         count = len(loader.dataset) if isinstance(loader, DataLoader) else getattr(loader, "num_examples", None)
         if count is not None:
             if self._mask_length not in (None, count):
                 raise ValueError(f"the boolean mask has {self._mask_length} values; expected {count}, one per example")
-            if max(self.indices) >= count:
-                raise ValueError(f"index {max(self.indices)} is out of range for the {count} examples of the dataset")
+            for prefix, row in self._rows():
+                if max(row) >= count:
+                    raise ValueError(
+                        f"{prefix}index {max(row)} is out of range for the {count} examples of the dataset"
+                    )
         if len(set(dist.all_gather_object(self._digest()))) > 1:
             raise ValueError("the ranks have different subsets; draw the indices from the same seed on every rank")
+
+    def _check_replicates(self, loader: Iterable) -> None:
+        """Check that there is one row of indices for each replicate of the loader."""
+        kind, loaders = type(loader).__name__, getattr(loader, "loaders", None) if _has_indices(loader) else None
+        if loaders is None:
+            if self._is_stacked:
+                raise ValueError(
+                    f"the indices have shape {np.shape(self.indices)}, one row per replicate, but the {kind} has no "
+                    "attribute `loaders`; expected one dimension, or a loader of replicates such as StackedLoader"
+                )
+        elif not self._is_stacked or len(self.indices) != len(loaders):
+            raise ValueError(
+                f"the indices have shape {np.shape(self.indices)}, but the {kind} has {len(loaders)} replicates; "
+                f"expected {len(loaders)} rows, one per replicate"
+            )
 
     def _restrict(self, loader: Iterable) -> Iterable:
         if not _has_indices(loader):
@@ -216,7 +249,8 @@ class SubsetSampling(Algorithm):
         state.set_dataloader(loader, state.dataloader_label or "train", length)
 
     def _digest(self) -> str:
-        return hashlib.sha256(np.array(self.indices).tobytes()).hexdigest()
+        shape = str(np.shape(self.indices)).encode() if self._is_stacked else b""
+        return hashlib.sha256(np.array(self.indices).tobytes() + shape).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"until": str(self.until), "sha256": self._digest()}
@@ -229,7 +263,7 @@ class SubsetSampling(Algorithm):
 
 
 def _to_array(indices: Any) -> np.ndarray:
-    """Return indices or a boolean mask as an array of integers or booleans, shape (length,)."""
+    """Return indices or a boolean mask as an array of integers or booleans, shape (length,) or (R, length)."""
     if isinstance(indices, tuple) and len(indices) == 1 and np.ndim(indices[0]) == 1:  # of np.where or torch.where
         (indices,) = indices
     expected = "expected the integer indices of the examples, or a boolean mask"
@@ -243,26 +277,42 @@ def _to_array(indices: Any) -> np.ndarray:
         array = np.asarray(indices)
         array = np.array(array.tolist()) if array.dtype == object else array  # of pandas' nullable types
     except (TypeError, ValueError):
+        rows = indices if isinstance(indices, list) else []
+        if len(lengths := {len(row) for row in rows if hasattr(row, "__len__")}) > 1:
+            raise ValueError(f"rows of indices have lengths {sorted(lengths)}; expected the same length") from None
         raise ValueError(f"indices are of type {type(indices).__name__}; {expected}") from None
-    if isinstance(indices, list) and len({isinstance(index, bool | np.bool_) for index in indices}) > 1:
-        raise ValueError(f"indices mix integers and booleans; {expected}")
-    if array.ndim != 1:
+    for row in (indices, *indices) if isinstance(indices, list) else ():
+        if isinstance(row, list) and len({isinstance(index, bool | np.bool_) for index in row}) > 1:
+            raise ValueError(f"indices mix integers and booleans; {expected}")
+    has_rows = array.ndim == 2 and len(array) > 0 and array.shape[1] != 1  # one column is of np.argwhere
+    if array.ndim != 1 and not has_rows:
         raise ValueError(f"indices have shape {array.shape}; expected one dimension, such as indices.flatten()")
     if array.size and array.dtype != bool and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"indices are of type {array.dtype}; {expected}")
     return array
 
 
-def _check_indices(indices: list[int]) -> None:
+def _selected(mask: np.ndarray) -> np.ndarray:
+    """Return the indices that a mask selects in each row."""
+    counts = np.unique(np.count_nonzero(mask, axis=-1))
+    if len(counts) > 1:
+        raise ValueError(
+            f"the rows of the boolean mask select {counts[0]} to {counts[-1]} examples; expected the same number in "
+            "each row"
+        )
+    return np.nonzero(mask)[-1].reshape(*mask.shape[:-1], -1)
+
+
+def _check_indices(indices: list[int], prefix: str) -> None:
     if not indices:
-        raise ValueError("the subset is empty; expected at least one example")
+        raise ValueError(f"{prefix}the subset is empty; expected at least one example")
     if min(indices) < 0:
-        raise ValueError(f"index {min(indices)} is negative; expected 0 to N - 1")
+        raise ValueError(f"{prefix}index {min(indices)} is negative; expected 0 to N - 1")
     values, counts = np.unique(indices, return_counts=True)
     if counts.max() > 1:
         raise ValueError(
-            f"index {values[counts.argmax()]} occurs {counts.max()} times; expected distinct indices, or a mask of "
-            "booleans"
+            f"{prefix}index {values[counts.argmax()]} occurs {counts.max()} times; expected distinct indices, or a "
+            "mask of booleans"
         )
 
 

@@ -21,11 +21,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class _TrainingLoader:
-    """Iterates over the batches of an epoch, and makes a batch of one or several replicates.
-
-    Attributes:
-        current_step: Function without arguments that returns the step at which iteration starts.
-    """
+    """Iterates over `batch(step)` until the epoch of `len(self)` batches ends, and makes batches for R replicates."""
 
     def __init__(self, dataset: Dataset, device: torch.device | str, replicates: int = 1):
         self.images, self.labels = _on_device(dataset.train, device)
@@ -36,9 +32,6 @@ class _TrainingLoader:
         self._crops = Crops(*self.images.shape[1:3], self.padding)
         self._normalize = Normalize(dataset, device, replicates)
 
-    def __len__(self) -> int:
-        raise NotImplementedError
-
     def __iter__(self) -> Iterator[Batch]:
         step = self.current_step()
         while True:
@@ -46,9 +39,6 @@ class _TrainingLoader:
             step += 1
             if step % len(self) == 0:
                 return
-
-    def batch(self, step: int) -> Batch:
-        raise NotImplementedError
 
     def _make(self, *numbers: np.ndarray) -> Batch:
         """Return the images, (B, R x C, H, W), and labels, (B x R,), of crops with the numbers of `Crops.plan`."""

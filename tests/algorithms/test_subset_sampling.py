@@ -26,7 +26,7 @@ from torch.utils.data import (
 
 from lth_diet.algorithms import SubsetSampling
 from lth_diet.data.dataset import Dataset, Split
-from lth_diet.data.loader import Loader
+from lth_diet.data.loader import Loader, StackedLoader
 
 SUBSET = list(range(0, 48, 3))  # 16 of 48 examples: two batches of 8
 REMAINS = np.isin(np.arange(48), SUBSET)
@@ -79,12 +79,75 @@ def test_time_may_be_in_epochs(trainer, indexed):
     assert [set(batch) <= set(SUBSET) for batch in seen] == [True] * 6 + [False] * 2
 
 
-def resettable_loader(count=48):
-    images = np.zeros((count, 8, 8, 3), np.uint8)
-    data = Dataset(
-        "cifar10", Split(images, np.arange(count)), Split(images, np.arange(count)), (0.0,) * 3, (1.0,) * 3, ()
-    )
-    return Loader(data, 8, order_seed=1, augmentation_seed=2)
+def resettable_loader(order=1):
+    split = Split(np.zeros((48, 8, 8, 3), np.uint8), np.arange(48))
+    data = Dataset("cifar10", split, split, (0.0,) * 3, (1.0,) * 3, ())
+    return Loader(data, 8, order_seed=order, augmentation_seed=2)
+
+
+ROWS = [SUBSET, [index + 1 for index in SUBSET]]  # of two replicates
+
+
+def stacked_loader(count=2):
+    return StackedLoader([resettable_loader(order) for order in range(count)])
+
+
+def stacked_classifier():
+    """A model that classifies the first of two replicates by the images of both."""
+    classifier = ComposerClassifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(384, 48)), num_classes=48)
+    loss = classifier.loss
+    classifier.loss = lambda outputs, batch: loss(outputs, (batch[0], batch[1][:, 0]))
+    classifier.get_metrics = lambda is_train=False: {}
+    return classifier
+
+
+@pytest.mark.parametrize("until", [3, 4])
+def test_each_replicate_of_a_stack_has_its_row_until_the_time(trainer, until):
+    loader, unrestricted = stacked_loader(), stacked_loader()
+    spy = Spy(before_forward=lambda state: state.batch[1].T.tolist())
+    options = {"callbacks": [spy], "spin_dataloaders": False, "model": stacked_classifier()}
+    fit = trainer([SubsetSampling(ROWS, until)], loader=loader, steps=9, **options)
+    loader.current_step = lambda: int(fit.state.timestamp.batch)
+    fit.fit()
+    seen = spy.seen["before_forward"]
+    for replicate, subset in enumerate(ROWS):
+        assert sorted(seen[0][replicate] + seen[1][replicate]) == subset
+        assert all(set(labels[replicate]) <= set(subset) for labels in seen[:until])
+    assert seen[until:] == [unrestricted.batch(step)[1].T.tolist() for step in range(until, 9)]
+    assert loader.indices is None
+
+
+@pytest.mark.parametrize("indices", [ROWS, np.array(ROWS), torch.tensor(ROWS), [torch.tensor(row) for row in ROWS]])
+def test_rows_of_every_type_are_one_subset_per_replicate(indices):
+    assert SubsetSampling(indices, 2).indices == ROWS
+
+
+def test_masks_of_rows_select_the_same_examples():
+    masks = [np.isin(np.arange(48), row) for row in ROWS]
+    assert SubsetSampling(masks, 2).indices == SubsetSampling(np.array(masks), 2).indices == ROWS
+
+
+@pytest.mark.parametrize(
+    ("indices", "loader", "sentence"),
+    [
+        (ROWS, resettable_loader, r"shape \(2, 16\), one row per replicate, but the Loader has no attribute `loaders`"),
+        (ROWS, lambda: stacked_loader(3), r"shape \(2, 16\), but the StackedLoader has 3 replicates; expected 3 rows"),
+        (SUBSET, stacked_loader, r"shape \(16,\), but the StackedLoader has 2 replicates; expected 2 rows"),
+        ([SUBSET, range(33, 49)], stacked_loader, "row 1 of the indices: index 48 is out of range for the 48 examples"),
+        (np.ones((2, 47), bool), stacked_loader, "mask has 47 values; expected 48"),
+        ([range(7)] * 2, stacked_loader, "7 examples do not fill a batch of 8"),
+    ],
+)
+def test_rows_that_do_not_fit_the_loader_raise(trainer, indices, loader, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        trainer([SubsetSampling(indices, 2)], loader=loader()).fit()
+
+
+def test_rows_in_use_already_raise(trainer):
+    loader = stacked_loader()
+    loader.indices = ROWS
+    with pytest.raises(ValueError, match="the attribute `indices` of the StackedLoader is in use already"):
+        trainer([SubsetSampling(ROWS, 2)], loader=loader).fit()
 
 
 def labels_of(state):
@@ -174,7 +237,15 @@ def test_indices_and_masks_of_every_type_select_the_same_examples(indices):
         ([True, 2], "mix integers and booleans"),
         (pd.array([True, None]), "of type object"),
         (np.argwhere(REMAINS), r"have shape \(16, 1\); expected one dimension, such as indices.flatten\(\)"),
-        ([[1], [2, 3]], "of type list; expected"),
+        ([[1], [2, 3]], r"rows of indices have lengths \[1, 2\]; expected the same length"),
+        ([1, [2, 3]], "of type list; expected"),
+        (np.zeros((2, 3, 4), int), r"have shape \(2, 3, 4\)"),
+        ([[1, 2], [3, -1]], "row 1 of the indices: index -1 is negative"),
+        ([[1, 1], [3, 4]], "row 0 of the indices: index 1 occurs 2 times"),
+        (np.zeros((2, 48), bool), "row 0 of the indices: the subset is empty"),
+        ([[True, False], [True, True]], "rows of the boolean mask select 1 to 2 examples; expected the same number"),
+        ([[True, 0], [True, 0]], "mix integers and booleans"),
+        ([[0.5, 1], [1, 2]], "of type float64"),
         (7, "of type int; expected"),
         ("12", "of type str; expected"),
         ({1: 0.5}, "of type dict; expected"),
@@ -394,6 +465,14 @@ def test_resuming_with_another_subset_or_time_raises(trainer, indexed, place, in
     trainer([SubsetSampling(SUBSET, 4)], **options, save_folder="saved", save_filename="{batch}.pt").fit()
     with pytest.raises(ValueError, match=sentence):
         trainer([SubsetSampling(indices, until)], **options, load_path="saved/3.pt")
+
+
+def test_the_rows_of_a_stack_must_be_those_of_the_checkpoint():
+    saved = SubsetSampling(ROWS, 4).state_dict()
+    SubsetSampling(np.array(ROWS), 4).load_state_dict(saved)
+    for others in (ROWS[::-1], sum(ROWS, []), [ROWS[0]] * 2):
+        with pytest.raises(ValueError, match="other indices"):
+            SubsetSampling(others, 4).load_state_dict(saved)
 
 
 RANKS = """

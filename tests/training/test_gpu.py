@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from forks.client import Process
 from helpers import ROOT, TINY
-from metagpu import meta_gpu
+from metagpu import META, meta_gpu
 
 from lth_diet.config import loading
+from lth_diet.data.dataset import Dataset, Split
+from lth_diet.data.loader import EvaluationLoader, Loader, StackedLoader
 from lth_diet.imp import IMP
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.scoring import Scoring
@@ -55,6 +58,23 @@ def test_each_batch_is_one_copy_from_pinned_memory_that_does_not_wait(ran):
     for step in (6, 9):
         copies = [copy for copy in ran.copies if copy.step == step]
         assert [(copy.target, copy.pinned, copy.blocking) for copy in copies] == [("meta", True, False)] * 2  # levels
+
+
+def test_a_batch_of_a_stack_is_one_copy_and_as_many_launches_as_a_batch_of_one_loader():
+    split = Split(np.zeros((50, 8, 8, 3), np.uint8), np.arange(50))
+    data = Dataset("cifar10", split, split, (0.5,) * 3, (0.25,) * 3, ())
+    with meta_gpu() as gpu:
+        loaders = [Loader(data, 8, replicate, replicate, META) for replicate in range(3)]
+        stacked, evaluation = StackedLoader(loaders), EvaluationLoader(data, split, 16, META, copies=3)
+        loaders[0].batch(1)
+        images, labels = stacked.batch(2)
+        prepared, launches = len(gpu.copies), [dict(gpu.ops[0, step]) for step in (1, 2)]
+        assert [(batch[0].shape[1:], batch[1].shape[1:]) for batch in evaluation] == [((9, 8, 8), (3,))] * 4
+    assert images.shape == (8, 9, 8, 8) and labels.shape == (8, 3) and images.device == labels.device == META
+    assert launches[0] == launches[1]
+    assert [(copy.step, copy.pinned, copy.blocking) for copy in gpu.copies[-2:]] == [(1, True, False), (2, True, False)]
+    assert gpu.reads == gpu.mixtures == [] and len(gpu.copies) == prepared
+    assert [copy.shape for copy in gpu.copies if copy.is_of_images] == [(50, 8, 8, 3)]
 
 
 def test_the_images_of_each_split_are_copied_to_the_gpu_once(ran):
