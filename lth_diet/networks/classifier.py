@@ -1,15 +1,20 @@
-"""Initialization of a network, and the Composer model that wraps it."""
+"""Initialization of a network, and the Composer models that wrap a network or a stack."""
 
+import copy
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from composer.models import ComposerClassifier
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from lth_diet.networks.parameters import computed_weights
 from lth_diet.networks.resnet import ResNet
+from lth_diet.networks.stack import stack
 
 _KAIMING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -96,3 +101,76 @@ def build_classifier(
         initialize(network, seed)
     network.to(memory_format=torch.channels_last)
     return ComposerClassifier(network, num_classes=classes, train_metrics=MetricCollection([]))
+
+
+class StackedClassifier(ComposerClassifier):
+    """The Composer model of a stack of R networks, without training metrics.
+
+    A batch, in training and evaluation, has images (B, R * C, H, W), where replicate r has channels r * C to
+    (r + 1) * C - 1, and labels (B, R).
+
+    Attributes:
+        losses: Mean cross entropy of each replicate in the last batch, detached, of shape (R,); None before.
+
+    Args:
+        module: A stack, from images to logits (B, R * classes).
+        metrics: For each replicate, its evaluation metrics by name.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, module: nn.Module, metrics: Sequence[dict[str, Metric]], num_classes: int):
+        each = {f"{name}_{r}": metric for r, named in enumerate(metrics) for name, metric in named.items()}
+        for r, named in enumerate(metrics):
+            for metric in named.values():
+                metric.replicate = r
+        evaluation = MetricCollection(each, compute_groups=False)
+        super().__init__(module, num_classes, train_metrics=MetricCollection([]), val_metrics=evaluation)
+        self.replicates = len(metrics)
+        self.losses: Tensor | None = None
+
+    def forward(self, batch: tuple[Tensor, Any]) -> Tensor:
+        """Return the logits (B, R, classes)."""
+        return super().forward(batch).unflatten(1, (self.replicates, -1))
+
+    def loss(self, outputs: Tensor, batch: tuple[Any, Tensor]) -> Tensor:
+        """Return the sum of the replicates' mean losses: each gets the gradient of its own."""
+        _, labels = batch
+        losses = F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none")
+        means = losses.view(labels.shape).mean(0)
+        self.losses = means.detach()
+        return means.sum()
+
+    def update_metric(self, batch: tuple[Any, Tensor], outputs: Tensor, metric: Metric) -> None:
+        """Update a metric of one replicate."""
+        _, labels = batch
+        metric.update(outputs[:, metric.replicate], labels[:, metric.replicate])
+
+
+def stack_classifiers(
+    classifiers: Sequence[ComposerClassifier], image_shape: tuple[int, int, int]
+) -> ComposerClassifier:
+    """Stack R classifiers into one, with the evaluation metrics of each, named `<name>_<r>`.
+
+    Args:
+        classifiers: Classifiers of one architecture, whose loss is the cross entropy. They are not changed.
+        image_shape: C, H and W.
+
+    Returns:
+        A StackedClassifier. One classifier is returned as it is.
+
+    Raises:
+        ValueError: If the networks cannot be stacked, as in `stack`, or a loss is another than the cross entropy.
+    """
+    if len(classifiers) == 1:
+        return classifiers[0]
+    network = stack([each.module for each in classifiers], image_shape)
+    classes = classifiers[0].num_classes
+    logits, labels = torch.arange(2.0 * classes).cos().view(2, classes), torch.tensor([0, classes - 1])
+    for r, each in enumerate(classifiers):
+        if not torch.allclose(each.loss(logits, (None, labels)), F.cross_entropy(logits, labels)):
+            raise ValueError(
+                f"the loss of classifier {r} is not the mean cross entropy; train these classifiers one by one"
+            )
+    return StackedClassifier(
+        network, [copy.deepcopy(each.get_metrics(is_train=False)) for each in classifiers], classes
+    )
