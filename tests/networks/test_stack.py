@@ -1,5 +1,4 @@
 import copy
-import functools
 import itertools
 
 import pytest
@@ -14,6 +13,15 @@ from lth_diet.networks.classifier import build_classifier
 from lth_diet.networks.stack import concatenate, split, stack
 
 IMAGE = (3, 6, 6)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are small, and threads of several tests at once wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Branches(nn.Module):
@@ -39,7 +47,7 @@ def head(*layers, features=3 * 36):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 5))
 
 
-def network(seed, widths=(4, 5), norm="batch", bias=True, groups=1, pool=False, deep_head=False):
+def build(seed, widths=(4, 5), norm="batch", bias=True, groups=1, pool=False, deep_head=False):
     """A network with the layers that have a stacked form, with random values in all parameters."""
     layers, channels = [], IMAGE[0]
     for width in widths:
@@ -90,10 +98,10 @@ def train(model, batches, steps=20):
     return logits.detach(), [parameter.grad for parameter in model.parameters()]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(count=st.integers(2, 4), architecture=st.fixed_dictionaries(ARCHITECTURES))
 def test_a_stack_trains_as_its_networks_do(count, architecture):
-    networks = [network(seed, **architecture).double() for seed in range(count)]
+    networks = [build(seed, **architecture).double() for seed in range(count)]
     stacked = stack(networks, IMAGE)
     images, labels = torch.randn(2, 4, count * 3, *IMAGE[1:], dtype=torch.float64), torch.randint(5, (2, 4, count))
     logits, gradients = train(stacked, list(zip(images, labels, strict=True)))
@@ -112,12 +120,11 @@ def test_a_stack_trains_as_its_networks_do(count, architecture):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
-def test_a_replicate_does_not_change_a_bit_of_the_others(precision, layout, threads, request):
-    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+def test_a_replicate_does_not_change_a_bit_of_the_others(precision, layout, threads):
     torch.set_num_threads(threads)
     dtype = torch.float64 if precision == "fp64" else torch.float32
 
-    @settings(max_examples=8 if threads == 1 else 2, deadline=None)
+    @settings(max_examples=15 if threads == 1 else 3, deadline=None)
     @given(
         count=st.integers(2, 4),
         replicate=st.integers(0, 3),
@@ -125,7 +132,7 @@ def test_a_replicate_does_not_change_a_bit_of_the_others(precision, layout, thre
         architecture=st.fixed_dictionaries(ARCHITECTURES),
     )
     def check(count, replicate, noise, architecture):
-        stacked = stack([network(seed, **architecture) for seed in range(count)], IMAGE)
+        stacked = stack([build(seed, **architecture) for seed in range(count)], IMAGE)
         stacked.to(dtype=dtype, memory_format=layout)
         images, labels = torch.randn(5, count * 3, *IMAGE[1:], dtype=dtype), torch.randint(5, (5, count))
         results = []
@@ -260,7 +267,7 @@ def test_networks_that_share_tensors_are_rejected_and_layers_that_do_stay_tied()
 
 
 def test_stacking_changes_neither_networks_nor_random_state_and_shares_nothing():
-    networks = [network(seed).to(memory_format=torch.channels_last) for seed in range(3)]
+    networks = [build(seed).to(memory_format=torch.channels_last) for seed in range(3)]
     for each in networks:
         each(torch.randn(2, *IMAGE)).sum().backward()
     before = copy.deepcopy(networks)
