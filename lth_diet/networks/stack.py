@@ -24,7 +24,7 @@ class StackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2:
             raise ValueError(f"a stacked Linear has inputs (B, R * {self.in_features}); got {tuple(x.shape)}")
-        inputs = x.view(len(x), -1, self.in_features).transpose(0, 1)
+        inputs = x.reshape(len(x), -1, self.in_features).transpose(0, 1)
         weight = self.weight.view(len(inputs), -1, self.in_features).transpose(1, 2)
         if self.bias is None:
             outputs = torch.bmm(inputs, weight)
@@ -54,7 +54,8 @@ class StackedConv2d(nn.Conv2d):
         if bias is not None:
             bias = F.pad(bias.unflatten(0, (self.groups, outputs)), (0, outputs % 2)).flatten()
         result = super()._conv_forward(x, weight, bias)
-        return result.unflatten(1, (self.groups, -1))[:, :, :outputs].flatten(1, 2)
+        result = result.unflatten(1, (self.groups, -1))[:, :, :outputs].flatten(1, 2)
+        return result.contiguous(memory_format=layout)
 
 
 _RULES: dict[type[nn.Module], tuple[type[nn.Module], tuple[str, ...]]] = {
