@@ -215,10 +215,8 @@ def _check_layers(network: nn.Module) -> None:
             raise ValueError(f"cannot stack {layer}, {what}; {remedy}")
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if own:
-            raise ValueError(
-                f"cannot stack {layer}, whose {enumerate_names(each for each, _ in own)} belongs to no layer with a "
-                f"stacked form, such as Conv2d, BatchNorm or Linear; {remedy}"
-            )
+            names = enumerate_names(each for each, _ in own)
+            raise ValueError(f"cannot stack {layer}, which has tensors ({names}) but no stacked form; {remedy}")
 
 
 def _has_hooks(owner: nn.Module | Tensor) -> bool:
