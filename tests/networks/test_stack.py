@@ -115,7 +115,7 @@ def test_a_replicate_does_not_change_a_bit_of_the_others(precision, layout, thre
     torch.set_num_threads(threads)
     dtype = torch.float64 if precision == "fp64" else torch.float32
 
-    @settings(max_examples=15 if threads == 1 else 1, deadline=None)
+    @settings(max_examples=15 if threads == 1 else 2, deadline=None)
     @given(
         count=st.integers(2, 4),
         replicate=st.integers(0, 3),
