@@ -12,7 +12,7 @@ from typing import Any
 from lth_diet.config.run_ids import DEFAULTS, OUTSIDE_IDENTITY, without_ignored
 
 Identity = Mapping[str, str]
-NUMERICAL = ("threads", "precision", "compile", "deterministic", "parallelism", "ranks")
+NUMERICAL = ("threads", "precision", "compile", "deterministic", "stack", "parallelism", "ranks")
 """Settings that change the rounding: arms that differ in them are not pooled, but can be compared."""
 UNKNOWN = "identity"
 """Key of an identity that was not recorded, as in a CSV file without the column of that name."""

@@ -22,6 +22,7 @@ from lth_diet.data import dataset
 from lth_diet.data.loader import Loader
 from lth_diet.errors import UserError
 from lth_diet.masks.mask import Mask
+from lth_diet.runs.block import BlockPhase
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.training import devices, trainer
 from lth_diet.training.builders import Builder
@@ -40,6 +41,8 @@ class Workload:
         size: Height and width of the images.
         examples: Number of training images.
         tested: Number of test images.
+        channels: Channels of the images.
+        stack: Number of replicates that train as one network.
     """
 
     def __init__(
@@ -50,13 +53,15 @@ class Workload:
         size: int = 32,
         examples: int = 5120,
         tested: int = 128,
+        channels: int = 3,
+        stack: int = 1,
     ):
         random = np.random.default_rng(0)
-        images = random.integers(0, 256, (max(examples, tested), size, size, 3), dtype=np.uint8)
+        images = random.integers(0, 256, (max(examples, tested), size, size, channels), dtype=np.uint8)
         labels = random.integers(0, 10, len(images))
         train, test = (dataset.Split(images[:count], labels[:count]) for count in (examples, tested))
-        self.data = dataset.Dataset("cifar10", train, test, MEAN, STD, tuple("0123456789"))
-        self.depth, self.width, self.batch_size = depth, width, batch_size
+        self.data = dataset.Dataset("cifar10", train, test, MEAN[:channels], STD[:channels], tuple("0123456789"))
+        self.depth, self.width, self.batch_size, self.stack = depth, width, batch_size, stack
 
     def builder(self, steps: int = 1, compiled: bool = False, precision: str = "auto") -> Builder:
         config = Config.model_validate(
@@ -69,7 +74,7 @@ class Workload:
                 "precision": precision,
             }
         )
-        builder = Builder(config, 0)
+        builder = Builder(config, *range(self.stack))
         builder.data = self.data
         return builder
 
@@ -85,9 +90,10 @@ class Workload:
         algorithms = [Rewind(0, model.module.state_dict()), ApplyMask(Mask.dense(model.module)), *algorithms]
         loader, evaluation = build.build_loader(self.data), build.build_evaluation_loader(self.data.test)
         with tempfile.TemporaryDirectory() as folder:
-            phase, schedule = PhaseDirectory(Path(folder)), trainer.Schedule(0, steps, 0.1)
+            phases = [PhaseDirectory(Path(folder) / f"replicate_{index}") for index in range(self.stack)]
+            block, schedule = BlockPhase(phases), trainer.Schedule(0, steps, 0.1)
             progress = Progress([], 0)
-            trainer.train(model, loader, evaluation, schedule, algorithms, phase, build.config, progress, lambda: None)
+            trainer.train(model, loader, evaluation, schedule, algorithms, block, build.config, progress, lambda: None)
 
 
 class Clock(Algorithm):

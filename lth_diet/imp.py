@@ -1,22 +1,25 @@
 """Iterative magnitude pruning (IMP) with weight rewinding: Algorithm 1 of the paper."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from composer import Algorithm
 from composer.models import ComposerClassifier
 from composer.utils import dist
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn import Module
 
 from lth_diet.algorithms import ApplyMask, Rewind, SubsetSampling
 from lth_diet.config.schema import Config
 from lth_diet.data import subsets
-from lth_diet.data.loader import EvaluationLoader, Loader
+from lth_diet.data.loader import EvaluationLoader, Loader, StackedLoader
 from lth_diet.data.subsets import save_indices
 from lth_diet.errors import TrainingError, UserError
 from lth_diet.masks.mask import Mask
 from lth_diet.masks.pruning import prune_by_magnitude
+from lth_diet.networks import stack
+from lth_diet.runs.block import BlockPhase
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.runs.scores_directory import load_arm_scores
@@ -31,60 +34,71 @@ Weights = dict[str, Tensor]
 
 
 class IMP:
-    """Runs one replicate of one arm.
+    """Runs one replicate of one arm, or a block of replicates that train as one stack.
 
     A phase whose results exist is not trained again, so that a rerun resumes. Under data parallelism every rank calls
-    `run`; rank 0 writes the results.
+    `run`; rank 0 writes the results. In a block, a replicate whose loss is not finite fails, and the others go on.
+    Methods return a dictionary by position in the block, without the replicates that have failed.
 
     Args:
         config: Configuration of the arm.
-        replicate: Directory of the results. Its index selects the seeds.
+        replicates: Directories of the results, `config.stack` of them. Their indices select the seeds.
         progress: Receives progress, results and warnings.
         track: Called after phases and checkpoints to send new results to MLflow.
     """
 
-    def __init__(self, config: Config, replicate: ReplicateDirectory, progress: Progress, track: Callable[[], None]):
+    def __init__(
+        self,
+        config: Config,
+        replicates: Sequence[ReplicateDirectory],
+        progress: Progress,
+        track: Callable[[], None],
+    ):
         self.config = config
-        self.replicate = replicate
+        self.replicates = list(replicates)
+        self.members = [k for k, replicate in enumerate(replicates) if not replicate.given_up]
         self.progress = progress
         self.track = track
-        self.builder = Builder(config, replicate.index)
+        self.builder = Builder(config, *(replicate.index for replicate in replicates))
 
     def run(self) -> None:
         """Algorithm 1. The mask of level n has been pruned n times."""
         dist.barrier()  # rank 0 may have downloaded results of other nodes
         levels = self.config.prune.levels
-        mask = Mask.dense(self.builder.build_network().module)  # lines 1 and 2
-        rewind_point = self.pretrain()  # line 3
+        masks = dict.fromkeys(self.members, Mask.dense(self.network))  # lines 1 and 2
+        rewind_points = self.pretrain()  # line 3
         for level in range(levels):  # line 4
-            weights = self.train(level, mask, rewind_point)  # line 5
-            mask = self.prune(level + 1, mask, weights)  # line 6
-        self.train(levels, mask, rewind_point)  # line 8
+            weights = self.train(level, masks, rewind_points)  # line 5
+            masks = self.prune(level + 1, masks, weights)  # line 6
+        self.train(levels, masks, rewind_points)  # line 8
         if self.is_rank_zero:
             self.track()  # sends what an earlier launch could not send
 
-    def pretrain(self) -> Weights:
-        """Train the dense network for t_r steps on the arm's examples.
+    def pretrain(self) -> dict[int, Weights]:
+        """Train the dense networks for t_r steps on the arm's examples.
 
         Returns:
-            The rewind point: the network's weights at step t_r.
+            The rewind points: the networks' weights at step t_r.
         """
-        phase, rewind_step = self.replicate.pretrain, self.config.rewind_step
-        if not phase.done:
+        block, rewind_step = self._block([replicate.pretrain for replicate in self.replicates]), self.config.rewind_step
+        if not block.done:
             model, rewind = self.builder.build_network(), Rewind(rewind_step)
             if rewind_step == 0:
-                result, rewind.state = {"steps": 0}, model.module.state_dict()
+                results, rewind.state = {k: {"steps": 0} for k in block.training}, model.module.state_dict()
             else:
                 loader = self.builder.build_loader(self.builder.noisy_data)
                 schedule = trainer.Schedule(0, rewind_step, self.config.pretrain.lr)
-                result = self._train_phase(phase, model, loader, schedule, [rewind, *self.subset_algorithms()], 100.0)
+                algorithms = [rewind, *self.subset_algorithms(block)]
+                results = self._train_phase(block, model, loader, schedule, algorithms, 100.0)
                 if self.scores is not None:
-                    result["scores_sha256"] = self.scores.manifest["sha256"]
-            self._finish_phase(phase, result, rewind.state)
+                    results = {
+                        k: {**each, "scores_sha256": self.scores.manifest["sha256"]} for k, each in results.items()
+                    }
+            self._finish_phase(block, results, rewind.state)
         dist.barrier()
-        return load_file(phase.verified("weights.safetensors"))
+        return {k: load_file(self.replicates[k].pretrain.verified("weights.safetensors")) for k in self.members}
 
-    def subset_algorithms(self) -> list[Algorithm]:
+    def subset_algorithms(self, block: BlockPhase) -> list[Algorithm]:
         """Select the examples of pre-training (paper, section 3) and save their indices and pictures.
 
         Returns:
@@ -94,20 +108,21 @@ class IMP:
             return []
         subset, labels, rule = self.config.pretrain.subset, self.builder.noisy_data.train.labels, None
         if self.scores is None:
-            indices = subsets.random_subset(labels, subset.size, self.builder.seed("subset"))
+            rows = [subsets.random_subset(labels, subset.size, seed) for seed in self.builder.seeds("subset")]
         else:
             select = {"easy": subsets.easy, "hard": subsets.hard}[self.config.arm]
             options = {"class_balanced": subset.class_balanced, "offset": subset.offset}
             rule = functools.partial(select, labels=labels, size=subset.size, **options)
-            indices = rule(self.scores.mean)
+            rows = [rule(self.scores.mean)] * len(block)
         if self.is_rank_zero:
             from lth_diet.scores.pictures import save_subset_pictures  # imports matplotlib, which is slow
 
-            folder = self.replicate.pretrain.path
-            save_indices(folder, indices)
-            with self.progress.warn_on_error("cannot draw the pictures of the subset"):
-                save_subset_pictures(folder, ScoredExamples(self.builder.data, labels, self.scores), indices, rule)
-        return [SubsetSampling(indices, until=self.config.rewind_step)]
+            examples = ScoredExamples(self.builder.data, labels, self.scores)
+            for k in block.training:
+                save_indices(block.phases[k].path, rows[k])
+                with self.progress.warn_on_error("cannot draw the pictures of the subset"):
+                    save_subset_pictures(block.phases[k].path, examples, rows[k], rule)
+        return [SubsetSampling(rows if len(block) > 1 else rows[0], until=self.config.rewind_step)]
 
     @functools.cached_property
     def scores(self) -> Scores | None:
@@ -119,7 +134,7 @@ class IMP:
         if not self.config.needs_scores:
             return None
         scores = load_arm_scores(self.config, self.builder.noisy_data.train.labels)
-        for path in self.replicate.path.parent.glob("replicate_*"):
+        for path in self.replicates[0].path.parent.glob("replicate_*"):
             other = ReplicateDirectory(path).pretrain
             if other.done and other.result().get("scores_sha256") != scores.manifest["sha256"]:
                 raise UserError(
@@ -128,7 +143,7 @@ class IMP:
                 )
         return scores
 
-    def train(self, level: int, mask: Mask, rewind_point: Weights) -> Weights:
+    def train(self, level: int, masks: dict[int, Mask], rewind_points: dict[int, Weights]) -> dict[int, Weights]:
         """Train mask ⊙ rewind point from step t_r to the last step, and measure its test accuracy.
 
         Returns:
@@ -137,21 +152,38 @@ class IMP:
         Raises:
             UserError: If a weight that the mask prunes is not zero.
         """
-        phase, rewind_step, settings = self.replicate.level(level), self.config.rewind_step, self.config.train
-        if not phase.done:
-            if self.is_rank_zero:
-                phase.write("mask.safetensors", mask.to_bytes({"level": str(level)}))
-            model, weights_remaining_percent = self.builder.build_network(), 100 * mask.density
-            mask.validate(model.module)
-            algorithms = [Rewind(rewind_step, rewind_point), ApplyMask(mask)]
-            schedule = trainer.Schedule(rewind_step, settings.steps, settings.lr, settings.milestones)
-            result = self._train_phase(phase, model, self.loader, schedule, algorithms, weights_remaining_percent)
-            result |= {"level": level, "weights_remaining_percent": weights_remaining_percent}
-            self._finish_phase(phase, result, model.module.state_dict())
+        block, settings = self._block([replicate.level(level) for replicate in self.replicates]), self.config.train
+        if not block.done:
+            for k in block.training:
+                masks[k].validate(self.network)
+                if self.is_rank_zero:
+                    block.phases[k].write("mask.safetensors", masks[k].to_bytes({"level": str(level)}))
+            model, remaining = self.builder.build_network(), {k: 100 * masks[k].density for k in self.members}
+            algorithms = self.rewinding_algorithms(block, masks, rewind_points)
+            schedule = trainer.Schedule(self.config.rewind_step, settings.steps, settings.lr, settings.milestones)
+            results = self._train_phase(block, model, self.loader, schedule, algorithms, min(remaining.values()))
+            for k, result in results.items():
+                result |= {"level": level, "weights_remaining_percent": remaining[k]}
+            self._finish_phase(block, results, model.module.state_dict())
         dist.barrier()
+        return {k: self._trained_weights(self.replicates[k], level, masks[k]) for k in self.members}
+
+    def rewinding_algorithms(
+        self, block: BlockPhase, masks: dict[int, Mask], rewind_points: dict[int, Weights]
+    ) -> list[Algorithm]:
+        """Start from the rewind points and apply the masks. In place of a replicate that has failed trains another."""
+        rewind_step = self.config.rewind_step
+        if len(masks) < len(block) and block.checkpoint():
+            return [Rewind(rewind_step), ApplyMask()]  # as in the checkpoint, which has those of failed replicates too
+        present = [k if k in masks else block.training[0] for k in range(len(block))]
+        rewind_point = stack.concatenate([rewind_points[k] for k in present])
+        return [Rewind(rewind_step, rewind_point), ApplyMask(stack.concatenate([masks[k] for k in present]))]
+
+    def _trained_weights(self, replicate: ReplicateDirectory, level: int, mask: Mask) -> Weights:
+        phase = replicate.level(level)
         result = phase.result()
         accuracy, weights_remaining_percent = result["test_accuracy_percent"], result["weights_remaining_percent"]
-        self.progress.report_accuracy(self.replicate.name, phase.name, accuracy, weights_remaining_percent)
+        self.progress.report_accuracy(replicate.name, phase.name, accuracy, weights_remaining_percent)
         weights = load_file(phase.verified("weights.safetensors"))
         if not mask.is_zero_outside(weights):
             raise UserError(
@@ -160,21 +192,30 @@ class IMP:
             )
         return weights
 
-    def prune(self, level: int, mask: Mask, weights: Weights) -> Mask:
+    def prune(self, level: int, masks: dict[int, Mask], weights: dict[int, Weights]) -> dict[int, Mask]:
         """Prune the remaining weights with the lowest magnitudes.
 
         Returns:
-            The mask of `level`.
+            The masks of `level`.
 
         Raises:
             TrainingError: If the weights cannot be pruned.
             UserError: If `level` was trained with a different mask.
         """
-        phase = self.replicate.level(level)
-        try:
-            pruned = prune_by_magnitude(weights, mask, self.config.prune.fraction)
-        except ValueError as error:
-            raise TrainingError(f"{phase.path}: {error}") from None
+        pruned = {}
+        for k in list(self.members):
+            phase = self.replicates[k].level(level)
+            try:
+                pruned[k] = self._prune(level, phase, masks[k], weights[k])
+            except ValueError as error:
+                reason = f"{phase.path}: {error}"
+                if len(self.replicates) == 1:
+                    raise TrainingError(reason) from None
+                self._give_up(k, reason)
+        return pruned
+
+    def _prune(self, level: int, phase: PhaseDirectory, mask: Mask, weights: Weights) -> Mask:
+        pruned = prune_by_magnitude(weights, mask, self.config.prune.fraction)
         emptied = [name for name in pruned.empty_layers if name not in mask.empty_layers]
         if emptied and not phase.done:
             self.progress.log(f"warning: {phase.path}: no weight remains of {', '.join(emptied)}")
@@ -186,7 +227,12 @@ class IMP:
         return pruned
 
     @functools.cached_property
-    def loader(self) -> Loader:
+    def network(self) -> Module:
+        """One network of this architecture."""
+        return Builder(self.config, self.replicates[0].index).build_network().module
+
+    @functools.cached_property
+    def loader(self) -> Loader | StackedLoader:
         """Training batches of the levels: all examples with their true labels."""
         return self.builder.build_loader(self.builder.data)
 
@@ -200,23 +246,39 @@ class IMP:
         """Whether this rank writes the results."""
         return dist.get_global_rank() == 0
 
+    def _block(self, phases: Sequence[PhaseDirectory]) -> BlockPhase:
+        failed = [k for k in range(len(phases)) if k not in self.members]
+        return BlockPhase(phases, failed, self._give_up)
+
+    def _give_up(self, k: int, reason: str) -> None:
+        self.members.remove(k)
+        replicate = self.replicates[k]
+        replicate.give_up(reason)
+        self.progress.set_state(replicate.name, "failed")
+        self.progress.log(f"error: {replicate.name}: {reason}")
+        self.track()
+
     def _train_phase(
         self,
-        phase: PhaseDirectory,
+        block: BlockPhase,
         model: ComposerClassifier,
-        loader: Loader,
+        loader: Loader | StackedLoader,
         schedule: trainer.Schedule,
         algorithms: list[Algorithm],
         weights_remaining_percent: float,
-    ) -> dict:
-        self.progress.start_phase(self.replicate.name, phase.name, weights_remaining_percent)
+    ) -> dict[int, dict]:
+        names = [self.replicates[k].name for k in block.training]
+        self.progress.start_phase(names, block.leader.name, weights_remaining_percent)
         return trainer.train(
-            model, loader, self.evaluation_loader, schedule, algorithms, phase, self.config, self.progress, self.track
+            model, loader, self.evaluation_loader, schedule, algorithms, block, self.config, self.progress, self.track
         )
 
-    def _finish_phase(self, phase: PhaseDirectory, result: dict, weights: Weights) -> None:
-        if self.is_rank_zero:
-            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-            phase.write("weights.safetensors", save(contiguous))
-            phase.finish(result)
+    def _finish_phase(self, block: BlockPhase, results: dict[int, dict], weights: Weights) -> None:
+        """Write the results of the leader last: it has the checkpoint, from which the others may have to resume."""
+        if self.is_rank_zero and results:
+            states = stack.split(weights, len(block))
+            for k in sorted(results, reverse=True):
+                contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in states[k].items()}
+                block.phases[k].write("weights.safetensors", save(contiguous))
+                block.phases[k].finish(results[k])
             self.track()

@@ -16,6 +16,7 @@ from lth_diet.data import catalog, seeds
 from lth_diet.data.loader import EvaluationLoader
 from lth_diet.errors import UserError
 from lth_diet.files import LockedError, read_json, remove_partial_files
+from lth_diet.runs.block import BlockPhase
 from lth_diet.runs.environment import versions
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
@@ -40,7 +41,8 @@ class Scoring:
         config: Configuration with the scoring settings.
         progress: Receives progress, results and warnings.
         track: Called after networks and checkpoints to send new results to MLflow.
-        order: Numbers of the networks, 0 to K - 1, in the order in which to train them.
+        order: Numbers of the blocks of networks (`Config.scoring_blocks`) in the order in which to train them: 0 to
+            K - 1 with `stack: 1`.
     """
 
     def __init__(self, config: Config, progress: Progress, track: Callable[[], None], order: Sequence[int]):
@@ -64,7 +66,7 @@ class Scoring:
         with self.folder.store.lock(timeout=-1):
             if not self.folder.done:
                 remove_partial_files(self.folder.path)
-                for number in self.order:
+                for number in range(self.config.scores.networks):
                     self.clean_up(number)
                 self.combine()
             else:
@@ -75,45 +77,52 @@ class Scoring:
         self.track()  # sends what an earlier launch could not send
 
     def train(self, number: int, timeout: float = 0.0) -> bool:
-        """Train one network and score all training examples with it.
+        """Train one block of networks and score all training examples with each of them.
 
         Args:
-            number: Number of the network, 0 to K - 1.
+            number: Number of the block.
             timeout: Seconds to wait for the lock, as for `RunStore.lock`.
 
         Returns:
-            False if the network is finished already or another process is training it.
+            False if its networks are finished already or another process is training them.
         """
-        store = self.folder.network_store(number)
-        phase = PhaseDirectory(store.path, store.upload)
-        if phase.done:
+        stores = [self.folder.network_store(network) for network in self.config.scoring_blocks[number]]
+        phases = [PhaseDirectory(store.path, store.upload) for store in stores]
+        if all(phase.done for phase in phases):
             return False
         try:
-            with store.lock(timeout):
-                if phase.done:
+            with contextlib.ExitStack() as locks:
+                for store in stores:
+                    locks.enter_context(store.lock(timeout))
+                block = BlockPhase(phases)
+                if block.done:
                     return False
-                remove_partial_files(phase.path)
-                result = self._train(phase, number)
+                for phase in phases:
+                    remove_partial_files(phase.path)
+                results = self._train(block)
         except LockedError:
             return False
-        self.progress.report_accuracy(phase.name, "scoring", result["test_accuracy_percent"])
-        self.progress.set_state(phase.name, "done")
+        for k, result in results.items():
+            self.progress.report_accuracy(phases[k].name, "scoring", result["test_accuracy_percent"])
+            self.progress.set_state(phases[k].name, "done")
         self.track()
         return True
 
-    def _train(self, phase: PhaseDirectory, number: int) -> dict[str, Any]:
-        builder, settings = Builder(self.config, phase.name), self.config.train
+    def _train(self, block: BlockPhase) -> dict[int, dict[str, Any]]:
+        builder, settings = Builder(self.config, *(phase.name for phase in block.phases)), self.config.train
         model, data = builder.build_network(), builder.noisy_data
         loader, evaluation_loader = builder.build_loader(data), builder.build_evaluation_loader(data.test)
         schedule = trainer.Schedule(0, self.config.scores.steps, settings.lr, settings.milestones)
-        self.progress.start_phase(phase.name, "scoring")
-        result = trainer.train(
-            model, loader, evaluation_loader, schedule, [], phase, self.config, self.progress, self.track
+        self.progress.start_phase([block.phases[k].name for k in block.training], "scoring")
+        results = trainer.train(
+            model, loader, evaluation_loader, schedule, [], block, self.config, self.progress, self.track
         )
-        scores = el2n(probabilities(model.module, builder.build_evaluation_loader(data.train)), data.train.labels)
-        phase.write("el2n.safetensors", save_tensors({"el2n": scores.astype(np.float32)}))
-        phase.finish({"network": number, **result})
-        return result
+        outputs = probabilities(model.module, builder.build_evaluation_loader(data.train), len(block))
+        for k in sorted(results, reverse=True):  # last the first, which has the checkpoint of all
+            phase, scores = block.phases[k], el2n(outputs[:, k], data.train.labels).astype(np.float32)
+            phase.write("el2n.safetensors", save_tensors({"el2n": scores}))
+            phase.finish({"network": int(phase.name.partition("_")[2]), **results[k]})
+        return results
 
     def clean_up(self, number: int) -> None:
         """Download a finished network and remove what a killed or suspended process left."""
@@ -180,15 +189,16 @@ class Scoring:
 
 
 @torch.no_grad()
-def probabilities(network: nn.Module, images: EvaluationLoader) -> np.ndarray:
-    """Softmax outputs in evaluation mode, float64 of shape (N, classes).
+def probabilities(network: nn.Module, images: EvaluationLoader, count: int = 1) -> np.ndarray:
+    """Softmax outputs in evaluation mode of a stack of `count` networks, float64 of shape (N, count, classes).
 
-    The network runs in single precision, without bf16 or TF32. The softmax is in double precision: in single
+    The networks run in single precision, without bf16 or TF32. The softmax is in double precision: in single
     precision, the probabilities of the easiest examples would all round to 1.
     """
     network.eval()
     with _without_tf32():
-        return torch.cat([network(batch).double().softmax(1).cpu() for batch, _ in images]).numpy()
+        outputs = [network(batch).unflatten(1, (count, -1)).double().softmax(2).cpu() for batch, _ in images]
+    return torch.cat(outputs).numpy()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ Real trainings run on it: Composer's Trainer, IMP and Scoring. Tensors of the me
 everything that is read from it is zero, and a training takes as long as its dispatcher. Autocast does not act on it.
 
     with meta_gpu() as gpu:
-        imp.IMP(config, replicate, progress, track).run()
+        imp.IMP(config, [replicate], progress, track).run()
     assert gpu.reads == []
 
 `gpu.images` keeps what is between two places apart: `[copy for copy in gpu.copies if copy.is_of_images]`.

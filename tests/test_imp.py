@@ -35,7 +35,7 @@ def run(tiny):
             scoring.folder.create()
             scoring.run()
         replicate = directory.replicate(0)
-        imp.IMP(directory.config, replicate, Progress(["replicate_0"], 0), lambda: None).run()
+        imp.IMP(directory.config, [replicate], Progress(["replicate_0"], 0), lambda: None).run()
         return replicate
 
     return start
@@ -89,7 +89,7 @@ def test_levels_train_from_the_rewind_step_to_the_last_step(run):
 def test_init_arm_rewinds_to_the_initialization(run):
     replicate = run(arm="init")
     network = (
-        imp.IMP(loading.load_config("tiny.yaml"), replicate, Progress(["replicate_0"], 0), lambda: None)
+        imp.IMP(loading.load_config("tiny.yaml"), [replicate], Progress(["replicate_0"], 0), lambda: None)
         .builder.build_network()
         .module
     )
@@ -183,7 +183,7 @@ def test_replicates_with_subsets_from_different_scores_are_rejected(run, tiny):
     path = replicate.pretrain.path / "result.json"
     write_json(path, read_json(path) | {"scores_sha256": "of other scores"})
     with pytest.raises(UserError, match=r"replicate_0/pretrain: its subset was selected by scores other than"):
-        imp.IMP(directory.config, directory.replicate(1), Progress(["replicate_1"], 0), lambda: None).run()
+        imp.IMP(directory.config, [directory.replicate(1)], Progress(["replicate_1"], 0), lambda: None).run()
 
 
 def test_a_given_scores_file_replaces_scoring(run, place, monkeypatch):
@@ -250,7 +250,7 @@ def test_arms_of_a_replicate_share_initial_weights_and_augmented_images(run, pha
 def test_replicates_differ_in_initial_weights_and_images(run, phases, tiny):
     run(arm="init")
     directory = RunDirectory(loading.load_config(tiny("init")))
-    imp.IMP(directory.config, directory.replicate(1), Progress(["replicate_1"], 0), lambda: None).run()
+    imp.IMP(directory.config, [directory.replicate(1)], Progress(["replicate_1"], 0), lambda: None).run()
     (weights_0, batch_0), (weights_1, batch_1) = phases[0].first, phases[3].first
     assert not torch.equal(weights_0["conv1.weight"], weights_1["conv1.weight"])
     assert not torch.equal(batch_0[0], batch_1[0])
@@ -334,14 +334,15 @@ def test_a_level_whose_weights_do_not_fit_its_mask_is_rejected(run):
 def test_a_layer_without_weights_is_a_warning_and_a_network_without_weights_an_error(tiny):
     directory = RunDirectory(loading.load_config(tiny(), ["prune.fraction=0.2"]))
     progress = Progress(["replicate_0"], 0)
-    algorithm = imp.IMP(directory.config, directory.replicate(0), progress, lambda: None)
+    algorithm = imp.IMP(directory.config, [directory.replicate(0)], progress, lambda: None)
     weights = {"a": torch.tensor([0.1]), "b": torch.arange(1.0, 5.0)}
-    mask = algorithm.prune(7, Mask({name: torch.ones(len(each)) > 0 for name, each in weights.items()}), weights)
+    dense = Mask({name: torch.ones(len(each)) > 0 for name, each in weights.items()})
+    mask = algorithm.prune(7, {0: dense}, {0: weights})[0]
     assert mask.remaining == 4
     assert progress.messages == [f"warning: {directory.replicate(0).level(7).path}: no weight remains of a"]
     last = Mask({"a": [False], "b": [False, False, False, True]})
     with pytest.raises(TrainingError, match=r"level_8: pruning 0.2 of 1 remaining weights leaves none"):
-        algorithm.prune(8, last, weights)
+        algorithm.prune(8, {0: last}, {0: weights})
 
 
 def test_nan_in_the_last_step_is_an_error(run):

@@ -45,9 +45,9 @@ class Hooks:
         callbacks.CHECKPOINT_SECONDS = 0.0
         original, signature = trainer.train, inspect.signature(trainer.train)
 
-        def train(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        def train(*args: Any, **kwargs: Any) -> dict[int, dict[str, Any]]:
             bound = signature.bind(*args, **kwargs).arguments
-            phase, schedule, intervals = bound["phase"], bound["schedule"], bound["config"].intervals
+            phase, schedule, intervals = bound["block"].leader, bound["schedule"], bound["config"].intervals
             entry = {"phase": phase.name, "before": memory()}
             self.trainings.append(entry)
             added: list[Algorithm] = []
@@ -60,9 +60,9 @@ class Hooks:
                 is_row = lambda step: any(step % period == 0 for period in (*periods, schedule.end_step))
                 added.append(_Watch(self, schedule.start_step + _FIRST_STEPS, is_row))
             bound["algorithms"] = [*bound["algorithms"], *added]
-            result = original(**bound)
-            entry |= {"after": memory(), "seconds": result["seconds"]}
-            return result
+            results = original(**bound)
+            entry |= {"after": memory(), "seconds": sum(result["seconds"] for result in results.values())}
+            return results
 
         trainer.train = train
 

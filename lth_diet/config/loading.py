@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from lth_diet.config.fields import CONTROL_CHARACTERS, Count, Section
+from lth_diet.config.blocks import blocks_problem
+from lth_diet.config.fields import CONTROL_CHARACTERS, MAX_REPLICATES, Count, Section
 from lth_diet.config.run_ids import DEFAULTS, flatten
 from lth_diet.config.schema import Config, Dataset
 from lth_diet.config.weights import levels_problem
@@ -207,6 +208,12 @@ def _check(config: Config, invalid: Callable[[str, Any, str], UserError]) -> Non
         raise invalid("pretrain.steps", config.rewind_step, expected)
     if config.arm in ("random", "easy", "hard") and pretrain.subset is None:
         raise invalid("pretrain.subset", None, f"must be {{size: M}} for arm: {config.arm}")
+    if config.stack > 1 and config.parallelism == "data":
+        raise invalid("stack", config.stack, "must be 1 with parallelism: data")
+    if problem := blocks_problem(config.replicates, config.stack, MAX_REPLICATES):
+        replicates = config.replicates
+        is_count = replicates == tuple(range(len(replicates)))
+        raise invalid("replicates", len(replicates) if is_count else list(replicates), problem)
     data = _dataset_info(config.dataset, invalid)
     if problem := levels_problem(config):
         raise invalid("prune.levels", config.prune.levels, problem)

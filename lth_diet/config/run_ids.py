@@ -56,6 +56,8 @@ def without_ignored(fields: dict[str, Any]) -> dict[str, Any]:
         ignored += ["pretrain.subset"]
     if fields["parallelism"] == "replicates":
         ignored += ["parallelism"]
+    if fields["stack"] == 1:
+        ignored += ["stack"]
     return {key: value for key, value in fields.items() if not key.startswith(tuple(ignored))}
 
 
@@ -64,6 +66,7 @@ def scores_identity(config: Config) -> dict[str, Any]:
     fields = _fields(config)
     used = ("dataset.", "model.", "train.", "pretrain.label_noise", "scores.networks", "scores.steps")
     used += ("seed", "threads", "precision", "deterministic", "compile", "variant")
+    used += ("stack",) * (config.stack > 1)
     milestones = tuple(step for step in config.train.milestones if step < config.scores.steps)
     ignored = ("train.steps",) if milestones else ("train.steps", "train.gamma")
     fields["train.milestones"] = milestones

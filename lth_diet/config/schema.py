@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from lth_diet.config.blocks import blocks
 from lth_diet.config.fields import (
     Count,
     Index,
@@ -151,6 +152,8 @@ class Config(Section):
     scores: Scores = Scores()
     replicates: Annotated[tuple[int, ...], BeforeValidator(replicate_indices)] = (0, 1, 2, 3)
     """Independent repetitions: a count, 1 to 1000, or a list of distinct indices, 0 or more. Not part of the run id."""
+    stack: Annotated[Count, Field(le=64)] = 1
+    """R, the number of replicates that train as one network; faster for small networks. Part of the run id if not 1."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 42
     """Seed from which all random numbers are derived."""
     threads: Annotated[Count, Field(le=1024)] = 1
@@ -207,6 +210,16 @@ class Config(Section):
     def model_name(self) -> str:
         """Name of the network, such as `ResNet-20`; the width is added if it is not 16."""
         return f"ResNet-{self.model.depth}" + (f" width {self.model.width}" if self.model.width != 16 else "")
+
+    @property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the replicates of each block, which train together: R with the same index // R."""
+        return blocks(self.replicates, self.stack)
+
+    @property
+    def scoring_blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of the scoring networks that train together: R by R; the last block has what remains of K."""
+        return blocks(range(self.scores.networks), self.stack)
 
     @property
     def needs_scores(self) -> bool:

@@ -1,4 +1,4 @@
-"""The arms of a launch, one per configuration file, and the replicates that its ranks train."""
+"""The arms of a launch, one per configuration file, and the blocks of replicates that its ranks train."""
 
 import collections
 import dataclasses
@@ -9,6 +9,7 @@ from lth_diet.config.loading import Loaded
 from lth_diet.config.schema import Config
 from lth_diet.errors import printable
 from lth_diet.launch.processes import ProcessInfo
+from lth_diet.runs import work_left
 from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory, missing_scores
 
@@ -38,19 +39,34 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One replicate of an arm, which one rank trains, or all ranks together with `parallelism: data`."""
+    """One block of an arm, which one rank trains, or all ranks together with `parallelism: data`.
+
+    Attributes:
+        arm: The arm.
+        replicates: The R replicates of the block, in the order of their indices; one with `stack: 1`.
+    """
 
     arm: Arm
-    replicate: ReplicateDirectory
+    replicates: tuple[ReplicateDirectory, ...]
 
     @property
-    def row(self) -> tuple[str, str]:
-        """Names of arm and replicate, as `Progress` needs them."""
-        return self.arm.name, self.replicate.name
+    def rows(self) -> list[tuple[str, str]]:
+        """Names of arm and replicate of each replicate, as `Progress` needs them."""
+        return [(self.arm.name, replicate.name) for replicate in self.replicates]
+
+    @property
+    def name(self) -> str:
+        """Such as `replicate 2` or `replicates 0 to 3`, for messages."""
+        first, last = self.replicates[0].index, self.replicates[-1].index
+        return f"replicate {first}" if first == last else f"replicates {first} to {last}"
 
     def needs(self, folder: ScoresDirectory) -> bool:
-        """Whether the replicate needs these scores."""
+        """Whether the replicates need these scores."""
         return self.arm.scores is not None and self.arm.scores.path == folder.path
+
+    def steps_left(self) -> int:
+        """Number of steps left to train, over all replicates of the block."""
+        return sum(work_left.replicate_steps_left(self.arm.run, each) for each in self.replicates)
 
 
 def open_arms(files: Sequence[Loaded], process: ProcessInfo) -> list[Arm]:
@@ -72,8 +88,8 @@ def scores_of(arms: Sequence[Arm]) -> list[ScoresDirectory]:
 
 
 def tasks_of(arms: Sequence[Arm]) -> list[Task]:
-    """All replicates of some arms, in order."""
-    return [Task(arm, replicate) for arm in arms for replicate in arm.run.replicates()]
+    """All blocks of some arms, in order."""
+    return [Task(arm, tuple(map(arm.run.replicate, block))) for arm in arms for block in arm.config.blocks]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

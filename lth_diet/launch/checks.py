@@ -8,6 +8,7 @@ import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from lth_diet.config.blocks import blocks, fills_blocks, largest_stack
 from lth_diet.config.loading import Loaded
 from lth_diet.config.run_ids import OUTSIDE_IDENTITY, flatten, run_identity, run_name, scores_identity
 from lth_diet.config.schema import Config
@@ -34,8 +35,8 @@ def check_imp(files: Sequence[Loaded], process: ProcessInfo) -> None:
     """Check that every rank has something to train, and that one launch can train all files.
 
     Raises:
-        UserError: If the ranks cannot share the batches or the replicates, two files are one run, or the files differ
-            in a setting of the whole process.
+        UserError: If the ranks cannot share the batches or the blocks of replicates, two files are one run, or the
+            files differ in a setting of the whole process.
     """
     config = files[0].config
     if len(files) > 1:
@@ -47,13 +48,26 @@ def check_imp(files: Sequence[Loaded], process: ProcessInfo) -> None:
                 "with parallelism: data"
             )
         return
-    replicates = sum(len(loaded.config.replicates) for loaded in files)
-    if process.world_size > replicates:
-        remedies = "fewer, more replicates, or parallelism=data" if len(files) == 1 else "fewer, or more replicates"
-        raise UserError(
-            f"command line: {process.world_size} ranks for {replicates} replicates; use composer -n {replicates} or "
-            f"{remedies}"
-        )
+    ranks, configs = process.world_size, [loaded.config for loaded in files]
+    replicates = sum(len(config.replicates) for config in configs)
+    number = sum(len(config.blocks) for config in configs)
+    if ranks <= number:
+        return
+    what, remedies = f"{replicates} replicates", ["more replicates"]
+    stacks = sorted({config.stack for config in configs})
+    if stacks != [1]:
+        what += f" in {number} block{'s' * (number > 1)} (stack = {' and '.join(map(str, stacks))})"
+        fitting = largest_stack([config.replicates for config in configs], ranks, stacks[-1] - 1)
+        remedies += [f"stack={fitting}"] if replicates // fitting >= ranks else []
+    elif len(files) == 1:
+        remedies += ["parallelism=data"]
+    raise UserError(f"command line: {ranks} ranks for {what}; use composer -n {number} or fewer, {_either(remedies)}")
+
+
+def _either(remedies: Sequence[str]) -> str:
+    """Such as `or a`, or `a, or b`."""
+    *others, last = remedies
+    return "".join(f"{other}, " for other in others) + f"or {last}"
 
 
 def check_together(files: Sequence[Loaded]) -> None:
@@ -92,11 +106,19 @@ def check_scoring(config: Config, process: ProcessInfo) -> None:
     """
     if config.scores.file is not None:
         raise UserError(f"scores.file = {config.scores.file!r}: must be unset to compute scores")
-    if process.world_size > config.scores.networks:
-        raise UserError(
-            f"command line: {process.world_size} ranks for {config.scores.networks} networks; use composer -n "
-            f"{config.scores.networks} or fewer, or more scores.networks"
-        )
+    ranks, networks, number = process.world_size, config.scores.networks, len(config.scoring_blocks)
+    if ranks <= number:
+        return
+    what, remedies = f"{networks} networks", ["more scores.networks"]
+    if config.stack > 1:
+        what += f" in {number} block{'s' * (number > 1)} (stack = {config.stack})"
+        fitting = [
+            stack
+            for stack in range(1, config.stack)
+            if len(blocks(range(networks), stack)) >= ranks and fills_blocks(config.replicates, stack)
+        ]
+        remedies += [f"stack={fitting[-1]}"] if fitting else []
+    raise UserError(f"command line: {ranks} ranks for {what}; use composer -n {number} or fewer, {_either(remedies)}")
 
 
 def check_environment(files: Sequence[Loaded], process: ProcessInfo) -> None:
@@ -332,6 +354,7 @@ def unused_settings(loaded: Loaded, scoring: bool = False) -> dict[str, tuple[st
         why.pop("scores.file", None)
     for key in OUTSIDE_IDENTITY - ({"replicates", "prune.levels"} if scoring else set()):
         why.pop(key, None)
+    why.pop("stack", None)
     if not scoring:
         why.pop("parallelism", None)
     if config.dataset.name == "digits":

@@ -78,7 +78,7 @@ def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[S
         arms = open_arms(files, process)
         if only_plan:
             print_warnings(_warnings(files, process))
-            print(plan.plan_arms(arms))
+            print(plan.plan_arms(arms, process.world_size))
             return 0
         process.exit_with_launcher()
         to_train = [arm for arm in arms if not arm.read_only]
@@ -203,7 +203,7 @@ def _report_error(error: Exception) -> int:
     error = device_faults.explain(error)
     if not isinstance(error, DeviceError):
         raise error
-    print(f"error: {error}; {HOW_TO_RESUME}", file=sys.stderr, flush=True)
+    print(f"error: {error}{HOW_TO_RESUME}", file=sys.stderr, flush=True)
     return DEVICE_FAULT
 
 
@@ -259,7 +259,8 @@ def _print_results(arms: Sequence[Arm]) -> None:
         print(f"\n{arm.run.path}{name}\n{plan.table(arm.run)}")
         for replicate in arm.run.replicates():
             if replicate.failed:
-                print(f"replicate {replicate.index} failed: see {replicate.path / 'failed.json'}")
+                remedy = ", and delete it to train this replicate again" if replicate.given_up else ""
+                print(f"replicate {replicate.index} failed: see {replicate.path / 'failed.json'}{remedy}")
     from lth_diet.tracking import mlflow_store
 
     print(f"compare in MLflow: {mlflow_store.describe_store()}", flush=True)

@@ -11,12 +11,13 @@ from lth_diet.config.weights import remaining_weights
 from lth_diet.data import catalog
 from lth_diet.errors import UserError
 from lth_diet.files import read_json
+from lth_diet.launch import stacks
 from lth_diet.launch.arms import Arm
 from lth_diet.launch.text import humanize
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
-from lth_diet.runs.work_left import phases_of, resume_step, scoring_phases, steps_left
+from lth_diet.runs.work_left import phases_of, replicate_steps_left, resume_step, scoring_phases, steps_left
 
 
 def plan_scores(folder: ScoresDirectory) -> str:
@@ -43,21 +44,27 @@ def _state(phase: PhaseDirectory, first: int) -> str:
     return "done" if phase.done else f"resumes at step {step}" if step > first else "to do"
 
 
-def plan_arms(arms: Sequence[Arm]) -> str:
-    """Describe what the arms of a launch would train; scores that several arms need are described once."""
+def plan_arms(arms: Sequence[Arm], ranks: int = 1) -> str:
+    """Describe what the arms of a launch would train; scores that several arms need are described once.
+
+    Args:
+        arms: The arms.
+        ranks: Number of ranks, for the recommended size of a stack.
+    """
     first_with = {arm.scores.path: arm for arm in reversed(arms) if arm.scores is not None}
     pairs = [(arm.run, arm.scores if arm in first_with.values() else None) for arm in arms]
     texts = [plan(*pair) for pair in pairs]
+    total = sum(total_steps(*pair) for pair in pairs)
     if len(arms) > 1:
-        total = sum(total_steps(*pair) for pair in pairs)
         texts.append(f"total of {len(arms)} arms: {total:,} steps to train")
-    return "\n\n".join(texts)
+    line = stacks.recommendation([arm.config for arm in arms], ranks) if total else ""
+    return "\n\n".join(texts) + f"\n{line}" * bool(line)
 
 
 def total_steps(run: RunDirectory, scores: ScoresDirectory | None) -> int:
     """Number of steps that a run, and the scores to compute first, have left to train."""
-    phases = scoring_phases(scores) if scores else []
-    return steps_left([*phases, *(phase for replicate in run.replicates() for phase in phases_of(run, replicate))])
+    scoring = steps_left(scoring_phases(scores)) if scores else 0
+    return scoring + sum(replicate_steps_left(run, replicate) for replicate in run.replicates())
 
 
 def plan(run: RunDirectory, scores: ScoresDirectory | None = None) -> str:
@@ -75,7 +82,9 @@ def plan(run: RunDirectory, scores: ScoresDirectory | None = None) -> str:
     remaining = remaining_weights(run.config)
     for replicate in run.replicates():
         phases = phases_of(run, replicate)
-        lines.append(f"replicate {replicate.index}: {steps_left(phases):,} steps to train")
+        lines.append(f"replicate {replicate.index}: {replicate_steps_left(run, replicate):,} steps to train")
+        if replicate.given_up:
+            lines[-1] += f" (failed; delete {replicate.path / 'failed.json'} to train it again)"
         for number, (phase, first, last) in enumerate(phases):
             weights = 100 * remaining[max(number - 1, 0)] / remaining[0]
             state = _state(phase, first)

@@ -68,14 +68,14 @@ class Screen:
             if message not in self._printed:  # several ranks may have the same message
                 print(message, file=sys.stderr, flush=True)  # above the table, where there is one
                 self._printed.add(message)
-        rows = [(row, status["left"]) for status in statuses.values() for row in status["rows"]]
         if self._live:
-            self._live.update(self._table(rows), refresh=True)
+            self._live.update(self._table(list(statuses.values())), refresh=True)
         else:
-            for row, left in rows:
-                self._print(row, left)
+            for status in statuses.values():
+                for row in status["rows"]:
+                    self._print(row, duration(status["left"], status["rate"]))
 
-    def _print(self, row: Status, left: int) -> None:
+    def _print(self, row: Status, run_left: str) -> None:
         name, results = _name(row), row.get("results", {})
         for phase, (weights, accuracy) in list(results.items())[self._results.get(name, 0) :]:
             self.console.print(f"{_line(name, phase, weights)}  test accuracy {accuracy:.2f} %")
@@ -86,12 +86,13 @@ class Screen:
             pace = f"step {row['step']}/{row['last']}  {row['rate']:.1f} steps/s"
             level_left = duration(row["last"] - row["step"], row["rate"])
             line = _line(name, row["phase"], row["weights"])
-            self.console.print(f"{line}  {pace}  ETA phase {level_left}, run {duration(left, row['rate'])}")
+            self.console.print(f"{line}  {pace}  ETA phase {level_left}, run {run_left}")
 
-    def _table(self, rows: list[tuple[Status, int]]) -> Group:
+    def _table(self, statuses: list[Status]) -> Group:
+        rows = [row for status in statuses for row in status["rows"]]
         table = progress_table(self.title, ["", "phase"], ["weights", "step", "steps/s", "ETA phase"])
         table.add_column("test accuracy so far, %")
-        shown, hidden = self._fitting(sorted((row for row, _ in rows), key=self._sort_key))
+        shown, hidden = self._fitting(sorted(rows, key=self._sort_key))
         for row in shown:
             name = _name(row)
             accuracies = " ".join(f"{accuracy:.1f}" for _, accuracy in row.get("results", {}).values())
@@ -104,8 +105,8 @@ class Screen:
                 f"{rate:.1f}" if rate else "", duration(last - step, rate), accuracies,
             )  # fmt: skip
         lines = [Text(hidden)] if hidden else []
-        if not all(row["state"] in ("done", "failed") for row, _ in rows):
-            lines.append(Text(f"ETA of the run {_eta(rows)}"))
+        if not all(row["state"] in ("done", "failed") for row in rows):
+            lines.append(Text(f"ETA of the run {_eta(statuses)}"))
         return Group(table, *lines)
 
     def _fitting(self, rows: list[Status]) -> tuple[list[Status], str]:
@@ -122,9 +123,10 @@ class Screen:
         return self._order.get(row["arm"], -1), row["arm"], kind, int(number)
 
 
-def _eta(rows: list[tuple[Status, int]]) -> str:
+def _eta(statuses: list[Status]) -> str:
     """Time until the slowest rank finishes. A rank without a rate yet counts as slow as the slowest other rank."""
-    rates = [(left, row.get("rate")) for row, left in rows if row["state"] == "training"]
+    training = [status for status in statuses if any(row["state"] == "training" for row in status["rows"])]
+    rates = [(status["left"], status["rate"]) for status in training]
     known = [rate for _, rate in rates if rate]
     return duration(max(left / (rate or min(known)) for left, rate in rates), 1) if known else "?"
 

@@ -16,6 +16,7 @@ from lth_diet.launch.processes import ProcessInfo
 from lth_diet.launch.tracker import Tracker
 from lth_diet.program import DEVICE_FAULT
 from lth_diet.runs import work_left
+from lth_diet.runs.block import lock_replicates
 from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.training.progress import Progress
@@ -39,11 +40,11 @@ def compute_scores(
     from lth_diet.scoring import Scoring
     from lth_diet.training import device_faults
 
-    networks = range(folder.config.scores.networks)
-    mine = process.shard(networks)
-    others = [number for number in networks if number not in mine]
-    steps = work_left.steps_left(work_left.scoring_phases(folder)) * len(mine) // len(networks)
-    progress.begin([task.row for task in tasks], steps)
+    blocks = range(len(folder.config.scoring_blocks))
+    mine = process.shard(blocks)
+    others = [number for number in blocks if number not in mine]
+    steps = work_left.steps_left(work_left.scoring_phases(folder)) * len(mine) // len(blocks)
+    progress.begin([row for task in tasks for row in task.rows], steps)
     progress.arm = name
     track = Tracker(functools.partial(_sync_scores, folder.path), folder.path.parents[1], progress)
     try:
@@ -55,16 +56,16 @@ def compute_scores(
         error = device_faults.explain(error)
         reason, is_fault = _reason(error), isinstance(error, DeviceError)
         stopped = [task for task in tasks if is_fault or task.needs(folder)]
-        progress.fail_unfinished(spare=[task.row for task in tasks if task not in stopped])
-        for task in stopped if not is_fault else ():
-            task.replicate.record_failure(f"scores: {reason.splitlines()[0]}")
+        progress.fail_unfinished(spare=[row for task in tasks if task not in stopped for row in task.rows])
+        for replicate in (each for task in stopped if not is_fault for each in task.replicates):
+            replicate.record_failure(f"scores: {reason.splitlines()[0]}")
         _report_failure(progress, name or "scores", process, reason)
         return DEVICE_FAULT if is_fault else 1
     return 0
 
 
 def train_replicates(tasks: Sequence[Task], process: ProcessInfo, progress: Progress) -> int:
-    """Train replicates one after another. A failure does not stop the others, unless ranks train together.
+    """Train replicates, or blocks of them, one after another. A failure stops no others, unless ranks train together.
 
     After a fault of the GPU this process can train no other replicate. Nothing is recorded as failed.
 
@@ -81,23 +82,24 @@ def train_replicates(tasks: Sequence[Task], process: ProcessInfo, progress: Prog
 
     together = any(task.arm.config.parallelism == "data" for task in tasks)
     is_writer = process.rank == 0 or not together
-    steps = sum(work_left.steps_left(work_left.phases_of(task.arm.run, task.replicate)) for task in tasks)
     progress = progress if is_writer else Progress([], 0)
-    progress.begin([task.row for task in tasks], steps)
+    progress.begin([row for task in tasks for row in task.rows], sum(task.steps_left() for task in tasks))
     status, arm = 0, None
     for task in tasks:
-        replicate, config = task.replicate, task.arm.config
+        config = task.arm.config
         if task.arm is not arm:
             arm = task.arm
             if arm.name:
                 _forget_compiled_networks(config)
         progress.arm = arm.name
-        track = Tracker(functools.partial(_sync_replicate, replicate), arm.run.path.parent, progress)
+        track = Tracker(functools.partial(_sync_replicates, task.replicates), arm.run.path.parent, progress)
         try:
-            with replicate.lock() if is_writer else contextlib.nullcontext():
-                IMP(config, replicate, progress, track).run()
+            with lock_replicates(task.replicates) if is_writer else contextlib.nullcontext():
+                IMP(config, task.replicates, progress, track).run()
                 track.finish()
-            progress.set_state(replicate.name, "done")
+            for replicate in task.replicates:
+                progress.set_state(replicate.name, "failed" if replicate.given_up else "done")
+            status = status or int(any(replicate.given_up for replicate in task.replicates))
             continue
         except LockedError as error:
             reason = str(error)
@@ -107,12 +109,14 @@ def train_replicates(tasks: Sequence[Task], process: ProcessInfo, progress: Prog
             if isinstance(error, DeviceError):
                 status = DEVICE_FAULT
             elif is_writer:
-                replicate.record_failure(reason.splitlines()[0])
+                for replicate in task.replicates:
+                    replicate.record_failure(reason.splitlines()[0])
                 track()
                 track.finish()
         status = status or 1
-        progress.set_state(replicate.name, "failed")
-        _report_failure(progress, f"{arm.name} replicate {replicate.index}".lstrip(), process, reason)
+        for replicate in task.replicates:
+            progress.set_state(replicate.name, "failed")
+        _report_failure(progress, f"{arm.name} {task.name}".lstrip(), process, reason)
         if status == DEVICE_FAULT or together:
             break
     return status
@@ -124,10 +128,11 @@ def _sync_scores(folder: Path) -> None:
     sync.sync_scores(folder)
 
 
-def _sync_replicate(replicate: ReplicateDirectory) -> None:
+def _sync_replicates(replicates: Sequence[ReplicateDirectory]) -> None:
     from lth_diet.tracking import sync  # slow (MLflow): imported after the first phase
 
-    sync.sync_replicate(replicate)
+    for replicate in replicates:
+        sync.sync_replicate(replicate)
 
 
 def _forget_compiled_networks(config: Config) -> None:

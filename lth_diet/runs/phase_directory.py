@@ -4,14 +4,16 @@
     curve.jsonl             training curve: step, timestamp (ms), metrics
     <results>               weights.safetensors, mask.safetensors, el2n.safetensors, subset.safetensors
     result.json             measurements; written last, with the sha256 of the files above: marks the phase as done
-    checkpoint.json         during training: the Composer checkpoint to resume from
+    checkpoint.json         during training: the Composer checkpoint to resume from, or a pointer to the directory of
+                            another replicate that trains in the same stack and stores the checkpoint of all
     checkpoint-<step>.pt    during training: that checkpoint
 """
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -141,38 +143,69 @@ class PhaseDirectory:
     def checkpoint(self) -> tuple[Path, int] | None:
         """Path and step of the committed checkpoint; None if it, or the curve up to its step, is missing or damaged."""
         try:
+            leader = self._leader()
             types = {"file": str, "step": int, "sha256": str, "curve_sha256": str | None}
-            entry = read_json(self.path / "checkpoint.json", types)
-            path, step = self.checkpoint_path(entry["step"]), entry["step"]
+            entry = read_json(leader.path / "checkpoint.json", types)
+            path, step = leader.checkpoint_path(entry["step"]), entry["step"]
+            curve = entry.get("curve_sha256") if leader is self else entry["curves"][leader._name_of(self)]
             intact = (path.name, sha256(path)) == (entry["file"], entry["sha256"])
-            intact &= entry.get("curve_sha256") in (None, self._curve_sha256(step))
+            intact &= curve in (None, self._curve_sha256(step))
             return (path, step) if intact and _without_repeats(_encode(self._rows(step))) is not None else None
-        except (OSError, UserError):
+        except (OSError, UserError, KeyError):
             return None
+
+    def _leader(self) -> "PhaseDirectory":
+        """The phase that stores the checkpoint: this one, or that of another replicate to which pointers lead."""
+        leader, seen = self, set()
+        while (pointer := read_json(leader.path / "checkpoint.json").get("leader")) and leader.path not in seen:
+            seen.add(leader.path)
+            leader = PhaseDirectory(Path(os.path.normpath(leader.path / pointer)))
+        return leader
+
+    def _name_of(self, other: "PhaseDirectory") -> str:
+        return os.path.relpath(other.path, self.path)
 
     def environment(self) -> Environment:
         """What the phase was trained with, up to its end or its checkpoint, as far as that was recorded."""
         if self.done:
             return environment_of(self.result())
-        path = self.path / "checkpoint.json"
+        if not (self.path / "checkpoint.json").exists():
+            return {}
+        path = self._leader().path / "checkpoint.json"
         return environment_of(read_json(path)) if path.exists() else {}
 
     def checkpoint_path(self, step: int) -> Path:
         """Path of the checkpoint of a step, which is written before `commit_checkpoint`."""
         return self.path / f"checkpoint-{step}.pt"
 
-    def commit_checkpoint(self, step: int, environment: Environment | None = None) -> None:
+    def commit_checkpoint(
+        self, step: int, environment: Environment | None = None, followers: Sequence["PhaseDirectory"] = ()
+    ) -> None:
         """Make the checkpoint of a step the one to resume from, and remove older ones.
 
         Args:
             step: Step of the checkpoint.
             environment: What the phase was trained with up to this step.
+            followers: Phases of other replicates whose training this checkpoint contains. They get a pointer to it.
         """
+        for follower in followers:
+            follower._point_to(self)
         path = self.checkpoint_path(step)
         entry = {"file": path.name, "step": step, "sha256": sha256(path), "curve_sha256": self._curve_sha256(step)}
         entry["environment"] = dict(environment or {})
+        if followers:
+            entry["curves"] = {self._name_of(follower): follower._curve_sha256(step) for follower in followers}
         write_json(self.path / "checkpoint.json", entry)
         self._keep_only_checkpoint(path)
+
+    def _point_to(self, leader: "PhaseDirectory") -> None:
+        """Write a pointer, unless it is there. An own checkpoint is kept: the leader may still point to it."""
+        path, content = self.path / "checkpoint.json", {"leader": self._name_of(leader)}
+        with contextlib.suppress(UserError):
+            if read_json(path).get("leader") == content["leader"]:
+                return
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
 
     def remove_stale_checkpoints(self) -> None:
         """Remove the checkpoint of a finished phase, which remains if the process was killed while it finished."""

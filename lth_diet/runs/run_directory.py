@@ -29,7 +29,7 @@ from typing import Any
 from lth_diet.config.run_ids import run_id, run_identity, run_name
 from lth_diet.config.schema import Config
 from lth_diet.errors import UserError
-from lth_diet.files import remove, remove_partial_files, write_json
+from lth_diet.files import read_json, remove, remove_partial_files, write_json
 from lth_diet.runs.config_directory import HOW_TO_REPLACE, ConfigDirectory, read_config
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_store import RunStore, open_run_store
@@ -150,8 +150,25 @@ class ReplicateDirectory:
     def record_failure(self, reason: str) -> None:
         """Write why this attempt stopped to failed.json, unless the disk is full or another process has the lock."""
         with contextlib.suppress(OSError, UserError), self.store.lock(timeout=0):
+            if self.given_up:
+                return
             write_json(self.path / "failed.json", {"reason": reason})
             self.store.upload()
+
+    def give_up(self, reason: str) -> None:
+        """Write why this replicate cannot be trained to failed.json, which `lock` then keeps; the caller has the lock.
+
+        In a stack, another attempt would end in the same way, and cost the other replicates their time.
+        """
+        write_json(self.path / "failed.json", {"reason": reason, "final": True})
+        self.store.upload()
+
+    @property
+    def given_up(self) -> bool:
+        """Whether this replicate is not trained again until its failed.json is deleted."""
+        with contextlib.suppress(UserError, OSError):
+            return read_json(self.path / "failed.json").get("final") is True
+        return False
 
     @contextlib.contextmanager
     def lock(self, timeout: float = 10.0) -> Iterator[None]:
@@ -170,7 +187,8 @@ class ReplicateDirectory:
                         file=sys.stderr,
                         flush=True,
                     )
-            remove(self.path / "failed.json")
+            if not self.given_up:
+                remove(self.path / "failed.json")
             self.store.upload()
             for phase in self.phases():
                 phase.check()

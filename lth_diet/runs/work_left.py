@@ -26,6 +26,11 @@ def resume_step(phase: PhaseDirectory, start: int) -> int:
     return checkpoint[1] if checkpoint else start
 
 
+def replicate_steps_left(run: RunDirectory, replicate: ReplicateDirectory) -> int:
+    """Number of steps that a replicate has left to train; none if it has given up."""
+    return 0 if replicate.given_up else steps_left(phases_of(run, replicate))
+
+
 def steps_left(phases: Phases) -> int:
     """Number of steps that phases have left to train, counted from their checkpoints."""
     return sum(end - resume_step(phase, start) for phase, start, end in phases if not phase.done)

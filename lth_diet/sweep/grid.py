@@ -106,26 +106,16 @@ class SweepRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """A unit of work: one replicate, or the networks of one scores artifact. A process trains it to its end.
+class Part:
+    """A part of a work: a replicate, or a scores artifact.
 
     Args:
-        name: Its path below the folder of runs.
-        recipe: The recipe that trains it: imp or score.
-        arguments: Command-line arguments of the recipe.
         folder: Where it is stored.
         phases: Each phase with its first and last step.
-        config: Configuration of its run.
-        needs: Name of the work that computes the scores that it needs.
     """
 
-    name: str
-    recipe: str
-    arguments: tuple[str, ...]
     folder: ReplicateDirectory | ScoresDirectory
     phases: work_left.Phases
-    config: Config
-    needs: str | None = None
 
     @property
     def done(self) -> bool:
@@ -134,20 +124,71 @@ class Work:
         return all(phase.done for phase, _, _ in self.phases)
 
     @property
+    def can_train(self) -> bool:
+        """Whether something is left to train, and it has not given up."""
+        return not self.done and not (isinstance(self.folder, ReplicateDirectory) and self.folder.given_up)
+
+    @property
     def state(self) -> str:
         """One of finished, partial, missing."""
         if self.done:
             return "finished"
         return "partial" if any(phase.done or phase.checkpoint() for phase, _, _ in self.phases) else "missing"
 
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A unit of work: one block of replicates, or the networks of one scores artifact. A process trains it to its end.
+
+    Args:
+        name: Its path below the folder of runs; that of a block has its first and last replicate.
+        recipe: The recipe that trains it: imp or score.
+        arguments: Command-line arguments of the recipe.
+        parts: Its parts, which are counted: the replicates of the block, or the scores.
+        config: Configuration of its run.
+        needs: Name of the work that computes the scores that it needs.
+    """
+
+    name: str
+    recipe: str
+    arguments: tuple[str, ...]
+    parts: tuple["Part", ...]
+    config: Config
+    needs: str | None = None
+
+    @property
+    def done(self) -> bool:
+        return all(part.done for part in self.parts)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last attempt of a replicate stopped with an error."""
+        return any(part.folder.failed for part in self.parts if isinstance(part.folder, ReplicateDirectory))
+
+    @property
+    def phases(self) -> work_left.Phases:
+        """The phases of all parts."""
+        return [phase for part in self.parts for phase in part.phases]
+
+    @property
+    def networks_left(self) -> int:
+        """Number of stacks of scoring networks that are not finished."""
+        return sum(any(not self.phases[k][0].done for k in block) for block in self.config.scoring_blocks)
+
+    def refresh_index(self) -> None:
+        """Download what an object store has of the results, see `RunStore.refresh_index`."""
+        for part in self.parts:
+            part.folder.store.refresh_index()
+
     @functools.cached_property
     def trainings_left(self) -> int:
-        return 0 if self.done else sum(first < last and not phase.done for phase, first, last in self.phases)
+        left = [phase for part in self.parts if part.can_train for phase in part.phases]
+        return sum(first < last and not phase.done for phase, first, last in left)
 
     @functools.cached_property
     def steps_left(self) -> int:
         """Steps left from the last checkpoints, counted on first access."""
-        return 0 if self.done else work_left.steps_left(self.phases)
+        return sum(work_left.steps_left(part.phases) for part in self.parts if part.can_train)
 
 
 class Sweep:
@@ -239,20 +280,21 @@ class Sweep:
 
     def work(self) -> list[Work]:
         """List all work, scores first."""
-        scores, replicates = {}, {}
+        scores, blocks = {}, {}
         for point in self.points:
             run, folder = point.run, missing_scores(point.run)
             needs = f"scores/{folder.path.name}" if folder else None
             if folder:
-                phases = work_left.scoring_phases(folder)
-                scores.setdefault(needs, Work(needs, "score", point.arguments, folder, phases, run.config))
-            for replicate in run.replicates():
-                name = f"{run.path.name}/{replicate.name}"
+                parts = (Part(folder, work_left.scoring_phases(folder)),)
+                scores.setdefault(needs, Work(needs, "score", point.arguments, parts, run.config))
+            for block in run.config.blocks:
+                name = f"{run.path.name}/{run.replicate(block[0]).name}{f'-{block[-1]}' * (len(block) > 1)}"
                 settings = [text for text in point.arguments if not text.startswith("replicates=")]
-                arguments = (*settings, f"replicates=[{replicate.index}]")
-                phases = work_left.phases_of(run, replicate)
-                replicates.setdefault(name, Work(name, "imp", arguments, replicate, phases, run.config, needs))
-        return [*scores.values(), *replicates.values()]
+                arguments = (*settings, f"replicates=[{','.join(map(str, block))}]")
+                replicates = map(run.replicate, block)
+                parts = tuple(Part(replicate, work_left.phases_of(run, replicate)) for replicate in replicates)
+                blocks.setdefault(name, Work(name, "imp", arguments, parts, run.config, needs))
+        return [*scores.values(), *blocks.values()]
 
 
 Points = Mapping[tuple[int, ...], SweepRun]

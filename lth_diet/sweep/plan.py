@@ -4,7 +4,9 @@ import contextlib
 import statistics
 from collections.abc import Iterable, Mapping
 
+from lth_diet.config.schema import Config
 from lth_diet.errors import UserError
+from lth_diet.launch import stacks
 from lth_diet.sweep.grid import MAX_RUNS, Settings, Sweep, Work
 
 
@@ -27,19 +29,18 @@ def plan(sweep: Sweep, others: Mapping[str, list[str]]) -> str:
         others: Result of `shared_runs`.
     """
     work, runs = sweep.work(), sweep.runs
-    replicates = [each for each in work if each.recipe == "imp"]
+    blocks = [each for each in work if each.recipe == "imp"]
+    replicates = sum(len(each.parts) for each in blocks)
     scores = [each for each in work if each.recipe == "score"]
     where = next(iter(runs.values())).config.runs
-    lines = [
-        f"{sweep.path}: runs: {len(runs)}, replicates: {len(replicates)}, sets of scores: {len(scores)}; in {where}"
-    ]
+    lines = [f"{sweep.path}: runs: {len(runs)}, replicates: {replicates}, sets of scores: {len(scores)}; in {where}"]
     rows = [("", "", "finished", "partial", "missing", "trainings left", "steps left", "also in")]
     for each in scores:
-        users = {other.name.partition("/")[0] for other in replicates if other.needs == each.name}
+        users = {other.name.partition("/")[0] for other in blocks if other.needs == each.name}
         networks = f"{len(each.phases)} networks, for {len(users)} runs"
         rows.append((each.name, networks, *_counts([each]), ""))
     for name, run in runs.items():
-        mine = [each for each in replicates if each.name.startswith(f"{name}/")]
+        mine = [each for each in blocks if each.name.startswith(f"{name}/")]
         rows.append((name, run.config.arm_description, *_counts(mine), " ".join(others[name])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -50,11 +51,34 @@ def plan(sweep: Sweep, others: Mapping[str, list[str]]) -> str:
     shared = sum(bool(names) for names in others.values())
     lines.append(f"shared: {shared} of {len(runs)} runs, with other sweeps in {sweep.path.parent}")
     lines.append(f"left: {sum(each.trainings_left for each in work):,} trainings, {steps:,} steps")
-    return "\n".join([*lines, _estimate_time(sweep.settings, work, steps)])
+    lines.append(_estimate_time(sweep.settings, work, steps))
+    return "\n".join([*lines, *(_recommend_stack(sweep.settings, work) if steps else ())])
+
+
+def _recommend_stack(settings: Settings, work: list[Work]) -> list[str]:
+    """The size of a stack that is recommended for the runs that are left, with a block for each slot that is known."""
+    runs: dict[str, Config] = {}
+    for each in (each for each in work if each.recipe == "imp" and not each.done):
+        runs.setdefault(each.name.partition("/")[0], each.config)
+    uses_gpus = {None: None, 0: False}.get(0 if settings.gpus == 0 else settings.gpus_per_run, True)
+    known = None if uses_gpus is None else ["GPU" if uses_gpus else "CPU"]
+    line = stacks.recommendation([*runs.values()], _known_slots(settings, work) or 1, known, "job") if runs else ""
+    return [line] if line else []
+
+
+def _known_slots(settings: Settings, work: list[Work]) -> int | None:
+    """Number of processes at a time; None if the file does not say how many GPUs or CPU cores there are."""
+    share = 1.0 if settings.gpus_per_run is None else settings.gpus_per_run
+    threads = max(each.config.threads for each in work)
+    many = MAX_RUNS * threads  # stands for an unknown number of GPUs or CPU cores
+    slots = settings.slots(
+        settings.cpus or many, many if settings.gpus is None else settings.gpus, settings.cpus_per_run or threads, share
+    )
+    return slots if 0 < slots < MAX_RUNS else None
 
 
 def _counts(work: list[Work]) -> list[str]:
-    states = [each.state for each in work]
+    states = [part.state for each in work for part in each.parts]
     left = sum(each.trainings_left for each in work), sum(each.steps_left for each in work)
     return [*(str(states.count(s) or "") for s in ("finished", "partial", "missing")), *(f"{n:,}" for n in left)]
 
@@ -72,12 +96,8 @@ def _estimate_time(settings: Settings, work: list[Work], steps: int) -> str:
     unit = "GPU-hours" if share else "process-hours"
     hours = steps * ms / 3.6e6
     line = f"time: {hours * (share or 1):,.1f} {unit} at {ms:.1f} ms per step ({source})"
-    threads = max(each.config.threads for each in work)
-    many = MAX_RUNS * threads  # stands for an unknown number of GPUs or CPU cores
-    slots = settings.slots(
-        settings.cpus or many, many if settings.gpus is None else settings.gpus, settings.cpus_per_run or threads, share
-    )
-    if not 0 < slots < MAX_RUNS:
+    slots = _known_slots(settings, work)
+    if slots is None:
         return line
     longest = max(each.steps_left for each in work if each.recipe == "imp") * ms / 3.6e6
     return f"{line}; {max(hours / slots, longest):,.1f} hours with {slots} at a time"

@@ -4,7 +4,7 @@ A Ray task is one attempt of a job: it runs `composer -n 1 recipes/...` in a sep
 logs are written to the folder of runs, which all nodes share at the same path, or to an object store. A lost task
 loses only the steps since its last checkpoint.
 
-<runs>/sweep-logs/<run>/replicate_<r>/attempt_<n>.log      the output of an attempt
+<runs>/sweep-logs/<run>/replicate_<r>/attempt_<n>.log      the output of an attempt; of a block, replicate_<r>-<last>
 """
 
 import contextlib
@@ -25,7 +25,6 @@ from lth_diet.errors import HOW_TO_RESUME, UserError
 from lth_diet.launch import checks
 from lth_diet.launch.processes import LAUNCHER_VARIABLES, exit_with_parent
 from lth_diet.program import DEVICE_FAULT
-from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.runs.run_store import RunStore, open_run_store
 from lth_diet.sweep.grid import Settings, Sweep, Work
 from lth_diet.sweep.screen import Job, Screen
@@ -66,8 +65,8 @@ def run_sweep(sweep: Sweep, address: str | None, recipes: Path) -> int:
                 scheduler.run(screen)
         return screen.conclude()
     except KeyboardInterrupt:
-        done = sum(work.done for work in left)
-        print(f"interrupted: {done} of {len(left)} are done; rerun the same command to resume", file=sys.stderr)
+        done = [part.done for work in left for part in work.parts]
+        print(f"interrupted: {sum(done)} of {len(done)} are done; rerun the same command to resume", file=sys.stderr)
         return 130
 
 
@@ -156,7 +155,7 @@ def jobs_from(work: list[Work], slots: int) -> list[Job]:
     """
     jobs = []
     for each in sorted(work, key=lambda each: (each.recipe != "score", -each.steps_left)):
-        several = min(slots, max(each.trainings_left, 1)) if each.recipe == "score" else 1
+        several = min(slots, max(each.networks_left, 1)) if each.recipe == "score" else 1
         names = [f"{each.name}/process_{number}" for number in range(several)] if several > 1 else [each.name]
         jobs += [Job(each, name) for name in names]
     return jobs
@@ -273,7 +272,7 @@ class Scheduler:
             crash = f"lost with its worker or node ({type(error).__name__})"
         else:
             with contextlib.suppress(OSError):
-                job.work.folder.store.refresh_index()
+                job.work.refresh_index()
             crash = _crash(job, status)
             if not crash:
                 done = job.work.done
@@ -336,7 +335,7 @@ def _crash(job: Job, status: int) -> str:
         return f"killed by signal {-status}"
     if status == DEVICE_FAULT:
         return _reason(job, status).removesuffix(HOW_TO_RESUME)
-    unexplained = isinstance(job.work.folder, ReplicateDirectory) and not job.work.folder.failed
+    unexplained = job.work.recipe == "imp" and not job.work.failed
     return "ended without an error" if status == 1 and unexplained else ""
 
 

@@ -41,6 +41,11 @@ class Job:
     reason: str = ""
     logs: list[Path] = dataclasses.field(default_factory=list)
 
+    def states(self) -> list[str]:
+        """The state of each replicate; some of a block may be done although the job failed."""
+        some_done = self.state == "failed" and len(self.work.parts) > 1
+        return ["done" if some_done and part.done else self.state for part in self.work.parts]
+
 
 class Screen:
     """Shows a sweep: a live table on a terminal, plain lines where the output is piped.
@@ -85,7 +90,7 @@ class Screen:
             self._listed = now
             with contextlib.suppress(OSError):
                 for job in running.values():
-                    job.work.folder.store.refresh_index()
+                    job.work.refresh_index()
         progress = {name: _progress_of(job.work) for name, job in running.items()}
         processes = collections.Counter(job.work.name for job in self.jobs if job.state == "running")
         left = {name: steps for name, (*_, steps) in progress.items()}
@@ -97,7 +102,7 @@ class Screen:
             self.console.print(summary)
 
     def _summary(self, left: dict[str, int], processes: dict[str, int]) -> str:
-        """Counts of jobs and, once a rate is known, the ETA."""
+        """Counts of replicates and, once a rate is known, the ETA."""
         rate = self._rates.per_process()
         if not rate or not left:
             return self._counts()
@@ -123,7 +128,7 @@ class Screen:
         return table
 
     def _counts(self) -> str:
-        states = collections.Counter(job.state for job in self.jobs)
+        states = collections.Counter(state for job in self.jobs for state in job.states())
         return ", ".join(f"{states[state]} {state}" for state in ("running", "done", "failed", "waiting"))
 
     def conclude(self) -> int:

@@ -10,15 +10,17 @@ from typing import Any, BinaryIO
 
 import torch
 from composer import Callback, Logger, State
+from composer.models import ComposerModel
 from composer.utils import checkpoint, dist
 
 from lth_diet.algorithms.bare_network import bare_network
 from lth_diet.config.schema import Intervals
-from lth_diet.data.loader import Loader
+from lth_diet.data.loader import Loader, StackedLoader
 from lth_diet.errors import TrainingError, add_path_to_errors
 from lth_diet.files import partial_path, replace
+from lth_diet.runs.block import BlockPhase
 from lth_diet.runs.environment import Environment
-from lth_diet.runs.phase_directory import PhaseDirectory
+from lth_diet.training import devices
 from lth_diet.training.progress import Progress
 
 CHECKPOINT_SECONDS = 10.0
@@ -30,53 +32,67 @@ _FILE_ERROR = re.compile("inline_container|PytorchStreamWriter|unexpected pos|io
 """In the RuntimeError that PyTorch raises when a file cannot be written, as on a full disk."""
 
 
-def measure(state: State) -> dict[str, float]:
-    """Test accuracy (%) and loss of the last evaluation."""
-    metrics = state.eval_metrics["test"]
+def measure(state: State, member: int | None = None) -> dict[str, float]:
+    """Test accuracy (%) and loss of the last evaluation, of a member of a stack or of a single network."""
+    metrics, suffix = state.eval_metrics["test"], "" if member is None else f"_{member}"
     return {
-        "test_accuracy_percent": round(100 * float(metrics["MulticlassAccuracy"].compute()), 4),
-        "test_loss": float(metrics["CrossEntropy"].compute()),
+        "test_accuracy_percent": round(100 * float(metrics[f"MulticlassAccuracy{suffix}"].compute()), 4),
+        "test_loss": float(metrics[f"CrossEntropy{suffix}"].compute()),
     }
 
 
+class NobodyTrains(Exception):
+    """The last member of a block that trained has failed."""
+
+
 class _Recorder(Callback):
-    """Writes the training curve: mean loss since the last row, learning rate, evaluations.
+    """Writes the training curves: mean loss since the last row, learning rate, evaluations.
 
     Losses stay on the device until a row, a checkpoint or an evaluation needs them.
 
     Attributes:
-        curve: The open file of the training curve; None on ranks other than 0.
+        curves: The open files of the training curves by member of the block; empty on ranks other than 0.
     """
 
-    def __init__(self, phase: PhaseDirectory, loader: Loader, intervals: Intervals, progress: Progress):
-        self.path = phase.path / "curve.jsonl"
-        self.folder = phase.path
-        self.loader = loader
+    def __init__(
+        self,
+        block: BlockPhase,
+        model: ComposerModel,
+        loader: Loader | StackedLoader,
+        intervals: Intervals,
+        progress: Progress,
+    ):
+        self.block = block
+        self.model = model
+        self.loaders = loader.loaders if isinstance(loader, StackedLoader) else (loader,)
         self.intervals = intervals
         self.progress = progress
-        self.curve: BinaryIO | None = None
+        self.curves: dict[int, BinaryIO] = {}
         self.unread: list[tuple[int, float, torch.Tensor]] = []
-        self.losses = 0.0
+        self.losses = [0.0] * len(block)
         self.batches = 0
         self.lr = 0.0
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         self.lr = state.optimizers[0].param_groups[0]["lr"]
-        self.unread.append((int(state.timestamp.batch) + 1, self.lr, state.loss.detach()))
+        losses = state.loss.detach().view(1) if len(self.block) == 1 else self.model.losses
+        self.unread.append((int(state.timestamp.batch) + 1, self.lr, losses))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
         if step % self.intervals.log == 0:
             self.read_losses()
-            self._append(step, {"train_loss": self.losses / self.batches, "learning_rate": self.lr})
-            self.losses, self.batches = 0.0, 0
+            for member in self.block.training:
+                mean = self.losses[member] / self.batches
+                self._append(member, step, {"train_loss": mean, "learning_rate": self.lr})
+            self.losses, self.batches = [0.0] * len(self.block), 0
         self.progress.step(step)
 
     def read_losses(self) -> None:
         """Add the losses since the last read, averaged over the ranks.
 
         Raises:
-            TrainingError: If a loss is not finite.
+            TrainingError: If a loss is not finite, and the other members cannot go on without this one.
         """
         if not self.unread:
             return
@@ -84,14 +100,17 @@ class _Recorder(Callback):
         self.unread = []
         values = torch.stack(losses).double()
         dist.all_reduce(values)
-        for step, lr, loss in zip(steps, rates, (values / dist.get_world_size()).tolist(), strict=True):
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"{self.folder}: the loss is {loss} at step {step} with learning rate {lr:g}, on batch {step - 1} "
-                    f"of order seed {self.loader.order_seed} and augmentation seed {self.loader.augmentation_seed}; "
-                    "try a lower train.lr or pretrain.lr"
-                )
-            self.losses += loss
+        for step, lr, each in zip(steps, rates, (values / dist.get_world_size()).tolist(), strict=True):
+            for member in list(self.block.training):
+                if not math.isfinite(each[member]):
+                    loader = self.loaders[member]
+                    self._fail(
+                        member,
+                        f"the loss is {each[member]} at step {step} with learning rate {lr:g}, on batch {step - 1} of "
+                        f"order seed {loader.order_seed} and augmentation seed {loader.augmentation_seed}; try a lower "
+                        "train.lr or pretrain.lr",
+                    )
+                self.losses[member] += each[member]
             self.batches += 1
 
     def eval_start(self, state: State, logger: Logger) -> None:
@@ -101,26 +120,45 @@ class _Recorder(Callback):
                 dist.broadcast(buffer, src=0)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        step, measured = int(state.timestamp.batch), measure(state)
-        if not math.isfinite(measured["test_loss"]):
-            raise TrainingError(
-                f"{self.folder}: the test loss is {measured['test_loss']} after step {step} with learning rate "
-                f"{self.lr:g}; try a lower train.lr or pretrain.lr"
-            )
-        self._append(step, measured)
+        step = int(state.timestamp.batch)
+        for member in list(self.block.training):
+            measured = measure(state, member if len(self.block) > 1 else None)
+            if not math.isfinite(measured["test_loss"]):
+                self._fail(
+                    member,
+                    f"the test loss is {measured['test_loss']} after step {step} with learning rate {self.lr:g}; try a "
+                    "lower train.lr or pretrain.lr",
+                )
+            else:
+                self._append(member, step, measured)
 
-    def _append(self, step: int, metrics: dict[str, float]) -> None:
+    def _fail(self, member: int, reason: str) -> None:
+        reason = f"{self.block.phases[member].path}: {reason}"
+        if devices.is_gpu() and len(self.block) > 1:  # kernels for groups of few channels multiply the next one by zero
+            raise TrainingError(
+                f"{reason}, or stack=1: on a GPU, numbers that are not finite can reach the other replicates of a "
+                "stack, so this ends all of them"
+            )
+        if not self.block.can_go_on_without(member, reason):
+            raise TrainingError(reason)
+        if self.block.done:
+            raise NobodyTrains
+
+    def _append(self, member: int, step: int, metrics: dict[str, float]) -> None:
         row = {"step": step, "timestamp": time.time_ns() // 1_000_000, **metrics}
-        if self.curve:
-            with add_path_to_errors(self.path):
-                self.curve.write(json.dumps(row).encode() + b"\n")
-                self.curve.flush()
+        if member in self.curves:
+            with add_path_to_errors(self.block.phases[member].path / "curve.jsonl"):
+                self.curves[member].write(json.dumps(row).encode() + b"\n")
+                self.curves[member].flush()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses, "batches": self.batches}
+        losses = self.losses if len(self.block) > 1 else self.losses[0]
+        return {"losses": losses, "batches": self.batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.losses, self.batches = state["losses"], state["batches"]
+        losses = state["losses"]
+        self.losses = losses if isinstance(losses, list) else [losses]
+        self.batches = state["batches"]
 
 
 class _Checkpointer(Callback):
@@ -131,13 +169,13 @@ class _Checkpointer(Callback):
 
     def __init__(
         self,
-        phase: PhaseDirectory,
+        block: BlockPhase,
         interval: int,
         recorder: _Recorder,
         sync: Callable[[], None],
         environment: Environment,
     ):
-        self.phase = phase
+        self.block = block
         self.interval = interval
         self.recorder = recorder
         self.sync = sync
@@ -151,7 +189,7 @@ class _Checkpointer(Callback):
             self._save(state, step)
             self.saved = time.monotonic()
             if dist.get_global_rank() == 0:
-                self.phase.upload()
+                self.block.upload()
                 if time.monotonic() - self.synced >= SYNC_SECONDS:
                     self.sync()
                     self.synced = time.monotonic()
@@ -166,14 +204,14 @@ class _Checkpointer(Callback):
         return bool(decision.item())
 
     def _save(self, state: State, step: int) -> None:
-        path = self.phase.checkpoint_path(step)
+        path = self.block.leader.checkpoint_path(step)
         part = path.with_name(f"{partial_path(path).name}.pt")  # Composer takes other suffixes for compression
         literal = str(part).replace("{", "{{").replace("}", "}}")
         try:
             checkpoint.save_checkpoint(state, literal)
             if dist.get_global_rank() == 0:
                 replace(part, path)
-                self.phase.commit_checkpoint(step, self.environment)
+                self.block.commit_checkpoint(step, self.environment)
         except (OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):
                 part.unlink()

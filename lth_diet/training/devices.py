@@ -110,6 +110,13 @@ def count_gpus() -> int:
     raise UserError(f"{asked}, but PyTorch cannot use a GPU ({reason.rstrip('.')}); {_USE_CPU}")
 
 
+def expects_gpu() -> bool | None:
+    """Whether a launch on this machine trains on GPUs, as far as it is known without torch; None if it is not."""
+    if _visible() == []:
+        return False
+    return True if _DRIVER_FILE.exists() else None
+
+
 def _visible() -> list[str] | None:
     """The GPUs of `CUDA_VISIBLE_DEVICES`, which CUDA reads up to the first invalid one; None if it is not set."""
     value = os.environ.get(VISIBLE)

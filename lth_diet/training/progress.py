@@ -7,7 +7,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 Status = dict[str, Any]
-"""Status of one rank, `{"rows", "messages", "left"}`, or one of its rows: a replicate or scoring network."""
+"""Status of one rank, `{"rows", "messages", "left", "rate"}`, or one of its rows: a replicate or scoring network.
+
+A row has the rate of its own steps; that of the rank is the sum of its rows that train. `left` are steps of all rows.
+"""
 _INTERVAL = 0.5  # seconds between two publications during a phase, at least
 _WARM_UP = 5  # steps at the start of a phase without rate: they include CUDA initialization and compilation
 _WINDOW = 30.0  # seconds over which the rate is measured
@@ -33,7 +36,8 @@ class Progress:
         self._published = 0.0
         self._samples: collections.deque[tuple[float, int]] = collections.deque()
         self._measured_from = 0
-        self._row: Status = {}
+        self._training: list[Status] = []
+        self._step = self._last = 0
         self.begin([("", name) for name in names], steps)
 
     def begin(self, replicates: Iterable[tuple[str, str]], steps: int) -> None:
@@ -49,28 +53,49 @@ class Progress:
         self._rate: float | None = None
         self.publish()
 
-    def start_phase(self, name: str, phase: str, weights_remaining_percent: float = 100.0) -> None:
-        """Assign the following steps to a phase of `replicate_<r>` or `network_<k>`."""
-        self._row = self.rows.setdefault(_key(self.arm, name), {"arm": self.arm, "name": name})
-        weights = round(weights_remaining_percent, 1)
-        self._row |= {"state": "training", "phase": phase, "weights": weights, "rate": None}
+    def start_phase(
+        self, names: Sequence[str], phase: str, weights_remaining_percent: float | Sequence[float] = 100.0
+    ) -> None:
+        """Assign the following steps to a phase of one or several `replicate_<r>` or `network_<k>`.
+
+        A step of several counts once for each of them.
+
+        Args:
+            names: Names of the replicates or networks that train together.
+            phase: Name of the phase.
+            weights_remaining_percent: Remaining weights, of all or of each.
+        """
+        weights = weights_remaining_percent
+        weights = [weights] * len(names) if isinstance(weights, int | float) else weights
+        for row in self._training:  # of the phase before
+            row["rate"] = None
+        self._training = []
+        for name, remaining in zip(names, weights, strict=True):
+            row = self.rows.setdefault(_key(self.arm, name), {"arm": self.arm, "name": name})
+            row |= {"state": "training", "phase": phase, "weights": round(remaining, 1), "rate": None}
+            self._training.append(row)
 
     def start_training(self, step: int, last: int) -> None:
         """Report that training starts or resumes at `step` and ends at `last`."""
-        self._row |= {"step": step, "last": last, "rate": self._rate}
+        for row in self._training:
+            row |= {"step": step, "last": last, "rate": self._rate}
+        self._step, self._last = step, last
         self._samples.clear()
         self._measured_from = step + _WARM_UP
         self.publish()
 
     def step(self, step: int) -> None:
-        """Report the number of finished steps of this phase."""
+        """Report the number of finished steps of this phase. Replicates that failed during it train no more."""
         now = time.monotonic()
         if not self._samples and step >= self._measured_from:
             self._samples.append((now, step))
-        if now - self._published >= _INTERVAL or step >= self._row["last"]:
-            self.left = max(self.left - (step - self._row["step"]), 0)
-            self._row["step"] = step
+        if now - self._published >= _INTERVAL or step >= self._last:
+            self._training = [row for row in self._training if row["state"] == "training"]
+            self.left = max(self.left - (step - self._step) * len(self._training), 0)
+            self._step = step
             self._update_rate(now, step)
+            for row in self._training:
+                row |= {"step": step, "rate": self._rate}
             self.publish()
 
     def _update_rate(self, now: float, step: int) -> None:
@@ -80,7 +105,7 @@ class Progress:
             while now - self._samples[1][0] > _WINDOW:
                 self._samples.popleft()
             (began, first), (ended, last) = self._samples[0], self._samples[-1]
-            self._rate = self._row["rate"] = (last - first) / (ended - began)
+            self._rate = (last - first) / (ended - began)
 
     def report_accuracy(
         self, name: str, phase: str, test_accuracy_percent: float, weights_remaining_percent: float = 100.0
@@ -120,7 +145,9 @@ class Progress:
     def publish(self) -> None:
         """Publish the current status."""
         self._published = time.monotonic()
-        self._publish({"rows": list(self.rows.values()), "messages": self.messages, "left": self.left})
+        rates = [row["rate"] for row in self.rows.values() if row["state"] == "training" and row["rate"]]
+        status = {"rows": list(self.rows.values()), "messages": self.messages, "left": self.left}
+        self._publish(status | {"rate": sum(rates) or None})
 
 
 def _key(arm: str, name: str) -> str:

@@ -17,12 +17,12 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 from lth_diet.config.schema import Config
-from lth_diet.data.loader import EvaluationLoader, Loader
+from lth_diet.data.loader import EvaluationLoader, Loader, StackedLoader
 from lth_diet.errors import TrainingError
+from lth_diet.runs.block import BlockPhase
 from lth_diet.runs.environment import merge
-from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.training import composer_internals, device_faults, devices
-from lth_diet.training.callbacks import _Checkpointer, _Recorder, measure
+from lth_diet.training.callbacks import NobodyTrains, _Checkpointer, _Recorder, measure
 from lth_diet.training.progress import Progress
 
 
@@ -45,37 +45,38 @@ class Schedule:
 
 def train(
     model: ComposerClassifier,
-    loader: Loader,
+    loader: Loader | StackedLoader,
     evaluation: EvaluationLoader,
     schedule: Schedule,
     algorithms: Sequence[Algorithm],
-    phase: PhaseDirectory,
+    block: BlockPhase,
     config: Config,
     progress: Progress,
     sync: Callable[[], None],
-) -> dict[str, Any]:
+) -> dict[int, dict[str, Any]]:
     """Train a phase, starting from its last checkpoint if there is one, and evaluate it after its last step.
 
     Args:
-        model: Trained in place.
+        model: Trained in place: one network, or a stack of as many as the block has members.
         loader: Training batches. Iteration starts at the step of the Trainer's clock.
         evaluation: Test images.
         schedule: Steps and learning rate.
         algorithms: Composer Algorithms, in order.
-        phase: The directory of the training curve and of checkpoints.
+        block: The directories of training curves and checkpoints. Members may fail, and no longer train then.
         config: For momentum, weight decay, precision and intervals.
         progress: Receives progress after every batch.
         sync: Called after a checkpoint, at most once in `SYNC_SECONDS`.
 
     Returns:
-        test_accuracy_percent, test_loss, steps, seconds (of this attempt), timestamp (ms since 1970), environment.
+        By member that has trained: test_accuracy_percent, test_loss, steps, seconds (of this attempt, divided by the
+        number of members), timestamp (ms since 1970), environment.
 
     Raises:
         TrainingError: If the loss is not finite, a checkpoint cannot be written or does not restore the state of an
             Algorithm, callback, optimizer or scheduler, or the network cannot be compiled.
     """
-    resume = phase.checkpoint()
-    environment = merge(phase.environment() if resume else {}, devices.environment(config))
+    resume = block.checkpoint()
+    environment = merge(block.leader.environment() if resume else {}, devices.environment(config))
     optimizer = SGD(
         model.parameters(),
         lr=schedule.lr,
@@ -85,9 +86,9 @@ def train(
     )
     # PyTorch's scheduler acts on the milestone itself; Composer's schedulers act one batch later
     scheduler = MultiStepLR(optimizer, list(schedule.milestones), config.train.gamma)
-    recorder = _Recorder(phase, loader, config.intervals, progress)
+    recorder = _Recorder(block, model, loader, config.intervals, progress)
     began = time.monotonic()
-    with _plain_path(resume) as load_path, _restore_errors(phase, [optimizer, scheduler, recorder, *algorithms]):
+    with _plain_path(resume) as load_path, _restore_errors(block, [optimizer, scheduler, recorder, *algorithms]):
         trainer = composer_internals.LeanTrainer(
             model=model,
             train_dataloader=loader,
@@ -99,7 +100,7 @@ def train(
             schedulers=scheduler,
             step_schedulers_every_batch=True,
             algorithms=list(algorithms),
-            callbacks=[recorder, _Checkpointer(phase, config.intervals.checkpoint, recorder, sync, environment)],
+            callbacks=[recorder, _Checkpointer(block, config.intervals.checkpoint, recorder, sync, environment)],
             device=composer_internals.training_device(),
             precision={"fp32": "fp32", "bf16": "amp_bf16"}[devices.precision(config.precision)],
             deterministic_mode=config.deterministic,
@@ -116,18 +117,21 @@ def train(
         loader.current_step = lambda: int(trainer.state.timestamp.batch)
         progress.start_training(resume[1] if resume else schedule.start_step, schedule.end_step)
         with contextlib.ExitStack() as stack:
-            if dist.get_global_rank() == 0:
-                recorder.curve = stack.enter_context(phase.open_curve(resume[1] if resume else -1))
+            for member in block.training if dist.get_global_rank() == 0 else ():
+                curve = block.phases[member].open_curve(resume[1] if resume else -1)
+                recorder.curves[member] = stack.enter_context(curve)
             if config.compile:
-                stack.enter_context(_compile_errors(phase))
-            trainer.fit()
-        return {
-            **measure(trainer.state),
+                stack.enter_context(_compile_errors(block))
+            with contextlib.suppress(NobodyTrains):
+                trainer.fit()
+        common = {
             "steps": schedule.end_step - schedule.start_step,
-            "seconds": round(time.monotonic() - began, 3),
+            "seconds": round((time.monotonic() - began) / len(block), 3),
             "timestamp": time.time_ns() // 1_000_000,
             "environment": environment,
         }
+        suffix = len(block) > 1
+        return {k: {**measure(trainer.state, k if suffix else None), **common} for k in block.training}
     finally:
         loader.current_step = lambda: 0
         composer_internals.close(trainer)
@@ -146,7 +150,7 @@ def _plain_path(resume: tuple[Path, int] | None) -> Iterator[Path | None]:
 
 
 @contextlib.contextmanager
-def _restore_errors(phase: PhaseDirectory, objects: Sequence[Any]) -> Iterator[None]:
+def _restore_errors(block: BlockPhase, objects: Sequence[Any]) -> Iterator[None]:
     """Turns Composer's warning that a checkpoint lacks the state of an object, and invalid states, into an error.
 
     Composer finds states in a checkpoint by class name. A training that silently resumes without its momentum or its
@@ -159,11 +163,11 @@ def _restore_errors(phase: PhaseDirectory, objects: Sequence[Any]) -> Iterator[N
         try:
             yield
         except (UserWarning, ValueError) as error:
-            if phase.checkpoint() is None:
+            if block.checkpoint() is None:
                 raise
             raise TrainingError(
-                f"{phase.path}: the checkpoint does not restore the training ({str(error).splitlines()[0]}); "
-                f"delete {phase.path} and rerun the same command to train it again"
+                f"{block.name}: the checkpoint does not restore the training ({str(error).splitlines()[0]}); "
+                f"delete {block.name} and rerun the same command to train it again"
             ) from None
 
 
@@ -177,7 +181,7 @@ def _compile_config() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _compile_errors(phase: PhaseDirectory) -> Iterator[None]:
+def _compile_errors(block: BlockPhase) -> Iterator[None]:
     try:
         from torch._dynamo.exc import TorchDynamoException  # the import takes a second
     except ImportError:
@@ -191,7 +195,7 @@ def _compile_errors(phase: PhaseDirectory) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0]
         remedy = "use" if devices.is_gpu() else "try another number of threads or"
         raise TrainingError(
-            f"{phase.path}: PyTorch {torch.__version__} cannot compile this network on this machine ({reason}); "
+            f"{block.name}: PyTorch {torch.__version__} cannot compile this network on this machine ({reason}); "
             f"{remedy} compile=false"
         ) from None
 

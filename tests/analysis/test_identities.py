@@ -24,6 +24,9 @@ def test_keys_that_an_arm_ignores_and_missing_keys_do_not_matter():
     assert identities.normalize(new) == old
     assert identities.normalize(new | {"prune.levels": 4, "seed": 8}) == old
     assert identities.normalize(new | {"threads": 2}) != old
+    stacked = identities.normalize(new | {"stack": 8})
+    assert identities.normalize(new | {"stack": 1}) == old and identities.setup(stacked) == identities.setup(old)
+    assert identities.differences(stacked, old) == ("", "stack = 8 and 1")
 
 
 def test_ranks_belong_to_the_identity_only_if_they_train_one_replicate_together():

@@ -71,7 +71,7 @@ def test_a_run_killed_before_an_upgrade_resumes_with_the_same_bits(run, name, ki
     untouched = {path: path.stat().st_mtime_ns for path in replicate.path.glob("*/result.json")}
     torch.set_num_threads(1)
     with replicate.lock():
-        IMP(run.config, replicate, Progress([name], 0), lambda: None).run()
+        IMP(run.config, [replicate], Progress([name], 0), lambda: None).run()
     after = steps(replicate.path / killed / "curve.jsonl")
     assert {s: time for s, time in before.items() if s <= step} == {s: after[s] for s in before if s <= step}
     assert all(path.stat().st_mtime_ns == time for path, time in untouched.items())

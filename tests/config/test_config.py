@@ -251,6 +251,15 @@ def test_the_yaml_files_have_the_subset_sizes_of_the_paper():
             assert loaded.label_noise == {"10": 0.1, "50": 0.5}.get(family[-2:] if "noise" in family else "", 0)
 
 
+def test_a_stack_of_one_is_not_part_of_an_identity_and_a_larger_one_is_part_of_both(tiny):
+    one, four = (load(tiny, f"stack={stack}", "replicates=4", arm="easy") for stack in (1, 4))
+    for identity in (run_ids.run_identity, run_ids.scores_identity):
+        assert "stack" not in identity(one) and identity(four)["stack"] == 4
+        assert set(identity(four)) == {*identity(one), "stack"}
+    assert run_id(one) == run_id(load(tiny, arm="easy")) != run_id(four)
+    assert scores_id(one) == scores_id(load(tiny, arm="easy")) != scores_id(four)
+
+
 SHARED = ["arm=hard", "arm=all", "pretrain.steps=5", "pretrain.subset.size=64", "prune.fraction=0.3", "replicates=2"]
 
 

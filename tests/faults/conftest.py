@@ -4,7 +4,7 @@ import shutil
 from collections import Counter
 
 import pytest
-from faults.runs import SMALL, check_mlflow
+from faults.runs import SMALL, STACKED, check_mlflow
 from forks.client import server
 from helpers import TINY
 
@@ -17,12 +17,21 @@ def commands():
 @pytest.fixture(scope="session")
 def reference(commands, tmp_path_factory, empty_store):
     """The folder of a run that never meets a fault."""
-    folder = tmp_path_factory.mktemp("reference")
+    return run_without_fault(commands, tmp_path_factory.mktemp("reference"), empty_store, SMALL)
+
+
+@pytest.fixture(scope="session")
+def stacked_reference(commands, tmp_path_factory, empty_store):
+    """The folder of a run that never meets a fault, of two replicates in a stack."""
+    return run_without_fault(commands, tmp_path_factory.mktemp("stacked"), empty_store, STACKED)
+
+
+def run_without_fault(commands, folder, empty_store, settings):
     (folder / "tiny.yaml").write_text(TINY.format(arm="easy"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(empty_store, folder / 'mlflow.db')}")
         patch.chdir(folder)
-        status, output = commands.run("recipes.imp", "-f", "tiny.yaml", *SMALL, folder=folder)
+        status, output = commands.run("recipes.imp", "-f", "tiny.yaml", *settings, folder=folder)
         assert status == 0, output
         check_mlflow()
     return folder

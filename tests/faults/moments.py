@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from lth_diet import files, imp
 from lth_diet.data import catalog, loader
 from lth_diet.runs import phase_directory
-from lth_diet.training import callbacks
+from lth_diet.training import callbacks, composer_internals
 
 
 class Fault:
@@ -91,7 +91,7 @@ def pruning(fault):
 
 MOMENTS = {
     "while building the data cache": before(catalog.np, "save"),
-    "in a training step": before(loader.Loader, "batch"),
+    "in a training step": before(composer_internals.LeanTrainer, "_train_batch"),
     "in an evaluation": before(loader.EvaluationLoader, "__iter__"),
     "before a file is written": before(files.os, "fsync"),
     "before a file is renamed into place": after(files.os, "fsync"),
@@ -135,9 +135,9 @@ def at_opening(name, disk):
     sys.addaudithook(hook)
     append = callbacks._Recorder._append
 
-    def opened_again(recorder, *arguments):
-        hook("open", [recorder.path])
-        append(recorder, *arguments)
+    def opened_again(recorder, member, *arguments):
+        hook("open", [recorder.block.phases[member].path / "curve.jsonl"])
+        append(recorder, member, *arguments)
 
     callbacks._Recorder._append = opened_again
 

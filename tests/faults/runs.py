@@ -9,6 +9,7 @@ from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.tracking import mlflow_store
 
 SMALL = ["prune.levels=1", "pretrain.label_noise=0.1", "replicates=1"]
+STACKED = [*SMALL[:-1], "replicates=2", "stack=2"]
 
 
 def bits(root):

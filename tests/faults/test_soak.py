@@ -42,7 +42,7 @@ def test_memory_open_files_and_time_per_level_do_not_grow(tiny, sync, objects, m
             counts = {"objects": len(gc.get_objects()), "open files": process.num_fds()}
             rows.append({"MiB": process.memory_info().rss / 2**20, "CPU seconds": seconds, **counts})
 
-    imp.IMP(run.config, replicate, progress, track).run()
+    imp.IMP(run.config, [replicate], progress, track).run()
     levels = pd.DataFrame(rows, index=range(1, len(rows) + 1))
     levels["CPU seconds"] = levels["CPU seconds"].diff().rolling(10).median()
     print(levels.loc[[1, SETTLED, LEVELS // 2, LEVELS]].to_string())

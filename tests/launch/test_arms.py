@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import run, start
+from helpers import MEASURED, run, start
 from safetensors.numpy import load_file
 
 from lth_diet.config import loading
 from lth_diet.launch import command_line
-from lth_diet.launch.arms import open_arms
+from lth_diet.launch.arms import open_arms, tasks_of
 from lth_diet.launch.processes import ProcessInfo
 from recipes import imp
 
@@ -124,6 +124,23 @@ def test_finished_runs_that_cannot_be_written_are_shown_and_the_other_arms_train
     assert command_line.launch_imp([*files, *small], "", shown.extend) == 0
     assert len(shown) == 2 and len(re.findall("^    0            100.0 %", capsys.readouterr().out, re.M)) == 2
     assert {path: path.stat().st_mtime_ns for path in archive.rglob("*")} == before
+
+
+def test_each_block_of_replicates_is_one_task_dealt_to_one_rank(tiny):
+    tiny("init", "a.yaml"), tiny("all", "b.yaml")
+    files = [loading.load("a.yaml", ["replicates=[5,6,7,4,1,0,3,2]", "stack=4"]), loading.load("b.yaml")]
+    arms = open_arms(files, ProcessInfo(0, 2, 0, "", 0))
+    rows = [task.rows for task in tasks_of(arms)]
+    assert rows == [[("a", f"replicate_{index}") for index in block] for block in ([4, 5, 6, 7], [0, 1, 2, 3])] + [
+        [("b", "replicate_0")]
+    ]
+    shares = [ProcessInfo(rank, 2, rank, "", 0).shard(tasks_of(arms)) for rank in (0, 1)]
+    assert [[task.rows for task in share] for share in shares] == [[rows[0], rows[2]], [rows[1]]]
+    assert [task.steps_left() for task in shares[0]] == [4 * 3 * 12, 4 + 3 * 8]
+    phase = shares[0][0].replicates[2].level(0)
+    phase.write("curve.jsonl", b"")
+    phase.finish(MEASURED)
+    assert shares[0][0].steps_left() == 4 * 3 * 12 - 12, "each replicate has its own steps left"
 
 
 def test_files_of_one_name_in_two_folders_are_told_apart(tiny, place):

@@ -27,7 +27,7 @@ def two_ranks(clock):
     first = Progress(["replicate_0", "replicate_2"], 300, lambda status: statuses.update({0: status}))
     second = Progress(["replicate_1"], 200, lambda status: statuses.update({1: status}))
     first.report_accuracy("replicate_0", "level_0", 91.254, 100.0)
-    first.start_phase("replicate_0", "level_1", 80.0)
+    first.start_phase(["replicate_0"], "level_1", 80.0)
     first.start_training(10, 110)
     clock[0] += 60  # the warm-up
     first.step(20)
@@ -76,7 +76,7 @@ def test_rows_of_several_arms_name_them_and_are_in_the_order_of_the_files(clock)
     progress.begin([("a", "replicate_0"), ("b_[red]", "replicate_10"), ("b_[red]", "replicate_9")], 30)
     for arm in ("a", "b_[red]"):
         progress.arm = arm
-        progress.start_phase("replicate_0", "level_0")
+        progress.start_phase(["replicate_0"], "level_0")
         progress.report_accuracy("replicate_0", "level_0", 91.0)
         progress.set_state("replicate_0", "done")
     with shown:
@@ -94,7 +94,7 @@ def test_rows_of_several_arms_that_do_not_fit_are_those_that_train_or_failed(clo
     progress.begin([(arm, f"replicate_{index}") for arm in "abcd" for index in range(5)], 30)
     progress.arm = "c"
     for index, state in enumerate(("done", "failed", "training")):
-        progress.start_phase(f"replicate_{index}", "level_0")
+        progress.start_phase([f"replicate_{index}"], "level_0")
         progress.start_training(0, 10)
         progress.set_state(f"replicate_{index}", state)
     with Screen(lambda: statuses, "4 arms", console, arms="abcd"):
@@ -107,7 +107,7 @@ def test_rows_of_several_arms_that_do_not_fit_are_those_that_train_or_failed(clo
 def test_each_part_of_the_work_has_its_rows_and_keeps_messages_and_failures():
     progress = Progress(["replicate_0", "replicate_1"], 10)
     for number in (0, 1):
-        progress.start_phase(f"network_{number}", "scoring")
+        progress.start_phase([f"network_{number}"], "scoring")
     progress.set_state("network_1", "done")
     progress.log("warning")
     progress.fail_unfinished(spare=[("", "replicate_1")])
@@ -131,7 +131,7 @@ def test_messages_of_all_ranks_are_printed_once_to_stderr(clock, capsys):
 def test_a_rank_publishes_at_intervals_and_at_the_end_of_a_phase(clock):
     published = []
     progress = Progress(["replicate_0"], 20, published.append)
-    progress.start_phase("replicate_0", "level_0", 100.0)
+    progress.start_phase(["replicate_0"], "level_0", 100.0)
     progress.start_training(0, 20)
     before = len(published)
     for step in range(1, 20):
@@ -159,7 +159,7 @@ def test_the_table_of_results_has_mean_and_standard_deviation_over_finished_repl
 def rates_of(clock, seconds_per_step, start=0):
     """The rate after each step, of steps that take some seconds each."""
     rates, progress = {}, Progress(["replicate_0"], 1000)
-    progress.start_phase("replicate_0", "level_0")
+    progress.start_phase(["replicate_0"], "level_0")
     progress.start_training(start, 1000)
     for step, seconds in enumerate(seconds_per_step, start + 1):
         clock[0] += seconds
@@ -184,7 +184,7 @@ def test_the_rate_is_an_average_over_half_a_minute(clock):
 
 def test_the_rate_of_the_last_phase_is_kept_during_the_warm_up_of_the_next(clock):
     _, progress = rates_of(clock, [0.1] * 100)
-    progress.start_phase("replicate_0", "level_1")
+    progress.start_phase(["replicate_0"], "level_1")
     assert progress.rows["replicate_0"]["rate"] is None
     progress.start_training(100, 200)
     clock[0] += 40
@@ -195,7 +195,7 @@ def test_the_rate_of_the_last_phase_is_kept_during_the_warm_up_of_the_next(clock
 def test_a_rank_without_a_rate_counts_as_the_slowest_of_the_others(clock):
     statuses, _, second = two_ranks(clock)
     second.left = 400
-    second.start_phase("replicate_1", "level_0")
+    second.start_phase(["replicate_1"], "level_0")
     second.start_training(0, 110)
     out, shown = screen(statuses, force_terminal=True, color_system=None)
     with shown:
@@ -203,10 +203,38 @@ def test_a_rank_without_a_rate_counts_as_the_slowest_of_the_others(clock):
     assert "ETA of the run 0:00:40" in out.getvalue()
 
 
+def test_a_step_of_a_block_is_one_of_each_replicate_in_the_steps_left_and_the_eta_of_the_run(clock):
+    statuses = {}
+    names = [f"replicate_{index}" for index in range(5)]
+    progress = Progress(names, 500, lambda status: statuses.update({0: status}))
+    progress.start_phase(names[:4], "level_1", [80.0, 80.0, 80.0, 79.94])
+    progress.start_training(0, 100)
+    clock[0] += 60
+    progress.step(10)
+    clock[0] += 4
+    progress.step(50)
+    out, shown = screen(statuses)
+    shown.refresh()
+    assert out.getvalue().splitlines() == [
+        f"replicate {index}  level 1   {weights} % of weights  step 50/100  10.0 steps/s  ETA phase 0:00:05, run 0:00:08"
+        for index, weights in enumerate([" 80.0", " 80.0", " 80.0", " 79.9"])
+    ]
+    assert (statuses[0]["left"], statuses[0]["rate"]) == (300, 40)
+    progress.set_state("replicate_2", "failed")
+    clock[0] += 5
+    progress.step(100)
+    assert (statuses[0]["left"], statuses[0]["rate"]) == (150, 30)
+    assert [progress.rows[name].get("step") for name in names] == [100, 100, 50, 100, None]
+    assert progress.rows["replicate_2"]["state"] == "failed"
+    progress.start_phase(names[4:], "level_0")
+    progress.start_training(0, 150)
+    assert statuses[0]["rate"] == 10, "rows of the phase before do not count"
+
+
 def test_a_table_without_any_rate_has_no_eta(clock):
     statuses = {}
     progress = Progress(["replicate_0"], 300, lambda status: statuses.update({0: status}))
-    progress.start_phase("replicate_0", "level_0")
+    progress.start_phase(["replicate_0"], "level_0")
     progress.start_training(0, 110)
     clock[0] += 60
     progress.step(1)

@@ -36,7 +36,7 @@ def train(tiny, monkeypatch):
             status = compute_scores(arm.scores, PROCESS, progress, tasks)
         else:
             status = train_replicates(tasks, PROCESS, progress)
-        files = [task.replicate.path / "failed.json" for task in tasks]
+        files = [each.path / "failed.json" for task in tasks for each in task.replicates]
         reasons = [json.loads(file.read_text())["reason"] for file in files if file.exists()]
         return status, reasons, board.read()[0]["messages"]
 

@@ -20,7 +20,7 @@ from lth_diet.training.progress import Progress
 def replicate(tiny):
     run = RunDirectory(loading.load_config(tiny(), ["prune.levels=1"]))
     run.create()
-    imp.IMP(run.config, run.replicate(0), Progress([0], 0), lambda: None).run()
+    imp.IMP(run.config, [run.replicate(0)], Progress([0], 0), lambda: None).run()
     return run.replicate(0)
 
 

@@ -15,6 +15,7 @@ from lth_diet.errors import UserError
 from lth_diet.files import LockedError
 from lth_diet.imp import IMP
 from lth_diet.runs import object_store, run_store, store_lease
+from lth_diet.runs.block import lock_replicates
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
@@ -341,14 +342,15 @@ def test_an_error_of_the_store_is_reported_without_its_message(node, monkeypatch
 def train(path, *overrides, runs=URL):
     """Train a run in this process, as a launch does."""
     loaded = loading.load_config(path, [*SMALL, f"runs={runs}", *overrides])
-    run, progress = RunDirectory(loaded), Progress(["replicate_0", "network_0", "network_1"], 0)
+    run = RunDirectory(loaded)
+    progress = Progress([*(replicate.name for replicate in run.replicates()), "network_0", "network_1"], 0)
     run.create()
     if loaded.needs_scores:
         ScoresDirectory(loaded).create()
-        Scoring(loaded, progress, lambda: None, range(loaded.scores.networks)).run()
-    replicate = run.replicate(0)
-    with replicate.lock(-1):
-        IMP(loaded, replicate, progress, lambda: None).run()
+        Scoring(loaded, progress, lambda: None, range(len(loaded.scoring_blocks))).run()
+    replicates = run.replicates()
+    with lock_replicates(replicates, -1):
+        IMP(loaded, replicates, progress, lambda: None).run()
     return run.path.parent
 
 
@@ -370,32 +372,34 @@ def record_snapshots(memory, monkeypatch, work):
     return snapshots
 
 
-def select(snapshots):
+def select(snapshots, phases):
     """Indices of every ninth snapshot and of those right after a phase was done; of all of them in `make faults`."""
     done = [{name for name in snapshot if name.endswith("result.json")} for snapshot in snapshots]
     new = {number for number in range(1, len(snapshots)) if done[number] - done[number - 1]}
-    assert len(new) == 5, "two networks, pre-training, two levels"
-    return [number for number in range(len(snapshots)) if "KILLS" in os.environ or number % 9 == 0 or number in new]
+    assert len(new) == phases
+    every = 9 if phases == 5 else 36
+    return [number for number in range(len(snapshots)) if "KILLS" in os.environ or number % every == 0 or number in new]
 
 
+@pytest.mark.parametrize(("stack", "phases"), [(1, 2 + 3), (2, 2 + 2 * 3)])
 def test_a_run_killed_between_any_two_uploads_resumes_on_another_node_bit_identically(
-    node, memory, monkeypatch, tiny, place
+    node, memory, monkeypatch, tiny, place, stack, phases
 ):
-    path = tiny("easy")
-    expected = bits(train(path, runs=place / "local"))
+    path, replicates = tiny("easy"), (f"replicates={stack}", f"stack={stack}")
+    expected = bits(train(path, *replicates, runs=place / "local"))
     node("first")
     with monkeypatch.context() as patch:
-        snapshots = record_snapshots(memory, patch, lambda: train(path))
+        snapshots = record_snapshots(memory, patch, lambda: train(path, *replicates))
     assert len(snapshots) > 20
     monkeypatch.setattr(file_locks, "LEASE_SECONDS", 0.3)
-    for number in select(snapshots):
+    for number in select(snapshots, phases):
         memory.clear()
         filesystem = fsspec.filesystem("memory")
         for name, content in snapshots[number].items():
             filesystem.pipe_file(name, content)
         node(f"node{number}")
         monkeypatch.setattr(file_locks, "LEASE_SECONDS", 0.3)
-        train(path)
+        train(path, *replicates)
         object_store.pull(URL, Path(f"pulled{number}"))
         assert bits(f"pulled{number}") == expected, f"after {number} of {len(snapshots)}"
         assert not [name for name in memory if "checkpoint" in name]

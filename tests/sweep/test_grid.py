@@ -215,6 +215,27 @@ def test_the_plan_shows_what_is_finished_partial_and_missing_and_changes_nothing
     assert rows[-1].endswith("hours with 4 at a time")
 
 
+def test_the_plan_of_a_stacked_sweep_counts_replicates_and_trains_blocks(grid, capsys):
+    path = grid("base: base.yaml\narms: [{arm: init}]\nprune: {levels: 1}\nreplicates: 4\nstack: 2\n")
+    (run,) = Sweep(path).runs.values()
+    for index in (0, 1, 2):
+        finish(run, *(run.replicate(index).level(level) for level in range(2 if index < 1 else 1)))
+        finish(run, run.replicate(index).pretrain)
+    block, other = Sweep(path).work()
+    assert [part.state for part in (*block.parts, *other.parts)] == ["finished", "partial", "partial", "missing"]
+    assert (block.steps_left, other.steps_left, block.done) == (12, 12 + 2 * 12, False)
+    assert sweep.main(["-f", str(path), "--plan", "cpus=2", "gpus_per_run=0"]) == 0
+    header, _, row, *_, left, time, stack = capsys.readouterr().out.splitlines()
+    assert header.endswith("runs: 1, replicates: 4, sets of scores: 0; in runs")
+    assert row.split()[-5:] == ["1", "2", "1", "4", "48"]
+    assert left == "left: 4 trainings, 48 steps"
+    assert "process-hours at 50.0 ms per step" in time and time.endswith("hours with 2 at a time")
+    assert stack == (
+        "stack: 2; recommended for 4 replicates on 2 jobs: 2 on a CPU (the largest whose blocks they fill, "
+        "2 or more); another stack is another run id"
+    )
+
+
 def test_runs_with_finished_pretraining_need_no_scores(grid):
     path = grid()
     for run in Sweep(path).runs.values():

@@ -14,6 +14,7 @@ from botocore.validate import ParamValidator
 from helpers import ROOT
 from jsonschema import ValidationError
 
+from lth_diet.config import loading
 from lth_diet.runs.run_store import RunStore
 from lth_diet.sweep import scheduler
 from lth_diet.sweep.grid import Sweep
@@ -160,8 +161,25 @@ def test_a_failure_that_another_attempt_would_repeat_is_not_a_crash(jobs):
     assert scheduler._crash(replicate, -9) == "killed by signal 9"
     assert scheduler._crash(replicate, 2) == "" and scheduler._crash(replicate, 0) == ""
     assert scheduler._crash(replicate, 1), "no failed.json: locked by another process, or it failed earlier"
-    replicate.work.folder.record_failure("the loss is nan")
+    replicate.work.parts[0].folder.record_failure("the loss is nan")
     assert scheduler._crash(replicate, 1) == "" and scheduler._crash(score, 1) == ""
+
+
+def test_a_block_is_one_job_with_its_replicates_and_the_failure_of_one_of_them_is_final(grid):
+    overrides = ["replicates=4", "stack=2", "scores.networks=5"]
+    work = Sweep(grid(), overrides).work()
+    jobs = scheduler.jobs_from(work, 8)
+    assert [job.work.recipe for job in jobs].count("score") == 3, "stacks of 2, 2 and 1 networks"
+    blocks = [job for job in jobs if job.work.recipe == "imp"]
+    names = [job.name.partition("/")[2] for job in blocks]
+    assert names == ["replicate_0-1", "replicate_2-3"] * 3
+    block = blocks[1]
+    assert "replicates=[2,3]" in block.work.arguments
+    _, path, *arguments = block.work.arguments
+    assert loading.load_config(path, arguments).blocks == ((2, 3),)
+    assert scheduler._crash(block, 1) == "ended without an error"
+    block.work.parts[1].folder.record_failure("the loss is nan")
+    assert scheduler._crash(block, 1) == ""
 
 
 def test_a_fault_of_the_gpu_is_a_crash_with_its_reason(jobs, place):

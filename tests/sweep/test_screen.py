@@ -3,10 +3,12 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import MEASURED
 from rich.console import Console
 
 from lth_diet.sweep import screen
-from lth_diet.sweep.screen import Screen, _Rates
+from lth_diet.sweep.grid import Sweep
+from lth_diet.sweep.screen import Job, Screen, _Rates
 
 
 def shown(jobs, **terminal):
@@ -23,7 +25,7 @@ def test_the_screen_shows_counts_and_running_and_failed_jobs(jobs, place, termin
         job.state = state
     jobs[1].logs = [Path("a.log"), Path("b.log")]
     jobs[2].reason, jobs[2].logs = "the loss is nan", [Path("c.log")]
-    level = jobs[1].work.folder.level(0)
+    level = jobs[1].work.parts[0].folder.level(0)
     level.write("curve.jsonl", b'{"step": 8, "timestamp": 1}\n')
     code, out = shown(jobs, **terminal)
     assert code == 1
@@ -31,6 +33,23 @@ def test_the_screen_shows_counts_and_running_and_failed_jobs(jobs, place, termin
     if terminal:
         assert jobs[1].work.name in out and "level 0" in out and "8/12" in out
     assert f"failed: {jobs[2].name} ({jobs[2].work.config.arm_description}): the loss is nan\n  log: c.log" in out
+
+
+def test_counts_are_those_of_replicates_and_a_failed_block_may_have_some_that_are_done(grid):
+    jobs = [Job(work, work.name) for work in Sweep(grid(), ["replicates=3", "stack=3"]).work()]
+    for job, state in zip(jobs, ("done", "running", "failed"), strict=False):
+        job.state = state
+    replicate = jobs[2].work.parts[1].folder
+    for phase in (replicate.pretrain, replicate.level(0), replicate.level(1)):
+        phase.write("curve.jsonl", b"")
+        phase.finish(MEASURED)
+    code, out = shown(jobs)
+    assert code == 1 and "3 running, 2 done, 2 failed, 3 waiting" in out
+    assert f"failed: {jobs[2].name} " in out and jobs[2].name.endswith("replicate_0-2")
+    level = jobs[1].work.parts[0].folder.level(0)
+    for part in jobs[1].work.parts:
+        part.folder.level(0).write("curve.jsonl", b'{"step": 8}\n')
+    assert level.path.exists() and screen._progress_of(jobs[1].work) == ("level_0", 8, 12, 3 * (4 + 12))
 
 
 def rates(*left, processes=1):
@@ -139,5 +158,5 @@ def test_the_eta_of_processes_that_start_pause_and_write_curves_at_intervals_doe
 def test_the_steps_left_of_a_run_follow_its_curve(jobs):
     work = jobs[1].work
     assert screen._progress_of(work) == ("level_0", 0, 12, 24)
-    work.folder.level(0).write("curve.jsonl", b'{"step": 8}\n{"st')
+    work.parts[0].folder.level(0).write("curve.jsonl", b'{"step": 8}\n{"st')
     assert screen._progress_of(work) == ("level_0", 8, 12, 16)

@@ -33,7 +33,7 @@ def ran(tmp_path_factory, cache):
         scoring = Scoring(config, Progress([], 0), lambda: None, range(config.scores.networks))
         scoring.folder.create()
         scoring.run()
-        IMP(config, run.replicate(0), Progress(["replicate_0"], 0), lambda: None).run()
+        IMP(config, [run.replicate(0)], Progress(["replicate_0"], 0), lambda: None).run()
     return gpu
 
 
@@ -51,7 +51,7 @@ def test_the_host_reads_nothing_from_the_gpu_between_two_rows_of_the_curve(ran):
     assert quiet == {0, 1, 2, 4, 6, 8, 9, 10}
     assert [event for step in quiet for event in waits(step)] == []
     assert [read.op for read in ran.reads if read.step == 7] == []  # one row: the losses of four steps in one copy
-    assert [(copy.source, copy.shape) for copy in waits(7)] == [("meta", (4,))] * 2
+    assert [(copy.source, copy.shape) for copy in waits(7)] == [("meta", (4, 1))] * 2
 
 
 def test_each_batch_is_one_copy_from_pinned_memory_that_does_not_wait(ran):

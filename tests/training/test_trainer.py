@@ -207,7 +207,7 @@ def test_losses_are_read_from_the_device_at_an_interval_and_not_at_every_step(tr
     look = Look()
     train(trainer.Schedule(0, 8, 0.1), [look], ["intervals.log=4", "intervals.checkpoint=100"])
     assert len(look.seen) == 8
-    assert reads[:2] == [(4,), (4,)], "the losses of four steps at a time"
+    assert reads[:2] == [(4, 1), (4, 1)], "the losses of four steps at a time"
     assert len(reads) < 8
 
 
@@ -295,7 +295,7 @@ def test_a_checkpoint_is_due_at_multiples_and_not_sooner_than_ten_seconds_after_
 
     monkeypatch.setattr(callbacks, "CHECKPOINT_SECONDS", seconds)
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(type(phase), "commit_checkpoint", lambda phase, step, environment: saved.append(step))
+    monkeypatch.setattr(type(phase), "commit_checkpoint", lambda phase, step, *rest: saved.append(step))
     train(trainer.Schedule(0, 8, 0.1), [Late()], ["intervals.checkpoint=2"])
     assert saved == steps
 
