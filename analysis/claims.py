@@ -112,9 +112,10 @@ class Finding:
 
 
 def evaluate(
-    family: Family, curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], confidence: float
+    family: Family, curves: dict[Arm, Curve], margin: float | None, levels: tuple[int, int] | None, confidence: float
 ) -> list[Finding]:
-    """Tests every claim that applies to a family; settings as in `dominance.compare`."""
+    """Tests every claim that applies to a family; settings as in `dominance.compare`, None for those of the family."""
+    margin, levels = family.test_range(margin, levels)
     findings = []
     for claim in CLAIMS:
         names = {claim.challenger, claim.reference}
@@ -137,7 +138,7 @@ def evaluate(
 
 
 def dense_accuracy_kept(
-    family: Family, curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], confidence: float
+    family: Family, curves: dict[Arm, Curve], margin: float | None, levels: tuple[int, int] | None, confidence: float
 ) -> tuple[float | None, float | None]:
     """Finds how far all examples at t* can be pruned and stay within the margin of their own level 0.
 
@@ -152,6 +153,7 @@ def dense_accuracy_kept(
     Raises:
         UserError: If the arm or its level 0 or a pruned level is missing, or several arms are all examples at t*.
     """
+    margin, levels = family.test_range(margin, levels)
     wanted = family.arm("all", family.t_star)
     arm = arms.lookup(wanted, curves)
     if arm is None:
@@ -176,7 +178,7 @@ def dense_accuracy_kept(
     return down_to(table.lower > -margin), down_to(table.difference > -margin)
 
 
-def table(frame: pd.DataFrame, margin: float, levels: tuple[int, int], confidence: float) -> str:
+def table(frame: pd.DataFrame, margin: float | None, levels: tuple[int, int] | None, confidence: float) -> str:
     """Formats two Markdown tables: one row per claim and family, and the dense accuracy by family."""
     findings, dense = [], {}
     for dataset, rows in frame.groupby(collect.dataset_names(frame), sort=False):

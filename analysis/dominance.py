@@ -37,7 +37,7 @@ import pandas as pd
 from lth_diet.errors import Parser, UserError
 from lth_diet.program import run_program
 
-from . import arms, collect, identities
+from . import arms, collect, identities, paper
 from .arms import Arm, Curve
 from .difference import (
     MAX_REPLICATES,
@@ -51,8 +51,7 @@ from .difference import (
     welch,
 )
 
-MARGIN = 0.3
-LEVELS = (3, 12)
+MARGIN, LEVELS = paper.MARGIN, paper.LEVELS
 CONFIDENCE = 0.95
 
 ASSUMPTIONS = {
@@ -382,10 +381,16 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
 def add_test_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the tests: margin, levels and confidence."""
     parser.add_argument(
-        "--margin", type=float, default=MARGIN, help="non-inferiority margin in percentage points, default %(default)s"
+        "--margin",
+        type=float,
+        help=f"non-inferiority margin in percentage points; default: that of the experiment, {MARGIN:g} in the paper",
     )
     parser.add_argument(
-        "--levels", type=int, nargs=2, default=LEVELS, metavar=("FIRST", "LAST"), help="range of levels, default 3 12"
+        "--levels",
+        type=int,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        help=f"range of levels; default: that of the experiment, {LEVELS[0]} to {LEVELS[1]} in the paper",
     )
     parser.add_argument(
         "--confidence", type=float, default=CONFIDENCE, help="confidence of each one-sided test, default %(default)s"
@@ -398,10 +403,12 @@ def check_test_arguments(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: If one is out of range.
     """
-    if not 0 <= arguments.margin < np.inf:
+    if arguments.margin is not None and not 0 <= arguments.margin < np.inf:
         raise UserError(f"--margin = {arguments.margin}: must be 0 or more percentage points")
     if not 0.5 < arguments.confidence < 1:
         raise UserError(f"--confidence = {arguments.confidence}: must be greater than 0.5 and less than 1")
+    if arguments.levels is None:
+        return
     first, last = arguments.levels = tuple(arguments.levels)
     if not 0 <= first <= last:
         raise UserError(f"--levels = {first} {last}: must be 0 or more, the first at most the last")
@@ -438,24 +445,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.all_pairs and not (arguments.challenger and arguments.reference):
         raise UserError("--challenger and --reference must be given together; give both, or --all-pairs")
     frame = collect.select_one(load_results(arguments), arguments.dataset, arguments.model)
-    dataset, model = arguments.dataset or frame.dataset.iloc[0], frame.model.iloc[0]
+    dataset, model = str(arguments.dataset or frame.dataset.iloc[0]), str(frame.model.iloc[0])
     curves = arms.curves_by_arm(frame)
-    settings = arguments.margin, arguments.levels, arguments.confidence
-    about = {"dataset": str(dataset), "model": str(model)}
-    about_arms = arms.describe_differences(curves)
+    about = {"dataset": dataset, "model": model}
+    about_arms = [*arms.describe_differences(curves), *paper.describe_other_settings(dataset, curves)]
     if arguments.all_pairs:
-        cells = matrix(curves, *settings)
+        margin, levels = paper.test_range(dataset, curves, None, arguments.margin, arguments.levels)
+        cells = matrix(curves, margin, levels, arguments.confidence)
         if arguments.json:
             print(json.dumps(about | {"verdicts": cells.T.to_dict(), "notes": about_arms}, indent=2))
         else:
-            first, last = arguments.levels
-            print(f"{about['dataset']}, {about['model']}: levels {first} to {last}, margin {arguments.margin:g} points")
+            first, last = levels
+            print(f"{about['dataset']}, {about['model']}: levels {first} to {last}, margin {margin:g} points")
             print(*(f"note: {note}" for note in about_arms), to_symbols(cells), sep="\n")
         return 0
     challenger, reference = (arms.find(spec, curves) for spec in (arguments.challenger, arguments.reference))
     if challenger == reference:
         raise UserError(f"--challenger and --reference are both {challenger.spec}; expected two different arms")
-    comparison = compare(curves, challenger, reference, *settings)
+    margin, levels = paper.test_range(dataset, curves, challenger, arguments.margin, arguments.levels)
+    comparison = compare(curves, challenger, reference, margin, levels, arguments.confidence)
     if arguments.json:
         print(json.dumps(about | comparison.as_dict(), indent=2))
         return 0

@@ -80,8 +80,11 @@ class Match:
         return next((entry for entry in self.entries if entry.matching), None)
 
 
-def match(family: Family, curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], confidence: float) -> Match:
-    """Tests every arm of a family against all examples at t*; settings as in `dominance.compare`."""
+def match(
+    family: Family, curves: dict[Arm, Curve], margin: float | None, levels: tuple[int, int] | None, confidence: float
+) -> Match:
+    """Tests every arm of a family against all examples at t*; settings as in `claims.evaluate`."""
+    margin, levels = family.test_range(margin, levels)
     wanted = family.arm("all", family.t_star)
     reference = arms.lookup(wanted, curves)
     if reference is None:
@@ -172,7 +175,7 @@ def figure(matches: Sequence[Match]) -> Figure:
     return drawn
 
 
-def match_all(results: Results, margin: float, levels: tuple[int, int], confidence: float) -> list[Match]:
+def match_all(results: Results, margin: float | None, levels: tuple[int, int] | None, confidence: float) -> list[Match]:
     """Calls `match` for every family in the results."""
     return [
         match(family, curves, margin, levels, confidence)

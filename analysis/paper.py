@@ -1,25 +1,33 @@
-"""Experiments of the paper: data sets, t*, subset sizes, and which of them each figure shows."""
+"""Families of arms that are compared with each other: those of the paper, the digits and the small CIFAR-10.
+
+A family knows the settings that its runs have. Runs of other settings get a family that is derived from their arms.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from lth_diet.config.loading import load_config
 from lth_diet.config.run_ids import run_identity
 
 from . import identities
-from .arms import ORDER, Arm, Settings, describe_settings
+from .arms import ORDER, Arm, Curve, Settings, describe_settings
 from .identities import Identity
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cinic10": "CINIC-10"}
+MARGIN = 0.3
+"""The paper's margin in percentage points: near the spread between replicates, below the gain of pre-training."""
+LEVELS = (3, 12)
+"""First and last level at which the paper's claims are tested: 51 to 6.9 % of weights remaining."""
 _NAMED = ("pretrain.steps", "pretrain.label_noise", "pretrain.subset.size")  # in the name of an arm
 _CONFIGURATIONS = Path(__file__).parents[1] / "yamls"
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Arms that are compared with each other: same data set, label noise and t*.
+    """Arms that are compared with each other: same data set, label noise, t* and settings.
 
     Args:
         dataset: Name of the data set, as in a configuration.
@@ -29,6 +37,10 @@ class Family:
         sizes: All subset sizes (Figures 5 to 7).
         last_level: Last level drawn in figures; None for all.
         setup: Setup of the arms, see `Arm.setup`.
+        settings: Keys of a configuration and the values that all arms of the family have; empty if it is derived.
+        margin: Non-inferiority margin in percentage points.
+        levels: First and last level at which claims are tested.
+        name: Name of the data set in text; default that of `NAMES`.
     """
 
     dataset: str
@@ -38,11 +50,32 @@ class Family:
     sizes: tuple[int, ...] = ()
     last_level: int | None = None
     setup: Settings = ()
+    settings: Settings = dataclasses.field(default=(), repr=False)
+    margin: float = MARGIN
+    levels: tuple[int, int] = LEVELS
+    name: str = ""
 
     def __str__(self) -> str:
         noise = f", {100 * self.label_noise:g} % label noise" if self.label_noise else ""
         several = f", t* = {self.t_star}" if self.dataset == "cinic10" else ""
-        return NAMES.get(self.dataset, self.dataset) + noise + several + describe_settings(self.setup)
+        return (self.name or NAMES.get(self.dataset, self.dataset)) + noise + several + describe_settings(self.setup)
+
+    def with_noise(self, label_noise: float, **changes: Any) -> "Family":
+        return dataclasses.replace(self, label_noise=label_noise, **changes)
+
+    def test_range(self, margin: float | None, levels: tuple[int, int] | None) -> tuple[float, tuple[int, int]]:
+        """Margin and levels of the tests: those of the family where None is given."""
+        return self.margin if margin is None else margin, self.levels if levels is None else levels
+
+    def differing_settings(self, identity: Identity) -> list[str]:
+        """Keys in which a run differs from the settings of the family; what was not recorded is taken to agree."""
+        unknown = not identity or identities.UNKNOWN in identity
+        return [
+            key
+            for key, value in self.settings
+            if (key in identity or not (unknown or key.startswith("pretrain.")))
+            and identities.value(identity, key) != value
+        ]
 
     @property
     def without_setup(self) -> "Family":
@@ -68,18 +101,77 @@ class Family:
         return Arm(name, size or self.size, steps or self.half, self.label_noise, setup=self.setup)
 
 
+def _settings(
+    depth: int, width: int, steps: int, batch_size: int, lr: str, pretrain_lr: str, fraction: str, size: str = "none"
+) -> Settings:
+    """Settings of a family; learning rates, fraction and image size (none: as the data set has it) as text."""
+    return (
+        ("dataset.size", size),
+        ("model.depth", str(depth)),
+        ("model.width", str(width)),
+        ("train.steps", str(steps)),
+        ("train.batch_size", str(batch_size)),
+        ("train.lr", lr),
+        ("pretrain.lr", pretrain_lr),
+        ("prune.fraction", fraction),
+    )
+
+
 _CIFAR10 = (256, 512, 1024, 2048, 3200, 6400, 12800, 25600)
 _NOISE = (512, 1024, 2048, 3200)
-CIFAR10 = Family("cifar10", 400, 0.0, 12800, _CIFAR10, 16)
-CIFAR100 = Family("cifar100", 800, 0.0, 2048, _CIFAR10[:6], 16)
-CINIC10 = Family("cinic10", 800, 0.0, 51200, (12800, 25600, 51200, 102400), 12)
-CINIC10_400 = Family("cinic10", 400, 0.0, 51200, (12800, 25600, 51200), 12)
-NOISE_10 = Family("cifar10", 400, 0.1, 2048, _NOISE, 16)
-NOISE_50 = Family("cifar10", 400, 0.5, 3200, _NOISE, 16)
+CIFAR10 = Family("cifar10", 400, 0.0, 12800, _CIFAR10, 16, settings=_settings(20, 16, 62400, 128, "0.1", "0.4", "0.2"))
+CIFAR100 = Family(
+    "cifar100", 800, 0.0, 2048, _CIFAR10[:6], 16, settings=_settings(32, 16, 62400, 128, "0.1", "0.4", "0.2")
+)
+CINIC10 = Family(
+    "cinic10",
+    800,
+    0.0,
+    51200,
+    (12800, 25600, 51200, 102400),
+    12,
+    settings=_settings(56, 16, 31250, 256, "0.1", "0.1", "0.2"),
+)
+CINIC10_400 = dataclasses.replace(CINIC10, t_star=400, sizes=(12800, 25600, 51200))
+NOISE_10 = CIFAR10.with_noise(0.1, size=2048, sizes=_NOISE)
+NOISE_50 = CIFAR10.with_noise(0.5, size=3200, sizes=_NOISE)
 CLEAN = (CIFAR10, CIFAR100, CINIC10)
+PUBLISHED = (*CLEAN, CINIC10_400, NOISE_10, NOISE_50)
+"""Families whose curves the paper publishes."""
+
+DIGITS = Family(
+    "digits",
+    40,
+    0.0,
+    256,
+    (256,),
+    settings=_settings(8, 4, 400, 64, "0.1", "0.1", "0.2"),
+    margin=1.0,  # one of the 355 test images is 0.28 points: a smaller margin would be about single images
+    levels=(3, 8),
+)
+"""Digits with the settings of yamls/base/digits.yaml."""
+CIFAR10_SMALL = Family(
+    "cifar10",
+    150,
+    0.0,
+    6400,
+    (6400,),
+    settings=_settings(20, 8, 1500, 64, "0.1", "0.1", "0.5", size="16"),
+    margin=0.5,  # a quarter of what pre-training gains at these levels, 2 to 4 points
+    levels=(2, 6),  # 25 to 1.6 % of weights remaining: with more weights, pre-training gains little
+    name="CIFAR-10 at 16 × 16 pixels",
+)
+"""CIFAR-10 for two CPU cores."""
+FAMILIES = (
+    *PUBLISHED,
+    DIGITS,
+    DIGITS.with_noise(0.1),
+    DIGITS.with_noise(0.5),
+    CIFAR10_SMALL,
+    CIFAR10_SMALL.with_noise(0.5),
+)
 SAME_RUNS = Arm("random", 25600, 200)
 """CIFAR-10 arm whose published curve is a copy of all examples at t*/2 (200 batches of 128 are 25,600 images)."""
-FAMILIES = (*CLEAN, CINIC10_400, NOISE_10, NOISE_50)
 
 
 def title(dataset: str, setup: Settings) -> str:
@@ -87,25 +179,81 @@ def title(dataset: str, setup: Settings) -> str:
     return NAMES.get(dataset, dataset) + describe_settings(setup)
 
 
-def families(dataset: str, arms: Iterable[Arm]) -> list[Family]:
-    """Returns the families of the paper that the arms belong to, for each setup.
+def families(dataset: str, curves: Mapping[Arm, Curve] | Iterable[Arm]) -> list[Family]:
+    """Returns the families that the arms belong to, for each setup.
 
-    For any other data set or t*, a family is derived from the arms: t* is the largest rewind step of the `all` arms, or
-    twice that of the others if there is no `all`, and `size` is the largest subset size at t*/2.
+    A family of `FAMILIES` needs an arm with its settings. For any other data set, settings or t*, a family is derived
+    from the arms: t* is the largest rewind step of the `all` arms, or twice that of the others if there is no `all`,
+    `size` is the largest subset size at t*/2, and margin and levels are those of the paper.
+
+    Args:
+        dataset: Name of the data set.
+        curves: The arms and their curves. Arms without curves, or whose settings were not recorded, are taken to have
+            the settings of a family that has their t_r.
     """
-    arms, found = list(arms), []
-    for setup, noise in sorted({(arm.setup, arm.label_noise) for arm in arms}):
-        mine = [arm for arm in arms if (arm.setup, arm.label_noise) == (setup, noise) and arm.name != "init"]
-        steps = {arm.rewind_steps for arm in mine}
-        paper = [family for family in FAMILIES if (family.dataset, family.label_noise) == (dataset, noise)]
-        known = [f for f in paper if f.half in steps] or [f for f in paper if f.t_star in steps]
-        if known or not mine:
+    found = []
+    for (setup, noise), mine in _pretrained(curves).items():
+        known = _known(dataset, noise, mine)
+        if known:
             found += [dataclasses.replace(family, setup=setup) for family in known]
             continue
+        steps = {arm.rewind_steps for arm in mine}
         t_star = max([arm.rewind_steps for arm in mine if arm.name == "all"] or [2 * max(steps)])
         sizes = {a.subset_size for a in mine if a.subset_size is not None and a.rewind_steps == t_star // 2}
         found.append(Family(dataset, t_star, noise, max(sizes, default=None), tuple(sorted(sizes)), setup=setup))
     return found
+
+
+def test_range(
+    dataset: str, curves: Mapping[Arm, Curve], arm: Arm | None, margin: float | None, levels: tuple[int, int] | None
+) -> tuple[float, tuple[int, int]]:
+    """Margin and levels where None is given: those of the family of an arm, or of the first family if it has none."""
+    found = families(dataset, curves)
+    mine = [f for f in found if arm and (f.setup, f.label_noise) == (arm.setup, arm.label_noise)]
+    family = next(iter(mine or found), Family(dataset, 0))
+    return family.test_range(margin, levels)
+
+
+def _pretrained(curves: Mapping[Arm, Curve] | Iterable[Arm]) -> dict[tuple[Settings, float], dict[Arm, Identity]]:
+    """Identities of the arms with pre-training, by setup and label noise."""
+    identities_of = {arm: curves[arm].identity if isinstance(curves, Mapping) else {} for arm in curves}
+    groups: dict[tuple[Settings, float], dict[Arm, Identity]] = {}
+    for arm, identity in identities_of.items():
+        if arm.name != "init":
+            groups.setdefault((arm.setup, arm.label_noise), {})[arm] = identity
+    return dict(sorted(groups.items()))
+
+
+def _known(dataset: str, noise: float, mine: Mapping[Arm, Identity]) -> list[Family]:
+    """Families of `FAMILIES` with the settings of some arms, and with t*/2 or else t* as one of their rewind steps."""
+    steps = {
+        family: {arm.rewind_steps for arm, identity in mine.items() if not family.differing_settings(identity)}
+        for family in FAMILIES
+        if (family.dataset, family.label_noise) == (dataset, noise)
+    }
+    return [f for f in steps if f.half in steps[f]] or [f for f in steps if f.t_star in steps[f]]
+
+
+def describe_other_settings(dataset: str, curves: Mapping[Arm, Curve]) -> list[str]:
+    """Says which arms have the settings of no family of their data set, and what they are tested with instead."""
+    found: dict[str, list[str]] = {}
+    for (_, noise), mine in _pretrained(curves).items():
+        same = [family for family in FAMILIES if (family.dataset, family.label_noise) == (dataset, noise)]
+        known = _known(dataset, noise, mine)
+        for arm, identity in mine.items():
+            nearest = min(known or same, key=lambda f, i=identity: len(f.differing_settings(i)), default=None)
+            if nearest is None or not (keys := nearest.differing_settings(identity)):
+                continue
+            theirs = dict(nearest.settings)
+            text = ", ".join(f"{key} = {identities.value(identity, key)} ({theirs[key]} there)" for key in keys)
+            instead = (
+                f"its t*, margin of {nearest.margin:g} points and levels are used all the same"
+                if known
+                else f"t* is read from these arms, and the margin of {MARGIN:g} points and levels {LEVELS[0]} to "
+                f"{LEVELS[1]} are the paper's; choose others with --margin and --levels"
+            )
+            found.setdefault(f"not the settings of {nearest}: {text}; {instead}", []).append(str(arm))
+    return [f"{'; '.join(names)}: {sentence}" for sentence, names in found.items()]
 
 
 @functools.cache

@@ -89,7 +89,7 @@ def write(
         tracking_uri: URI of the MLflow store.
         experiment: Name of the experiment; None for all experiments of the store.
         output: The HTML file to write.
-        settings: Margin, range of levels and confidence, as in `dominance.compare`.
+        settings: Margin, range of levels and confidence, as in `claims.evaluate`.
         dataset: Only this data set; None for all.
         model: Only this model; None for all.
 
@@ -161,8 +161,8 @@ def _write(
     frame: pd.DataFrame,
     output: Path,
     about: dict[str, Any],
-    margin: float = dominance.MARGIN,
-    levels: tuple[int, int] = dominance.LEVELS,
+    margin: float | None = None,
+    levels: tuple[int, int] | None = None,
     confidence: float = dominance.CONFIDENCE,
 ) -> Report:
     results = figures.results_by_dataset(frame)
@@ -177,6 +177,7 @@ def _write(
     remarks = [*frame.attrs.get("left_out", ()), *frame.attrs.get("remarks", ())]
     for name, curves in results.items():
         remarks += [f"{paper.NAMES.get(name, name)}: {sentence}" for sentence in arms.describe_differences(curves)]
+        remarks += [f"{paper.NAMES.get(name, name)}: {text}" for text in paper.describe_other_settings(name, curves)]
     remarks += figures.describe_unpublished(results) if published else []
     page = _template().render(
         **about,
@@ -186,14 +187,16 @@ def _write(
         untested=[finding for finding in findings if not finding.comparison],
         matching=about_matching,
         dense=about_dense,
-        levels=levels,
-        margin=margin,
+        ranges=[(str(family), *family.test_range(margin, levels)) for family, _ in families],
         confidence=confidence,
         assumptions=dominance.ASSUMPTIONS,
         incomplete=collect.describe_incomplete(frame),
         figures=_figures(results, published, matches),
         matrices=[
-            {"title": paper.title(name, setup), "cells": dominance.matrix(mine, *settings)}
+            {
+                "title": paper.title(name, setup),
+                "cells": dominance.matrix(mine, *paper.test_range(name, mine, None, margin, levels), confidence),
+            }
             for name, curves in results.items()
             for setup, mine in arms.by_setup(curves).items()
             if 1 < len(mine) <= _MAX_MATRIX_ARMS
@@ -253,9 +256,12 @@ def _other_arms(findings: list[Finding], matches: list[matching.Match]) -> list[
     ]
 
 
-def _describe_dense(family: paper.Family, curves: dict[Arm, Curve], margin: float, *settings: Any) -> str:
+def _describe_dense(
+    family: paper.Family, curves: dict[Arm, Curve], margin: float | None, levels: Any, confidence: float
+) -> str:
+    margin, levels = family.test_range(margin, levels)
     try:
-        found = claims.dense_accuracy_kept(family, curves, margin, *settings)
+        found = claims.dense_accuracy_kept(family, curves, margin, levels, confidence)
     except UserError as error:
         return f"{family}: dense accuracy not tested: {error}."
     by_test, by_means = (
@@ -301,7 +307,9 @@ def _svg(drawn: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _deviations(results: Results, published: Results, *settings: Any) -> list[tuple[str, str, str]]:
+def _deviations(
+    results: Results, published: Results, margin: float | None, levels: tuple[int, int] | None, confidence: float
+) -> list[tuple[str, str, str]]:
     """Differences from the published curves: arm, mean difference, and difference at the worst level."""
     rows = []
     for name, curves in results.items():
@@ -314,7 +322,8 @@ def _deviations(results: Results, published: Results, *settings: Any) -> list[tu
             other = dataclasses.replace(arm, run_id="published")
             curves_of = {arm: curve, other: dataclasses.replace(same, identity={}) if known else same}
             try:
-                comparison = dominance.compare(curves_of, arm, other, *settings)
+                tested = paper.test_range(name, curves, arm, margin, levels)
+                comparison = dominance.compare(curves_of, arm, other, *tested, confidence)
             except UserError:  # no common level yet, or another model
                 continue
             (mean,) = comparison.statements["mean"].levels.itertuples()

@@ -1,3 +1,8 @@
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
 from helpers import ROOT
 
 from analysis import arms, collect, identities, paper
@@ -9,7 +14,7 @@ from lth_diet.config.run_ids import run_identity
 def test_every_arm_of_every_family_is_published_except_the_copied_one():
     published = collect.published()
     missing = []
-    for family in paper.FAMILIES:
+    for family in paper.PUBLISHED:
         curves = arms.curves_by_arm(published[published.dataset == family.dataset])
         wanted = [family.arm("init"), family.arm("all"), family.arm("all", family.t_star)]
         names = ("random", "easy") if family.label_noise else ("random", "easy", "hard")
@@ -35,6 +40,83 @@ def test_results_of_the_settings_of_the_paper_and_no_others_are_compared_with_th
     assert paper.differences_from_published("digits", identity) == ""
 
 
+def curves_of(*settings):
+    """Curves of shipped files with overrides, as collected from MLflow; one (file, *overrides) per arm."""
+    rows = []
+    for number, (name, *overrides) in enumerate(settings):
+        config = load_config(ROOT / "yamls" / f"{name}.yaml", overrides)
+        identity = {key: identities.to_text(value) for key, value in run_identity(config).items()}
+        values = [config.dataset.name, "m", config.arm, config.subset_size, config.rewind_step]
+        values += [config.pretrain.label_noise if config.pretrain else 0.0]
+        text = json.dumps({key: identities.parse(value) for key, value in identity.items()})
+        rows += [(*values, level, 100 * 0.8**level, str(number), text, 90.0) for level in (0, 1)]
+    names = ["dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "level"]
+    names += ["weights_remaining_percent", "run_id", "identity", "test_accuracy_percent"]
+    return arms.curves_by_arm(pd.DataFrame(rows, columns=names).assign(replicate=0, seed=1))
+
+
+SMALL = ("dataset.size=16", "model.width=8", "train.batch_size=64", "train.steps=1500", "train.milestones=[750,1125]")
+SMALL += ("pretrain.lr=0.1", "prune.fraction=0.5", "prune.levels=6", "pretrain.steps=75")
+
+
+def test_shipped_files_have_the_settings_of_their_family():
+    for dataset in ("cifar10", "cifar100", "cinic10", "digits"):
+        for path in sorted((ROOT / "yamls").glob(f"{dataset}_*.yaml")):
+            curves = curves_of((path.stem,))
+            found = paper.families(dataset, curves)
+            assert all(f.settings for f in found) and (found or path.stem.endswith("_init")), path
+            assert paper.describe_other_settings(dataset, curves) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "family"),
+    [
+        ("cifar10_all_half", (), paper.CIFAR10),
+        ("digits_noise50_easy", (), paper.DIGITS.with_noise(0.5)),
+        ("cifar10_all_half", SMALL, paper.CIFAR10_SMALL),
+        *(
+            ("cifar10_all_half", (other,), None)
+            for other in ("dataset.size=16", "train.steps=63000", "train.batch_size=64", "train.lr=0.2")
+        ),
+        ("cifar10_all_half", ("pretrain.lr=0.1",), None),
+        ("cifar10_all_half", ("prune.fraction=0.5", "prune.levels=6"), None),
+        ("cifar10_all_half", ("model.width=8",), None),
+    ],
+)
+def test_a_family_has_the_image_size_steps_batch_size_rates_and_fraction_of_its_runs(name, overrides, family):
+    dataset = name.split("_")[0]
+    curves = curves_of((name, *overrides))
+    (found,) = paper.families(dataset, curves)
+    sentences = paper.describe_other_settings(dataset, curves)
+    if family is not None:
+        assert (found, sentences) == (family, [])
+        return
+    assert found.settings == () and found.t_star == 200 and (found.margin, found.levels) == (paper.MARGIN, paper.LEVELS)
+    key, value = overrides[0].split("=")
+    ((sentence),) = sentences
+    assert sentence.startswith(f"all, t_r = 200: not the settings of CIFAR-10: {key} = {value} (")
+    assert "choose others with --margin and --levels" in sentence
+
+
+def test_margin_and_levels_are_those_of_the_family_unless_they_are_given():
+    small = curves_of(("cifar10_all_half", *SMALL))
+    (arm,) = small
+    assert paper.test_range("cifar10", small, arm, None, None) == (0.5, (2, 6))
+    assert paper.test_range("cifar10", small, arm, 2.0, (1, 3)) == (2.0, (1, 3))
+    assert paper.test_range("else", {}, None, None, None) == (paper.MARGIN, paper.LEVELS)
+    for family in paper.FAMILIES:
+        assert family.margin > 0 and 0 < family.levels[0] < family.levels[1] and dict(family.settings)
+
+
+def test_results_without_recorded_settings_keep_the_family_of_their_name_unless_their_steps_differ():
+    curves = curves_of(("cifar10_all",))
+    ((arm, curve),) = curves.items()
+    for steps, family in (("62400", paper.CIFAR10), ("100", dataclasses.replace(paper.CIFAR10, settings=()))):
+        identity = {identities.UNKNOWN: "unknown", "model": "m", "train.steps": steps}
+        (found,) = paper.families("cifar10", {arm: dataclasses.replace(curve, identity=identity)})
+        assert (found.t_star, bool(found.settings)) == (400, bool(family.settings))
+
+
 def test_arms_are_assigned_to_families_of_the_paper_if_possible():
     def found(dataset, *available):
         return paper.families(dataset, available)
@@ -45,7 +127,11 @@ def test_arms_are_assigned_to_families_of_the_paper_if_possible():
     assert found("cinic10", Arm("all", None, 200)) == [paper.CINIC10_400]
     assert found("digits", Arm("init")) == []
     (easy,) = found("digits", Arm("easy", 64, 20))
+    assert easy == paper.DIGITS
+    (easy,) = found("image_folder", Arm("easy", 64, 20))
     assert (easy.t_star, easy.size) == (40, 64)
-    (digits,) = found("digits", Arm("all", None, 40), Arm("random", 256, 20), Arm("easy", 64, 20), Arm("easy", 512, 9))
-    assert (digits.t_star, digits.size, digits.sizes) == (40, 256, (64, 256))
+    available = Arm("all", None, 40), Arm("random", 256, 20), Arm("easy", 64, 20), Arm("easy", 512, 9)
+    (folder,) = found("image_folder", *available)
+    assert (folder.t_star, folder.size, folder.sizes) == (40, 256, (64, 256))
+    (digits,) = found("digits", *available)
     assert str(digits) == "digits" and str(paper.NOISE_10) == "CIFAR-10, 10 % label noise"
