@@ -88,18 +88,25 @@ class IMP:
             else:
                 loader = self.builder.build_loader(self.builder.noisy_data)
                 schedule = trainer.Schedule(0, rewind_step, self.config.pretrain.lr)
-                algorithms = [rewind, *self.subset_algorithms(block)]
+                algorithms = [rewind, *self.subset_algorithms(block, rewind_step)]
                 results = self._train_phase(block, model, loader, schedule, algorithms, 100.0)
-                if self.scores is not None:
-                    results = {
-                        k: {**each, "scores_sha256": self.scores.manifest["sha256"]} for k, each in results.items()
-                    }
-            self._finish_phase(block, results, rewind.state)
+                results = self.add_scores(results)
+            self._finish_phase(block, results, {"weights.safetensors": rewind.state})
         dist.barrier()
         return {k: load_file(self.replicates[k].pretrain.verified("weights.safetensors")) for k in self.members}
 
-    def subset_algorithms(self, block: BlockPhase) -> list[Algorithm]:
+    def add_scores(self, results: dict[int, dict]) -> dict[int, dict]:
+        """Add the checksum of the scores, if the arm has any, to the results of pre-training."""
+        if self.scores is None:
+            return results
+        return {k: {**each, "scores_sha256": self.scores.manifest["sha256"]} for k, each in results.items()}
+
+    def subset_algorithms(self, block: BlockPhase, until: int) -> list[Algorithm]:
         """Select the examples of pre-training (paper, section 3) and save their indices and pictures.
+
+        Args:
+            block: The phases of pre-training.
+            until: Their last step.
 
         Returns:
             The algorithm that trains on the subset; empty if the arm pre-trains on all examples.
@@ -122,7 +129,7 @@ class IMP:
                 save_indices(block.phases[k].path, rows[k])
                 with self.progress.warn_on_error("cannot draw the pictures of the subset"):
                     save_subset_pictures(block.phases[k].path, examples, rows[k], rule)
-        return [SubsetSampling(rows if len(block) > 1 else rows[0], until=self.config.rewind_step)]
+        return [SubsetSampling(rows if len(block) > 1 else rows[0], until=until)]
 
     @functools.cached_property
     def scores(self) -> Scores | None:
@@ -159,25 +166,14 @@ class IMP:
                 if self.is_rank_zero:
                     block.phases[k].write("mask.safetensors", masks[k].to_bytes({"level": str(level)}))
             model, remaining = self.builder.build_network(), {k: 100 * masks[k].density for k in self.members}
-            algorithms = self.rewinding_algorithms(block, masks, rewind_points)
+            algorithms = rewinding_algorithms(block, self.config.rewind_step, masks, rewind_points)
             schedule = trainer.Schedule(self.config.rewind_step, settings.steps, settings.lr, settings.milestones)
             results = self._train_phase(block, model, self.loader, schedule, algorithms, min(remaining.values()))
             for k, result in results.items():
                 result |= {"level": level, "weights_remaining_percent": remaining[k]}
-            self._finish_phase(block, results, model.module.state_dict())
+            self._finish_phase(block, results, {"weights.safetensors": model.module.state_dict()})
         dist.barrier()
         return {k: self._trained_weights(self.replicates[k], level, masks[k]) for k in self.members}
-
-    def rewinding_algorithms(
-        self, block: BlockPhase, masks: dict[int, Mask], rewind_points: dict[int, Weights]
-    ) -> list[Algorithm]:
-        """Start from the rewind points and apply the masks. In place of a replicate that has failed trains another."""
-        rewind_step = self.config.rewind_step
-        if len(masks) < len(block) and block.checkpoint():
-            return [Rewind(rewind_step), ApplyMask()]  # as in the checkpoint, which has those of failed replicates too
-        present = [k if k in masks else block.training[0] for k in range(len(block))]
-        rewind_point = stack.concatenate([rewind_points[k] for k in present])
-        return [Rewind(rewind_step, rewind_point), ApplyMask(stack.concatenate([masks[k] for k in present]))]
 
     def _trained_weights(self, replicate: ReplicateDirectory, level: int, mask: Mask) -> Weights:
         phase = replicate.level(level)
@@ -273,12 +269,27 @@ class IMP:
             model, loader, self.evaluation_loader, schedule, algorithms, block, self.config, self.progress, self.track
         )
 
-    def _finish_phase(self, block: BlockPhase, results: dict[int, dict], weights: Weights) -> None:
-        """Write the results of the leader last: it has the checkpoint, from which the others may have to resume."""
+    def _finish_phase(self, block: BlockPhase, results: dict[int, dict], weights: dict[str, Weights]) -> None:
+        """Write weights, by the name of their file, and results of all members.
+
+        Those of the leader are last: it has the checkpoint, from which the others may have to resume.
+        """
         if self.is_rank_zero and results:
-            states = stack.split(weights, len(block))
+            states = {file: stack.split(each, len(block)) for file, each in weights.items()}
             for k in sorted(results, reverse=True):
-                contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in states[k].items()}
-                block.phases[k].write("weights.safetensors", save(contiguous))
+                for file, parts in states.items():
+                    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[k].items()}
+                    block.phases[k].write(file, save(contiguous))
                 block.phases[k].finish(results[k])
             self.track()
+
+
+def rewinding_algorithms(
+    block: BlockPhase, rewind_step: int, masks: dict[int, Mask], rewind_points: dict[int, Weights]
+) -> list[Algorithm]:
+    """Start from the rewind points and apply the masks. In place of a member that has failed trains another."""
+    if len(masks) < len(block) and block.checkpoint():
+        return [Rewind(rewind_step), ApplyMask()]  # as in the checkpoint, which has those of failed members too
+    present = [k if k in masks else block.training[0] for k in range(len(block))]
+    rewind_point = stack.concatenate([rewind_points[k] for k in present])
+    return [Rewind(rewind_step, rewind_point), ApplyMask(stack.concatenate([masks[k] for k in present]))]

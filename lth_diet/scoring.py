@@ -196,13 +196,13 @@ def probabilities(network: nn.Module, images: EvaluationLoader, count: int = 1) 
     precision, the probabilities of the easiest examples would all round to 1.
     """
     network.eval()
-    with _without_tf32():
+    with without_tf32():
         outputs = [network(batch).unflatten(1, (count, -1)).double().softmax(2).cpu() for batch, _ in images]
     return torch.cat(outputs).numpy()
 
 
 @contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     """Disable TF32, which Composer enables on GPUs."""
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
     previous = [backend.allow_tf32 for backend in backends]

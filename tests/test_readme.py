@@ -59,6 +59,7 @@ RUNS = {
     "python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml --address auto": None,  # test_cluster.py
     "composer -n 4 recipes/imp.py -f yamls/cifar100_easy.yaml runs=s3://bucket/lottery": None,  # test_s3.py
     "python -m lth_diet pull s3://bucket/lottery runs": None,  # test_s3.py
+    "composer -n 2 recipes/instability.py -f yamls/digits_all.yaml -f yamls/digits_random.yaml steps=[0,20,40,80] replicates=8 stack=4": f"{SMALL} {SUBSET} steps=[0,2] replicates=2 stack=1",
     "composer -n 4 recipes/score.py -f yamls/cifar10_noise10_easy.yaml": f"{DIGITS} {SUBSET} scores.networks=4 scores.steps=5",
     "composer -n 2 recipes/score.py -f yamls/cifar10_noise10_easy.yaml dataset.name=image_folder dataset.root=data/mine scores.networks=4 scores.steps=800": f"{SMALL} {SUBSET} {SCORES} scores.networks=2",
     "python -m analysis.examples runs/scores/<id> --root data --arm hard --size 3200 -o examples": None,  # below

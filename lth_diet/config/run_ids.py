@@ -73,6 +73,18 @@ def scores_identity(config: Config) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key.startswith(used) and key not in ignored}
 
 
+def instability_id(config: Config, level: int, copies: int) -> str:
+    """Id of an instability analysis: ten hexadecimal digits, a hash of `instability_identity`."""
+    return _hash(instability_identity(config, level, copies))
+
+
+def instability_identity(config: Config, level: int, copies: int) -> dict[str, Any]:
+    """Fields that change the result of an instability analysis at any step k, by dotted key."""
+    ignored = {"pretrain.steps"} | ({"prune.fraction"} if level == 0 else set())
+    fields = {key: value for key, value in run_identity(config).items() if key not in ignored}
+    return fields | {"instability.level": level, "instability.copies": copies}
+
+
 def _fields(config: Config) -> dict[str, Any]:
     fields = flatten(config.model_dump(exclude={"replicates", "runs", "experiment", "intervals"}))
     del fields["dataset.root"]

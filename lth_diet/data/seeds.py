@@ -4,7 +4,8 @@ A stream depends only on the configured seed, its scope and its purpose. Replica
 initialization, data order and augmentation in every arm, which makes comparisons between arms paired.
 
 `Builder` in `training/builders.py` derives the seeds of "init", "order" and "augmentation", `IMP.subset_algorithms`
-that of "subset", and `noisy_labels` in `data/label_noise.py` that of "noise".
+that of "subset", `noisy_labels` in `data/label_noise.py` that of "noise", and `Line` in `instability.py` that of
+"interpolation".
 """
 
 import hashlib
@@ -17,8 +18,10 @@ def derive_seed(seed: int, scope: int | str, purpose: str) -> int:
 
     Args:
         seed: Seed of the configuration.
-        scope: Index of a replicate, "network_<k>" for a scoring network, or "all" for streams that all share.
-        purpose: "init", "order" (of the training examples), "augmentation" or "subset"; "noise" for scope "all".
+        scope: Index of a replicate, "network_<k>" for a scoring network, "replicate_<r>_copy_<c>" for a copy
+            of an instability analysis, or "all" for streams that all share.
+        purpose: "init", "order" (of the training examples), "augmentation" or "subset"; for scope "all", "noise", or
+            "interpolation" for the images on which an instability analysis measures errors.
     """
     return int.from_bytes(hashlib.sha256(f"{seed}/{scope}/{purpose}".encode()).digest()[:8], "little")
 

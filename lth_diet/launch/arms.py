@@ -5,11 +5,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from lth_diet.config.instability import LoadedInstability
 from lth_diet.config.loading import Loaded
 from lth_diet.config.schema import Config
 from lth_diet.errors import printable
 from lth_diet.launch.processes import ProcessInfo
 from lth_diet.runs import work_left
+from lth_diet.runs.instability_directory import InstabilityDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory, missing_scores
 
@@ -28,7 +30,7 @@ class Arm:
 
     name: str
     loaded: Loaded
-    run: RunDirectory
+    run: RunDirectory | InstabilityDirectory
     scores: ScoresDirectory | None
     read_only: bool
 
@@ -77,8 +79,13 @@ def open_arms(files: Sequence[Loaded], process: ProcessInfo) -> list[Arm]:
     """
     arms = []
     for name, loaded in zip(_names([loaded.path for loaded in files]), files, strict=True):
-        run = RunDirectory(loaded.config, process.world_size)
-        arms.append(Arm(name, loaded, run, missing_scores(run), run.done and not run.is_writable))
+        if isinstance(loaded, LoadedInstability):
+            run = InstabilityDirectory(loaded)
+            scores = missing_scores(run) if run.config.rewind_step else None
+        else:
+            run = RunDirectory(loaded.config, process.world_size)
+            scores = missing_scores(run)
+        arms.append(Arm(name, loaded, run, scores, run.done and not run.is_writable))
     return arms
 
 

@@ -20,6 +20,7 @@ from lth_diet.errors import DeviceError, UserError, print_warnings
 from lth_diet.launch.processes import ProcessInfo
 from lth_diet.runs import changed_images, environment
 from lth_diet.runs.environment import Environment
+from lth_diet.runs.instability_directory import InstabilityDirectory
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.runs.run_store import open_run_store
@@ -262,9 +263,10 @@ def environment_warnings(path: Path, phases: Iterable[tuple[str, PhaseDirectory]
     ]
 
 
-def run_phases(run: RunDirectory) -> list[tuple[str, PhaseDirectory]]:
+def run_phases(run: RunDirectory | InstabilityDirectory) -> list[tuple[str, PhaseDirectory]]:
     """Phases of all replicates of a run that exist, with their names."""
-    replicates = [ReplicateDirectory(path) for path in sorted(run.path.glob("replicate_*"))]
+    found = [ReplicateDirectory(path) for path in sorted(run.path.glob("replicate_*"))]
+    replicates = [run.replicate(replicate.index) for replicate in found]
     return [(f"{replicate.name}/{phase.name}", phase) for replicate in replicates for phase in replicate.phases()]
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from lth_diet.config import loading
+from lth_diet.config.instability import LoadedInstability
 from lth_diet.config.loading import Loaded
 from lth_diet.config.schema import Config
 from lth_diet.config.yaml_files import quote
 from lth_diet.errors import HOW_TO_RESUME, DeviceError, Parser, UserError, print_warnings
-from lth_diet.launch import checks, plan, screen
+from lth_diet.launch import checks, instability, plan, screen
 from lth_diet.launch.arms import Arm, open_arms, scores_of, tasks_of
 from lth_diet.launch.processes import ProcessInfo, report_invalid_input
 from lth_diet.launch.status_board import StatusBoard
@@ -28,7 +29,6 @@ from lth_diet.launch.text import describe_devices
 from lth_diet.launch.worker import compute_scores, train_replicates
 from lth_diet.program import DEVICE_FAULT
 from lth_diet.runs.phase_directory import PhaseDirectory
-from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.training import devices
 from lth_diet.training.progress import Progress
@@ -60,21 +60,28 @@ def recipe_parser(description: str, several: bool = False) -> Parser:
     return parser
 
 
-def launch_imp(argv: Sequence[str] | None, description: str, report: Callable[[Sequence[RunDirectory]], None]) -> int:
-    """Run IMP for this rank's replicates of all arms, after computing the scores that the arms need.
+def launch_imp(
+    argv: Sequence[str] | None,
+    description: str,
+    report: Callable[[Sequence[Any]], None],
+    load: Callable[[Path, Sequence[str]], Loaded] = loading.load,
+) -> int:
+    """Run IMP, or instability analysis, for this rank's replicates of all arms, after the scores that the arms need.
 
     Args:
         argv: The command line; None: that of this process.
         description: Description of the recipe, for --help.
         report: Called on rank 0 at the end, with the runs of all arms.
+        load: Reads a file with overrides; `load_instability` for instability analysis.
 
     Returns:
         The exit status: 0; 1 if a replicate failed; 2 if the input is invalid; DEVICE_FAULT.
     """
     try:
         process = ProcessInfo.from_environment()
-        files, only_plan = _read(argv, description, several=True)
+        files, only_plan = _read(argv, description, several=True, load=load)
         checks.check_imp(files, process)
+        instability.check_instability([loaded for loaded in files if isinstance(loaded, LoadedInstability)])
         arms = open_arms(files, process)
         if only_plan:
             print_warnings(_warnings(files, process))
@@ -169,22 +176,29 @@ def launch_scoring(argv: Sequence[str] | None, description: str) -> int:
     return status
 
 
-def _read(argv: Sequence[str] | None, description: str, several: bool = False) -> tuple[list[Loaded], bool]:
+def _read(
+    argv: Sequence[str] | None,
+    description: str,
+    several: bool = False,
+    load: Callable[[Path, Sequence[str]], Loaded] = loading.load,
+) -> tuple[list[Loaded], bool]:
     """The configurations, and whether only the plan is requested."""
     arguments = recipe_parser(description, several).parse_intermixed_args(argv)
     for text in arguments.overrides if several else ():
         if text.endswith((".yaml", ".yml")) and "=" not in text:
             raise UserError(f"command line: {quote(text)} is not an override; write -f before each file")
     paths = arguments.file if several else [arguments.file]
-    return _load(paths, arguments.overrides), arguments.plan
+    return _load(paths, arguments.overrides, load), arguments.plan
 
 
-def _load(paths: Sequence[Path], overrides: Sequence[str]) -> list[Loaded]:
+def _load(
+    paths: Sequence[Path], overrides: Sequence[str], load: Callable[[Path, Sequence[str]], Loaded]
+) -> list[Loaded]:
     """Load configurations. An error that is not the same for all of them names its file."""
     files, errors = [], {}
     for path in paths:
         try:
-            files.append(loading.load(path, overrides))
+            files.append(load(path, overrides))
         except UserError as error:
             errors[path] = error
     if errors:
@@ -217,6 +231,8 @@ def _warnings(files: Sequence[Loaded], process: ProcessInfo) -> list[str]:
     if process.rank:
         return []
     sentences = checks.launch_warnings(files, process.local_world_size)
+    analyses = [loaded for loaded in files if isinstance(loaded, LoadedInstability)]
+    sentences += dict.fromkeys(each for loaded in analyses for each in instability.instability_warnings(loaded))
     if files[0].config.parallelism == "data" and process.world_size == 1:
         sentences.append("parallelism = data: has no effect with one rank; use composer -n <ranks>")
     return sentences
@@ -261,6 +277,8 @@ def _print_results(arms: Sequence[Arm]) -> None:
             if replicate.failed:
                 remedy = ", and delete it to train this replicate again" if replicate.given_up else ""
                 print(f"replicate {replicate.index} failed: see {replicate.path / 'failed.json'}{remedy}")
+    if any(isinstance(arm.loaded, LoadedInstability) for arm in arms):
+        return
     from lth_diet.tracking import mlflow_store
 
     print(f"compare in MLflow: {mlflow_store.describe_store()}", flush=True)

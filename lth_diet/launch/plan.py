@@ -11,9 +11,10 @@ from lth_diet.config.weights import remaining_weights
 from lth_diet.data import catalog
 from lth_diet.errors import UserError
 from lth_diet.files import read_json
-from lth_diet.launch import stacks
+from lth_diet.launch import instability, stacks
 from lth_diet.launch.arms import Arm
 from lth_diet.launch.text import humanize
+from lth_diet.runs.instability_directory import InstabilityDirectory
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
@@ -57,17 +58,18 @@ def plan_arms(arms: Sequence[Arm], ranks: int = 1) -> str:
     total = sum(total_steps(*pair) for pair in pairs)
     if len(arms) > 1:
         texts.append(f"total of {len(arms)} arms: {total:,} steps to train")
-    line = stacks.recommendation([arm.config for arm in arms], ranks) if total else ""
+    is_imp = not any(isinstance(arm.run, InstabilityDirectory) for arm in arms)
+    line = stacks.recommendation([arm.config for arm in arms], ranks) if total and is_imp else ""
     return "\n\n".join(texts) + f"\n{line}" * bool(line)
 
 
-def total_steps(run: RunDirectory, scores: ScoresDirectory | None) -> int:
+def total_steps(run: RunDirectory | InstabilityDirectory, scores: ScoresDirectory | None) -> int:
     """Number of steps that a run, and the scores to compute first, have left to train."""
     scoring = steps_left(scoring_phases(scores)) if scores else 0
     return scoring + sum(replicate_steps_left(run, replicate) for replicate in run.replicates())
 
 
-def plan(run: RunDirectory, scores: ScoresDirectory | None = None) -> str:
+def plan(run: RunDirectory | InstabilityDirectory, scores: ScoresDirectory | None = None) -> str:
     """Describe what a run would train: its phases, their steps and what is done.
 
     Args:
@@ -75,6 +77,10 @@ def plan(run: RunDirectory, scores: ScoresDirectory | None = None) -> str:
         scores: Scores to compute first, if the arm needs them.
     """
     lines = [plan_scores(scores)] if scores else []
+    if isinstance(run, InstabilityDirectory):
+        return "\n".join(
+            [*lines, instability.plan_instability(run), f"total: {total_steps(run, scores):,} steps to train"]
+        )
     lines += [f"{run.path}: {run.config.model_name}, arm {run.config.arm}, run id {run_id(run.config)}"]
     lines.append(f"training of {_in_epochs(run.config, run.config.train.steps)}")
     if run.config.rewind_step:
@@ -98,8 +104,10 @@ def summary(folder: ScoresDirectory) -> str:
     return json.dumps(read_json(path), indent=2) if path.exists() else ""
 
 
-def table(run: RunDirectory) -> str:
-    """Return a table of a run: test accuracy (mean ± sd over the finished replicates) at each level."""
+def table(run: RunDirectory | InstabilityDirectory) -> str:
+    """Return a table of a run: test accuracy (mean ± sd over the finished replicates) at each level, or barriers."""
+    if isinstance(run, InstabilityDirectory):
+        return instability.table(run)
     levels: dict[int, list[tuple[float, float]]] = {}
     for level, phase in (pair for replicate in run.replicates() for pair in replicate.levels() if pair[1].done):
         with contextlib.suppress(UserError):  # a damaged result, which has been reported

@@ -7,7 +7,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lth_diet.config.instability import LoadedInstability
 from lth_diet.config.schema import Config
 from lth_diet.errors import HOW_TO_RESUME, DeviceError, TrainingError, UserError
 from lth_diet.files import LockedError
@@ -17,9 +19,13 @@ from lth_diet.launch.tracker import Tracker
 from lth_diet.program import DEVICE_FAULT
 from lth_diet.runs import work_left
 from lth_diet.runs.block import lock_replicates
+from lth_diet.runs.instability_directory import InstabilityReplicate
 from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.training.progress import Progress
+
+if TYPE_CHECKING:
+    from lth_diet.imp import IMP
 
 
 def compute_scores(
@@ -77,7 +83,6 @@ def train_replicates(tasks: Sequence[Task], process: ProcessInfo, progress: Prog
     Returns:
         The exit status: 0; 1 if a replicate failed; DEVICE_FAULT.
     """
-    from lth_diet.imp import IMP
     from lth_diet.training import device_faults
 
     together = any(task.arm.config.parallelism == "data" for task in tasks)
@@ -95,7 +100,7 @@ def train_replicates(tasks: Sequence[Task], process: ProcessInfo, progress: Prog
         track = Tracker(functools.partial(_sync_replicates, task.replicates), arm.run.path.parent, progress)
         try:
             with lock_replicates(task.replicates) if is_writer else contextlib.nullcontext():
-                IMP(config, task.replicates, progress, track).run()
+                experiment(task, progress, track).run()
                 track.finish()
             for replicate in task.replicates:
                 progress.set_state(replicate.name, "failed" if replicate.given_up else "done")
@@ -128,11 +133,23 @@ def _sync_scores(folder: Path) -> None:
     sync.sync_scores(folder)
 
 
+def experiment(task: Task, progress: Progress, track: Tracker) -> "IMP":
+    """What trains the replicates of a task: `IMP` or `Instability`."""
+    if isinstance(task.arm.loaded, LoadedInstability):
+        from lth_diet.instability import Instability
+
+        return Instability(task.arm.loaded, task.replicates, progress, track)
+    from lth_diet.imp import IMP
+
+    return IMP(task.arm.config, task.replicates, progress, track)
+
+
 def _sync_replicates(replicates: Sequence[ReplicateDirectory]) -> None:
     from lth_diet.tracking import sync  # slow (MLflow): imported after the first phase
 
     for replicate in replicates:
-        sync.sync_replicate(replicate)
+        if not isinstance(replicate, InstabilityReplicate):
+            sync.sync_replicate(replicate)
 
 
 def _forget_compiled_networks(config: Config) -> None:

@@ -25,6 +25,11 @@ _SCORES_TYPES = {
     "identity": dict,
     "label_noise": float | int,
 }
+_INSTABILITY_TYPES = {
+    **dict.fromkeys(("instability_id", "dataset", "model", "arm", "experiment"), str),
+    **dict.fromkeys(("level", "copies"), int),
+    "identity": dict,
+}
 HOW_TO_REPLACE = "move it away or set runs=<another folder>"
 
 
@@ -101,13 +106,15 @@ class ConfigDirectory:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a run directory or a scores directory.
+    """Read the config.json of a run directory, a scores directory or an instability analysis.
 
     Raises:
         UserError: If the file is damaged, or a value is missing or has the wrong type.
     """
     path = folder / "config.json"
-    return read_json(path, _SCORES_TYPES if "scores_id" in read_json(path) else _RUN_TYPES)
+    kinds = {"scores_id": _SCORES_TYPES, "instability_id": _INSTABILITY_TYPES}
+    content = read_json(path)
+    return read_json(path, next((types for key, types in kinds.items() if key in content), _RUN_TYPES))
 
 
 def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The directory of a phase, which is one training with Composer: `pretrain`, `level_<L>` or `network_<k>`.
+"""The directory of a phase, which is one training with Composer, such as `pretrain`, `level_<L>` or `network_<k>`.
 
 <phase>/
     curve.jsonl             training curve: step, timestamp (ms), metrics
@@ -25,6 +25,8 @@ _MEASUREMENT_TYPES = {"test_accuracy_percent": float | int, "timestamp": int}
 _RESULT_TYPES = {
     "level": {"level": int, "weights_remaining_percent": float | int, **_MEASUREMENT_TYPES},
     "network": {"network": int, **_MEASUREMENT_TYPES},
+    "copy": _MEASUREMENT_TYPES,
+    "barrier": {"step": int, "test_barrier": float | int, "train_barrier": float | int, "timestamp": int},
 }
 """Required types in result.json, by kind of phase; pre-training of zero steps has no measurements."""
 

@@ -71,6 +71,12 @@ class RunDirectory(ConfigDirectory):
         """The replicates that the configuration asks for."""
         return [self.replicate(index) for index in self.config.replicates]
 
+    def phases_of(self, replicate: "ReplicateDirectory") -> list[tuple[PhaseDirectory, int, int]]:
+        """List the trainings of a replicate with their start steps and end steps."""
+        rewind, end = self.config.rewind_step, self.config.train.steps
+        levels = range(self.config.prune.levels + 1)
+        return [(replicate.pretrain, 0, rewind), *((replicate.level(level), rewind, end) for level in levels)]
+
     @property
     def done(self) -> bool:
         """Whether everything that the configuration asks for is trained."""

@@ -8,6 +8,7 @@ from lth_diet.config.run_ids import scores_id, scores_identity
 from lth_diet.config.schema import Config
 from lth_diet.errors import UserError
 from lth_diet.runs.config_directory import ConfigDirectory, with_defaults
+from lth_diet.runs.instability_directory import InstabilityDirectory
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.run_store import RunStore, open_run_store
@@ -80,7 +81,7 @@ class ScoresDirectory(ConfigDirectory):
         return scores
 
 
-def missing_scores(run: RunDirectory) -> ScoresDirectory | None:
+def missing_scores(run: RunDirectory | InstabilityDirectory) -> ScoresDirectory | None:
     """Scores directory that an arm needs; None without scores, with `scores.file`, or after pre-training is done."""
     config = run.config
     if not config.needs_scores or config.scores.file is not None:

@@ -1,5 +1,6 @@
 """Phases and steps that a run has left to train."""
 
+from lth_diet.runs.instability_directory import InstabilityDirectory
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
@@ -8,11 +9,9 @@ Phases = list[tuple[PhaseDirectory, int, int]]
 """Phases with their start steps and end steps."""
 
 
-def phases_of(run: RunDirectory, replicate: ReplicateDirectory) -> Phases:
+def phases_of(run: RunDirectory | InstabilityDirectory, replicate: ReplicateDirectory) -> Phases:
     """List every phase of a replicate."""
-    rewind, end = run.config.rewind_step, run.config.train.steps
-    levels = range(run.config.prune.levels + 1)
-    return [(replicate.pretrain, 0, rewind), *((replicate.level(level), rewind, end) for level in levels)]
+    return run.phases_of(replicate)
 
 
 def scoring_phases(folder: ScoresDirectory) -> Phases:

@@ -1,6 +1,9 @@
-"""Accuracy against weights remaining, as a matplotlib figure."""
+"""Accuracy against weights remaining, and error barriers against steps, as matplotlib figures."""
 
 import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -34,4 +37,36 @@ def accuracy_curves(curves: dict[str, pd.DataFrame], title: str) -> Figure:
     axes.set(xlabel="Weights remaining (%)", ylabel="Test accuracy (%)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(title="pre-training; band: ± 1 sd")
+    return figure
+
+
+class Barriers(Protocol):
+    """Error barriers at a step."""
+
+    step: int
+    test: list[float]
+
+
+def barrier_curves(curves: Mapping[str, Sequence[Barriers]], title: str) -> Figure:
+    """Plot barriers of the test error against the step k of pre-training; bars are ± one standard deviation.
+
+    Args:
+        curves: For each arm, by its label, the barriers of its replicates (percentage points) at each step.
+        title: Title of the figure.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    for index, (label, points) in enumerate(curves.items()):
+        color, marker = STYLES[index % len(STYLES)]
+        steps, means = [each.step for each in points], [statistics.fmean(each.test) for each in points]
+        sd = [statistics.stdev(each.test) if len(each.test) > 1 else 0.0 for each in points]
+        counts = "–".join(map(str, sorted({len(each.test) for each in points})))
+        axes.errorbar(
+            steps, means, sd, color=color, marker=marker, markersize=5, capsize=3, label=f"{label} (n = {counts})"
+        )
+    axes.set_xticks(sorted({each.step for points in curves.values() for each in points}))
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="Step k of pre-training", ylabel="Error barrier (points of test error)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(title="pre-training; bars: ± 1 sd")
     return figure

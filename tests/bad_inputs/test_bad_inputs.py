@@ -23,11 +23,12 @@ from lth_diet.data import catalog
 from lth_diet.masks.mask import Mask
 from lth_diet.networks.resnet import ResNet
 from lth_diet.runs.run_directory import RunDirectory
-from recipes import imp, score, sweep
+from recipes import imp, instability, score, sweep
 
 COMMANDS = {
     "imp": (imp.main, ["recipes/imp.py"]),
     "score": (score.main, ["recipes/score.py"]),
+    "instability": (instability.main, ["recipes/instability.py"]),
     "sweep": (sweep.main, ["recipes/sweep.py"]),
     "masks": (main, ["-m", "lth_diet.masks"]),
     "tracking": (main, ["-m", "lth_diet.tracking"]),
