@@ -170,6 +170,7 @@ class Instability(IMP):
             result |= {"timestamp": time.time_ns() // 1_000_000, "environment": devices.environment(self.config)}
             phase.path.mkdir(parents=True, exist_ok=True)
             phase.finish(result)
+            self.track()
         measured = [copy.result() for copy in copies]
         accuracy = float(np.mean([result["test_accuracy_percent"] for result in measured]))
         self.progress.report_accuracy(

@@ -8,6 +8,7 @@ import torch
 from faults.runs import bits
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 from torch.optim.swa_utils import update_bn
 
@@ -33,6 +34,8 @@ from lth_diet.launch.worker import train_replicates
 from lth_diet.masks.mask import Mask
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
+from lth_diet.runs.verify import verify
+from lth_diet.tracking import mlflow_store
 from lth_diet.training.builders import Builder
 from lth_diet.training.composer_internals import LeanTrainer
 from lth_diet.training.progress import Progress
@@ -227,6 +230,16 @@ def test_masks_of_a_level_are_those_of_the_runs_that_rewind_to_the_steps(launch,
     assert dense.path != run.path
 
 
+def test_a_damaged_file_of_an_analysis_is_named_with_what_to_delete(launch):
+    run, _, _ = launch(steps="[0]")
+    assert list(verify(Path("runs"))) == []
+    (replicate,) = run.replicates()
+    path = replicate.copy(0, 1).path / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    (found,) = verify(Path("runs"))
+    assert found == (path, f"delete {path.parents[1]}, then rerun the training command to recompute them")
+
+
 def test_the_recipe_plans_runs_draws_and_has_nothing_left(tiny, capfd):
     path, other = str(tiny("all", "a.yaml")), str(tiny("random", "b.yaml"))
     command = ["-f", path, "-f", other, "steps=[0,4]"]
@@ -242,3 +255,10 @@ def test_the_recipe_plans_runs_draws_and_has_nothing_left(tiny, capfd):
     assert Path("runs/instability/barriers.png").read_bytes().startswith(b"\x89PNG")
     assert instability.main([*command, "--plan"]) == 0
     assert "total of 2 arms: 0 steps to train" in capfd.readouterr().out
+    client = MlflowClient(mlflow_store.tracking_uri())
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    tracked = client.search_runs([experiment])
+    assert len(tracked) == 2 and {each.info.status for each in tracked} == {"FINISHED"}
+    for each in tracked:
+        history = client.get_metric_history(each.info.run_id, "test_error_barrier")
+        assert [point.step for point in history] == [0, 4]

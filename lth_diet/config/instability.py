@@ -1,6 +1,7 @@
 """Keys of `recipes/instability.py`, beside those of an arm."""
 
 import dataclasses
+import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +50,10 @@ def load_instability(path: str | Path, overrides: Iterable[str] = ()) -> LoadedI
         UserError: If the configuration, a key or a value is invalid.
     """
     pairs = [(text, *loading.parse_override(text)) for text in overrides]
+    for _, key, _ in pairs:
+        near = difflib.get_close_matches(key, InstabilityKeys.model_fields, n=1, cutoff=0.75)
+        if near and key not in {**InstabilityKeys.model_fields, **Config.model_fields}:
+            raise UserError(f"{key} on the command line is not a known key; did you mean {near[0]}?")
     loaded = loading.load(path, [text for text, key, _ in pairs if key not in InstabilityKeys.model_fields])
     own = [(key, value) for _, key, value in pairs if key in InstabilityKeys.model_fields]
     config, tree = loaded.config, dict(own)

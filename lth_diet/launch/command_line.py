@@ -277,8 +277,6 @@ def _print_results(arms: Sequence[Arm]) -> None:
             if replicate.failed:
                 remedy = ", and delete it to train this replicate again" if replicate.given_up else ""
                 print(f"replicate {replicate.index} failed: see {replicate.path / 'failed.json'}{remedy}")
-    if any(isinstance(arm.loaded, LoadedInstability) for arm in arms):
-        return
     from lth_diet.tracking import mlflow_store
 
     print(f"compare in MLflow: {mlflow_store.describe_store()}", flush=True)

@@ -22,9 +22,10 @@ def check_instability(files: Sequence[LoadedInstability]) -> None:
     for loaded in files:
         run = InstabilityDirectory(loaded)
         if str(run.path) in found:
+            steps = sorted({*found[str(run.path)].keys.steps, *loaded.keys.steps})
             raise UserError(
                 f"command line: -f {found[str(run.path)].path} and -f {loaded.path} are one analysis, which does not "
-                "depend on pretrain.steps; give one of them and steps=[...]"
+                f"depend on pretrain.steps; give one of them and steps=[{','.join(map(str, steps))}]"
             )
         found[str(run.path)] = loaded
         if loaded.keys.level:
@@ -39,7 +40,7 @@ def instability_warnings(loaded: LoadedInstability) -> list[str]:
     unused += ["pretrain.steps"] * (loaded.keys.steps != (loaded.arm_config.rewind_step,))
     where = "on the command line"
     keys = [key for key in unused if loaded.where.get(key) == where]
-    return [describe_unused(keys, where, "on instability analysis")] if keys else []
+    return [describe_unused([key], where, "on instability analysis") for key in keys]
 
 
 def plan_instability(run: InstabilityDirectory) -> str:

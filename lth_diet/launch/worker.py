@@ -19,7 +19,6 @@ from lth_diet.launch.tracker import Tracker
 from lth_diet.program import DEVICE_FAULT
 from lth_diet.runs import work_left
 from lth_diet.runs.block import lock_replicates
-from lth_diet.runs.instability_directory import InstabilityReplicate
 from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.training.progress import Progress
@@ -148,8 +147,7 @@ def _sync_replicates(replicates: Sequence[ReplicateDirectory]) -> None:
     from lth_diet.tracking import sync  # slow (MLflow): imported after the first phase
 
     for replicate in replicates:
-        if not isinstance(replicate, InstabilityReplicate):
-            sync.sync_replicate(replicate)
+        sync.sync_replicate(replicate)
 
 
 def _forget_compiled_networks(config: Config) -> None:

@@ -15,7 +15,7 @@ def find_directories(runs: Path) -> tuple[list[Path], list[Path]]:
         runs: A folder of runs, or a single run directory or scores directory.
 
     Returns:
-        Run directories and scores directories, each sorted by path.
+        Run directories, with those of instability analyses, and scores directories, each sorted by path.
 
     Raises:
         UserError: If there are none, or `runs` is a URL.
@@ -23,6 +23,7 @@ def find_directories(runs: Path) -> tuple[list[Path], list[Path]]:
     if re.match(r"\w+:/", str(runs)):
         raise UserError(f"{runs}: a URL, not a folder; copy it first with `python -m lth_diet pull <URL> <folder>`")
     configs = [*runs.glob("config.json"), *runs.glob("*/config.json"), *runs.glob("scores/*/config.json")]
+    configs += runs.glob("instability/*/config.json")
     if not configs:
         raise UserError(f"{runs}: contains no runs; expected a run directory or a folder of run directories")
     found = sorted(config.parent for config in configs)

@@ -11,6 +11,7 @@ The files of each phase are described in `phase_directory`. The directory does n
 are added to it, with a shorter or longer pre-training of the same seeds.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lth_diet.config.instability import InstabilityKeys, LoadedInstability
 from lth_diet.config.run_ids import instability_id, instability_identity
 from lth_diet.config.schema import Config
 from lth_diet.errors import UserError
+from lth_diet.files import read_json
 from lth_diet.runs.config_directory import ConfigDirectory
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
@@ -123,8 +125,23 @@ class InstabilityReplicate(ReplicateDirectory):
         paths = [*sorted(self.path.glob("pretrain_*")), *sorted(self.path.glob("step_*/copy_*"))]
         return [self._phase(path) for path in [*paths, *sorted(self.path.glob("step_*/barrier"))]]
 
+    def computed_from(self, phase: PhaseDirectory) -> list[Path]:
+        """Directories to delete if a file of a phase is damaged: its own, and those that depend on it."""
+        if phase.path.parent != self.path:
+            return [phase.path.parent]
+        steps = phase.name.partition("_")[2].split("-")
+        return [phase.path, *(path for step in steps if (path := self.path / f"step_{step}").exists())]
+
     def _phase(self, path: Path) -> PhaseDirectory:
         return PhaseDirectory(path, self.store.upload)
+
+
+def open_replicate(path: Path) -> ReplicateDirectory:
+    """The directory of a replicate of a run or, if its config.json says so, of an instability analysis."""
+    with contextlib.suppress(UserError):
+        if "instability_id" in read_json(path.parent / "config.json"):
+            return InstabilityReplicate(path, InstabilityKeys())
+    return ReplicateDirectory(path)
 
 
 def mask_path(arm_config: Config, replicate: int, step: int, level: int) -> Path:

@@ -7,8 +7,8 @@ from lth_diet.errors import UserError
 from lth_diet.files import read_json
 from lth_diet.runs.config_directory import read_config
 from lth_diet.runs.find import find_directories
+from lth_diet.runs.instability_directory import InstabilityReplicate, open_replicate
 from lth_diet.runs.phase_directory import PhaseDirectory
-from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.scores import artifact
 
 
@@ -40,9 +40,13 @@ def verify(runs: Path) -> Iterator[tuple[Path, str]]:
 def _verify_replicate(path: Path) -> Iterator[tuple[Path, str]]:
     if _is_damaged(path / "pretrain/subset.json"):
         yield path / "pretrain/subset.json", "recreate it with python -m analysis.examples"
-    phases = ReplicateDirectory(path).phases()
+    replicate = open_replicate(path)
+    phases = replicate.phases()
     for number, phase in enumerate(phases):
-        later = ", ".join(str(following.path) for following in phases[number:])
+        if isinstance(replicate, InstabilityReplicate):
+            later = ", ".join(map(str, replicate.computed_from(phase)))
+        else:
+            later = ", ".join(str(following.path) for following in phases[number:])
         yield from _verify_phase(phase, f"delete {later}, then rerun the training command to recompute them")
 
 

@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from lth_diet.errors import UserError
 from lth_diet.masks.mask import Mask
 from lth_diet.runs.config_directory import read_config
+from lth_diet.runs.instability_directory import InstabilityReplicate, open_replicate
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.tracking.figures import accuracy_curves
@@ -35,7 +36,7 @@ _ARTIFACTS = ("mask.safetensors", "subset.safetensors", "subset.json", "subset.p
 
 
 def sync_replicate(replicate: ReplicateDirectory) -> None:
-    """Bring MLflow up to date with a replicate directory.
+    """Bring MLflow up to date with the directory of a replicate, of a run or an instability analysis.
 
     The curve of an unfinished phase is sent up to its last checkpoint, because later rows may be measured again.
 
@@ -43,7 +44,8 @@ def sync_replicate(replicate: ReplicateDirectory) -> None:
         Exception: Whatever MLflow raises if its store cannot be reached.
     """
     with _lock_folder(replicate.path), lock_store():
-        _ReplicateSync(replicate).run()
+        kind = _InstabilitySync if isinstance(replicate, InstabilityReplicate) else _ReplicateSync
+        kind(replicate).run()
 
 
 def sync_scores(folder: Path) -> None:
@@ -256,6 +258,43 @@ class _ReplicateSync(_Sync):
         )
 
 
+class _InstabilitySync(_Sync):
+    """Syncs one replicate of an instability analysis as one run, whose metrics have step = k."""
+
+    def __init__(self, replicate: InstabilityReplicate):
+        self.replicate = replicate
+        analysis = replicate.path.parent
+        keys = ("instability_id", "dataset", "model", "arm", "level", "copies")
+        tags, key_tags = (
+            {"replicate": replicate.index, "phase": "instability"},
+            ("instability_id", "replicate", "phase"),
+        )
+        super().__init__(analysis, f"instability/{analysis.name}/{replicate.name}", keys, tags, key_tags)
+
+    def run(self) -> None:
+        barriers = [phase for phase in self.replicate.phases() if phase.name == "barrier"]
+        results = [phase.result() for phase in barriers if phase.done]
+        keys = {"test_barrier": "test_error_barrier", "train_barrier": "train_error_barrier", "timestamp": "timestamp"}
+        rows = [{"step": result["step"]} | {name: result[key] for key, name in keys.items()} for result in results]
+        parent = self._parent(rows, self._description())
+        if missing := self._missing(parent, rows):
+            self._tag_environment(parent, results)
+            self._log_metrics(parent, missing)
+        finished = results and len(results) == len(list(self.replicate.path.glob("step_*")))
+        status = "FAILED" if self.replicate.failed else "FINISHED" if finished else "RUNNING"
+        if parent.info.status != status:
+            self.client.update_run(parent.info.run_id, status=status)
+
+    def _description(self) -> str:
+        config = self.config
+        return (
+            f"**Instability analysis of {config['dataset']}, {config['model']}, arm {config['arm']}**, level "
+            f"{config['level']}, replicate {self.replicate.index}: barriers of the test and training error, in points, "
+            f"between {config['copies']} copies trained from step k. Metrics: step = k. "
+            f"Directory: `{self.replicate.path}`."
+        )
+
+
 class _ScoresSync(_Sync):
     """Syncs one scores artifact. The metrics of its parent run have step = network."""
 
@@ -332,5 +371,5 @@ def updates(folder: Path, scored: bool) -> list[tuple[Path, Callable[[], None]]]
     if scored:
         networks = [PhaseDirectory(path) for path in folder.glob("network_*")]
         return [(folder, lambda: update(networks, lambda: sync_scores(folder)))]
-    replicates = [ReplicateDirectory(path) for path in sorted(folder.glob("replicate_*"))]
+    replicates = [open_replicate(path) for path in sorted(folder.glob("replicate_*"))]
     return [(each.path, lambda each=each: update(each.phases(), lambda: sync_replicate(each))) for each in replicates]
