@@ -1,5 +1,6 @@
 """Instability analysis: what it trains, what it measures, and that nothing is lost by a kill."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import update_bn
 
 from lth_diet.config import loading
 from lth_diet.config.instability import load_instability
+from lth_diet.data.loader import StackedLoader
 from lth_diet.data.seeds import derive_seed, generator
 from lth_diet.errors import UserError
 from lth_diet.instability import (
@@ -228,6 +230,28 @@ def test_masks_of_a_level_are_those_of_the_runs_that_rewind_to_the_steps(launch,
     assert not mask.is_zero_outside(load_file(replicate.copy(0, 0).path / "weights.safetensors"))
     dense, _, _ = launch()
     assert dense.path != run.path
+
+
+def test_a_replicate_with_a_copy_whose_loss_is_nan_fails_alone(launch, monkeypatch):
+    settings = ("replicates=2", "stack=2")
+    whole, _, _ = launch("runs=whole", *settings, steps="[4]")
+    original = StackedLoader.batch
+
+    def batch(loader, step):
+        images, labels = original(loader, step)
+        if len(loader.loaders) == 4 and step == 8:
+            images[:, 1] = float("nan")  # of copy 1 of replicate 0
+        return images, labels
+
+    monkeypatch.setattr(StackedLoader, "batch", batch)
+    run, status, (message,) = launch(*settings, steps="[4]")
+    failed, other = run.replicates()
+    assert status == 1 and re.search(r"replicate_0/step_4/copy_1: the loss is nan at step 9", message)
+    assert (failed.given_up, failed.barrier(4).done, other.given_up) == (True, False, False)
+    assert bits(other.path) == bits(whole.replicate(1).path)
+    assert (
+        other.barrier(4).result()["test_error_percent"] == whole.replicate(1).barrier(4).result()["test_error_percent"]
+    )
 
 
 def test_a_damaged_file_of_an_analysis_is_named_with_what_to_delete(launch):
