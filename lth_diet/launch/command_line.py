@@ -276,7 +276,7 @@ def _print_results(arms: Sequence[Arm]) -> None:
         for replicate in arm.run.replicates():
             if replicate.failed:
                 remedy = ", and delete it to train this replicate again" if replicate.given_up else ""
-                print(f"replicate {replicate.index} failed: see {replicate.path / 'failed.json'}{remedy}")
+                print(f"replicate {replicate.index} failed: see {replicate.store}/failed.json{remedy}")
     from lth_diet.tracking import mlflow_store
 
     print(f"compare in MLflow: {mlflow_store.describe_store()}", flush=True)

@@ -90,7 +90,7 @@ def plan(run: RunDirectory | InstabilityDirectory, scores: ScoresDirectory | Non
         phases = phases_of(run, replicate)
         lines.append(f"replicate {replicate.index}: {replicate_steps_left(run, replicate):,} steps to train")
         if replicate.given_up:
-            lines[-1] += f" (failed; delete {replicate.path / 'failed.json'} to train it again)"
+            lines[-1] += f" ({replicate.describe_failure()})"
         for number, (phase, first, last) in enumerate(phases):
             weights = 100 * remaining[max(number - 1, 0)] / remaining[0]
             state = _state(phase, first)

@@ -48,7 +48,8 @@ def compute_scores(
     blocks = range(len(folder.config.scoring_blocks))
     mine = process.shard(blocks)
     others = [number for number in blocks if number not in mine]
-    steps = work_left.steps_left(work_left.scoring_phases(folder)) * len(mine) // len(blocks)
+    phases = work_left.scoring_phases(folder)
+    steps = work_left.steps_left([phases[k] for block in mine for k in folder.config.scoring_blocks[block]])
     progress.begin([row for task in tasks for row in task.rows], steps)
     progress.arm = name
     track = Tracker(functools.partial(_sync_scores, folder.path), folder.path.parents[1], progress)
@@ -97,6 +98,9 @@ def train_replicates(tasks: Sequence[Task], process: ProcessInfo, progress: Prog
                 _forget_compiled_networks(config)
         progress.arm = arm.name
         track = Tracker(functools.partial(_sync_replicates, task.replicates), arm.run.path.parent, progress)
+        for replicate in task.replicates:
+            if replicate.given_up:
+                progress.log(f"error: {replicate.name}: {replicate.describe_failure()}")
         try:
             with lock_replicates(task.replicates) if is_writer else contextlib.nullcontext():
                 experiment(task, progress, track).run()

@@ -169,6 +169,11 @@ class ReplicateDirectory:
         write_json(self.path / "failed.json", {"reason": reason, "final": True})
         self.store.upload()
 
+    def describe_failure(self) -> str:
+        """Why a replicate that has given up is not trained, and how to train it again."""
+        reason = read_json(self.path / "failed.json")["reason"]
+        return f"it failed ({reason}); delete {self.store}/failed.json to train it again"
+
     @property
     def given_up(self) -> bool:
         """Whether this replicate is not trained again until its failed.json is deleted."""
@@ -184,6 +189,9 @@ class ReplicateDirectory:
             UserError: If a file of a finished phase is missing or damaged.
         """
         with self.store.lock(timeout):
+            if self.given_up:
+                yield
+                return
             remove_partial_files(self.path)
             for phase in self.phases():
                 phase.remove_stale_checkpoints()
@@ -193,8 +201,7 @@ class ReplicateDirectory:
                         file=sys.stderr,
                         flush=True,
                     )
-            if not self.given_up:
-                remove(self.path / "failed.json")
+            remove(self.path / "failed.json")
             self.store.upload()
             for phase in self.phases():
                 phase.check()

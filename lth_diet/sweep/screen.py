@@ -194,7 +194,7 @@ class _Rates:
 def _progress_of(work: Work) -> tuple[str, int, int, int]:
     """The phase that is training, its step and last step, and the steps left in all phases, from the curves."""
     at = []
-    for phase, first, last in work.phases:
+    for phase, first, last in (phase for part in work.parts if part.can_train for phase in part.phases):
         if first < last and not phase.done:
             curve = phase.curve()
             at.append((phase, int(curve[-1]["step"]) if curve else first, last))
