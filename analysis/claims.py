@@ -2,18 +2,21 @@
 
 python -m analysis.claims --published      prints Markdown tables: one row per claim and data set
 python -m analysis.claims results.csv
+python -m analysis.claims results.csv --latex
 """
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
 from lth_diet.errors import Parser, UserError
 from lth_diet.program import run_program
 
-from . import arms, collect, dominance, paper
+from . import arms, collect, difference, dominance, paper
 from .arms import Arm, Curve
 from .dominance import Comparison, compare
 from .paper import Family
@@ -63,6 +66,11 @@ CLAIMS = (
 )
 
 
+MIN_REPLICATES = 3
+"""With fewer replicates per arm, intervals are too wide to be of use."""
+_OUTCOMES = {"holds": "holds", "contradicted": "is contradicted", "undecided": "is undecided"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """Result of testing a claim.
@@ -103,12 +111,157 @@ class Finding:
         """Description of the comparison."""
         return dominance.describe(self.comparison, self.claim.verdict)
 
+    @property
+    def too_few(self) -> str:
+        """Says that n is too small for an interval, and how many replicates would do; empty if it is not."""
+        n = min(self.comparison.n)
+        if n >= MIN_REPLICATES or self.outcome in ("holds", "contradicted"):
+            return ""
+        needed = (
+            f"about {self.replicates}" if (self.replicates or 0) > MIN_REPLICATES else f"{MIN_REPLICATES + 1} or more"
+        )
+        return f"n = {n} is too small to decide; run {needed} replicates per arm"
+
+    @property
+    def effect(self) -> str:
+        """Difference at the worst level, n, and the probability that a replicate beats one of the other arm."""
+        found = self.comparison
+        worst = found.statements["pooled"].worst
+        text = (
+            f"{worst['difference']:+.1f} points at worst, at {_short(worst['weights_remaining_percent'])} % of weights"
+        )
+        if self.too_few:
+            return f"{text}; {self.too_few}"
+        if found.improvement:
+            text += f"; better in {_percent(found.improvement)} of replicates"
+        counts = f"n = {found.n[0]}" if found.n[0] == found.n[1] else f"n = {found.n[0]} and {found.n[1]}"
+        if self.outcome == "undecided":
+            more = f"about {self.replicates} would show it" if self.replicates else "more would not show it"
+            return f"{text}; {counts}, {more}"
+        return f"{text}; {counts}"
+
+    @property
+    def brief(self) -> str:
+        """One line: outcome, claim and effect."""
+        return f"{self.outcome}: {self.claim.text}: {self.effect}{self.also}"
+
+    @property
+    def also(self) -> str:
+        """Numerical settings in which the arms differ; empty if there are none."""
+        return f"; the arms also differ in {self.comparison.numerical}" if self.comparison.numerical else ""
+
+    @property
+    def sentence(self) -> str:
+        """A sentence for a paper."""
+        found, (low, high, row) = self.comparison, interval_at_last_level(self.comparison)
+        pairing = "paired" if found.paired else "unpaired"
+        size = f"n = {found.n[0]}" if found.n[0] == found.n[1] else f"n = {found.n[0]} and {found.n[1]}"
+        interval = f" ({100 * found.confidence:g} % confidence interval {low:.2f} to {high:.2f})" if low == low else ""
+        levels = found.statements["pooled"].levels
+        return (
+            f"On {self.family}, {found.challenger} differs from {found.reference} by {row.difference:+.2f} percentage "
+            f"points in test accuracy{interval} at {_short(row.weights_remaining_percent)} % of weights ({pairing} "
+            f"replicates, {size}); over {_short(levels.weights_remaining_percent.max())} to "
+            f"{_short(levels.weights_remaining_percent.min())} % of weights, the claim that {self.claim.text} "
+            f"{_OUTCOMES[self.outcome]} (moderated t test at each level, margin {found.margin:g} points)."
+        )
+
     def describe(self) -> str:
         """Describes the claim, its outcome and the comparison."""
         if self.comparison is None:
             return f"{self.family}: {self.claim.text}: not tested: {self.reason}"
         also = f". The arms also differ in {self.comparison.numerical}" if self.comparison.numerical else ""
         return f"{self.family}: {self.claim.text}: {self.outcome}. {self.detail}{also}"
+
+
+def interval_at_last_level(comparison: Comparison) -> tuple[float, float, Any]:
+    """Two-sided interval of the difference at the last level, by the pooled test, and the level's row."""
+    statement = comparison.statements["pooled"]
+    found = statement.difference
+    low, high = difference.bounds(found.mean, found.variance, found.df, (1 + comparison.confidence) / 2)
+    return float(low[-1]), float(high[-1]), list(statement.levels.itertuples())[-1]
+
+
+def _short(percent: float) -> str:
+    """A percentage with two digits, such as `51`, `6.9` or `100`."""
+    return f"{percent:.0f}" if percent >= 9.95 else f"{percent:.1f}"
+
+
+def _percent(improvement: tuple[float, float, float]) -> str:
+    share, low, high = (100 * value for value in improvement)
+    return f"{share:.0f} %" + (f" ({low:.0f} to {high:.0f})" if low == low else "")
+
+
+def headline(family: Family, findings: Sequence[Finding]) -> str:
+    """What the verdicts of a family say about pre-training, in two or three sentences."""
+    found = {(f.claim.challenger, f.claim.reference): f for f in findings if f.family == family and f.comparison}
+    full = found.get(("full", "init"))
+    steps = f"{family.t_star} steps before pruning"
+    if full is None:
+        sentences = [f"{family}: pre-training for {steps} was not compared with none."]
+    else:
+        low, high, row = interval_at_last_level(full.comparison)
+        n = min(full.comparison.n)
+        better = f"{abs(row.difference):.1f} points {'better' if row.difference >= 0 else 'worse'}"
+        networks = f"networks with {_short(row.weights_remaining_percent)} % of their weights"
+        interval = f"{100 * full.comparison.confidence:g} % interval {low:.1f} to {high:.1f}, "
+        spread = f"({interval if n >= MIN_REPLICATES else ''}n = {n})"
+        if full.outcome == "undecided":
+            start = f"{family}: it is undecided whether pre-training for {steps} helps"
+            end = f": {full.too_few}" if full.too_few else ""
+            sentences = [f"{start}{end}. It makes {networks} {better} than none {spread}."]
+        else:
+            makes = f"{family}: pre-training for {steps} makes {networks} {better} than none {spread}."
+            no = "" if full.outcome == "holds" else " It does not dominate no pre-training."
+            sentences = [makes + no]
+    half, easy = found.get(("full", "half")), found.get(("easy", "full"))
+    if half:
+        fewer = -interval_at_last_level(half.comparison)[2].difference
+        sentences.append(
+            {
+                "holds": f"Half the steps do not suffice: {abs(fewer):.1f} points fewer.",
+                "contradicted": "All the steps are not better than half of them at every level.",
+            }.get(half.outcome, "Whether half the steps suffice is undecided.")
+        )
+    if easy:
+        those = f"half the steps on the {family.size:,} easiest examples"
+        verb = "are better than" if easy.claim.strict else "match"
+        sentences.append(
+            {
+                "holds": f"{those.capitalize()} {verb} all examples.",
+                "contradicted": f"{those.capitalize()} fall short of all examples.",
+            }.get(easy.outcome, f"Whether {those} {verb} all examples is undecided.")
+        )
+    return " ".join(sentences)
+
+
+def summarize(family: Family, findings: Sequence[Finding]) -> list[str]:
+    """The headline of a family, one line per tested claim, and one for those that were not tested."""
+    mine = [finding for finding in findings if finding.family == family]
+    untested = [finding for finding in mine if finding.comparison is None]
+    lines = [headline(family, mine), *(f"  {finding.brief}" for finding in mine if finding.comparison)]
+    if untested:
+        reasons = "; ".join(dict.fromkeys(finding.reason for finding in untested))
+        lines.append(f"  not tested: {len(untested)} claim{'s' * (len(untested) > 1)} ({reasons})")
+    return lines
+
+
+def latex(findings: Sequence[Finding]) -> str:
+    """Formats a LaTeX table of tested claims, for the package booktabs, with their sentences as comments."""
+    tested = [finding for finding in findings if finding.comparison]
+    lines = [r"\begin{tabular}{llrrrl}", r"\toprule"]
+    lines += [r"Claim & Data & Worst (points) & Weights (\%) & $n$ & Verdict \\", r"\midrule"]
+    for finding in tested:
+        worst, n = finding.comparison.statements["pooled"].worst, min(finding.comparison.n)
+        cells = [_escape(finding.claim.text), _escape(str(finding.family)), f"${worst['difference']:+.2f}$"]
+        cells += [f"{worst['weights_remaining_percent']:.1f}", str(n), finding.outcome]
+        lines.append(" & ".join(cells) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {_escape(finding.sentence)}" for finding in tested)]
+    return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([%&#_$])", r"\\\1", text).replace("×", r"$\times$")
 
 
 def evaluate(
@@ -236,10 +389,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     dominance.add_result_arguments(parser)
     dominance.add_test_arguments(parser)
+    parser.add_argument("--latex", action="store_true", help="print a LaTeX table and a sentence per claim")
     arguments = parser.parse_args(argv)
     dominance.check_test_arguments(arguments)
     frame = collect.select(dominance.load_results(arguments), arguments.dataset, arguments.model)
-    print(table(frame, arguments.margin, arguments.levels, arguments.confidence))
+    settings = arguments.margin, arguments.levels, arguments.confidence
+    if arguments.latex:
+        results = {name: arms.curves_by_arm(rows) for name, rows in frame.groupby(collect.dataset_names(frame))}
+        pairs = [(family, curves) for name, curves in results.items() for family in paper.families(name, curves)]
+        print(latex([finding for family, curves in pairs for finding in evaluate(family, curves, *settings)]))
+    else:
+        print(table(frame, *settings))
     return 0
 
 

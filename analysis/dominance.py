@@ -46,6 +46,7 @@ from .difference import (
     from_summaries,
     paired,
     pooled,
+    probability_of_improvement,
     replicates_needed,
     verdict,
     welch,
@@ -113,6 +114,8 @@ class Comparison:
         statements: Results of the tests per_level, pooled and mean.
         notes: Remarks for the reader, such as replicates that were excluded.
         numerical: Numerical settings in which the arms differ, such as `threads = 1 and 2`.
+        improvement: Probability that a replicate of the challenger beats one of the reference, with its interval, see
+            `difference.probability_of_improvement`; None for published curves.
     """
 
     challenger: Arm
@@ -124,6 +127,7 @@ class Comparison:
     statements: dict[str, Statement]
     notes: list[str]
     numerical: str = ""
+    improvement: tuple[float, float, float] | None = None
 
     def __repr__(self) -> str:
         return f"Comparison({self.challenger} against {self.reference}: {self.verdict})"
@@ -158,6 +162,7 @@ class Comparison:
                 "reference": self.reference.spec,
                 "n": list(self.n),
                 "paired": self.paired,
+                "probability_of_improvement": list(self.improvement) if self.improvement else None,
                 "margin": self.margin,
                 "confidence": self.confidence,
                 "levels": self.statements["pooled"].levels.level.tolist(),
@@ -209,7 +214,7 @@ def compare(
         raise UserError(
             f"levels {levels[0]} to {levels[1]}: the arms have none in common; the results have levels {available}"
         )
-    difference, notes = _difference(ours, theirs, common)
+    difference, notes, improvement = _difference(ours, theirs, common, confidence)
     if numerical:
         notes.append(f"the arms also differ in {numerical}")
     weights = ours.summary.weights_remaining_percent.loc[common].to_numpy()
@@ -230,16 +235,27 @@ def compare(
     if common != list(range(levels[0], levels[1] + 1)):
         notes.append(f"levels {levels[0]} to {levels[1]} requested; both arms have {collect.format_levels(common)}")
     return Comparison(
-        challenger, reference, difference.n, difference.paired, margin, confidence, statements, notes, numerical
+        challenger,
+        reference,
+        difference.n,
+        difference.paired,
+        margin,
+        confidence,
+        statements,
+        notes,
+        numerical,
+        improvement,
     )
 
 
-def _difference(ours: Curve, theirs: Curve, levels: list[int]) -> tuple[Difference, list[str]]:
+def _difference(
+    ours: Curve, theirs: Curve, levels: list[int], confidence: float
+) -> tuple[Difference, list[str], tuple[float, float, float] | None]:
     """Paired if two or more replicates can be paired; replicates that lack a level are excluded."""
     if ours.values is None or theirs.values is None:
         rows = [curve.summary.loc[levels] for curve in (ours, theirs)]
         n = tuple(int(part.n.min()) for part in rows)
-        return from_summaries(*(tuple(p[name].to_numpy() for p in rows) for name in ("mean", "sd")), n), []
+        return from_summaries(*(tuple(p[name].to_numpy() for p in rows) for name in ("mean", "sd")), n), [], None
     complete = [curve.values[levels].dropna() for curve in (ours, theirs)]
     notes = [
         f"{len(curve.values) - len(part)} of {len(curve.values)} replicates of the {role} excluded because they lack "
@@ -252,10 +268,12 @@ def _difference(ours: Curve, theirs: Curve, levels: list[int]) -> tuple[Differen
         unpaired = len(complete[0]) + len(complete[1]) - 2 * len(pairs)
         if unpaired:
             notes.append(f"{unpaired} replicates excluded because they have no partner with the same seed and number")
-        return paired(*(part.loc[pairs].to_numpy() for part in complete)), notes
+        both = [part.loc[pairs].to_numpy() for part in complete]
+        return paired(*both), notes, probability_of_improvement(*both, True, confidence)
     if any(part.empty for part in complete):
         raise UserError(f"levels {collect.format_levels(levels)}: no replicate has all of them; choose a smaller range")
-    return welch(*(part.to_numpy() for part in complete)), notes
+    both = [part.to_numpy() for part in complete]
+    return welch(*both), notes, probability_of_improvement(*both, False, confidence)
 
 
 def _statement(

@@ -397,6 +397,51 @@ def figure(number: int, results: Results, published: Results | None = None) -> F
     return drawn
 
 
+def headline_figure(panel: Panel, curves: dict[Arm, Curve]) -> Figure:
+    """Draws a panel large: error bars, and the name of each arm at the end of its line instead of a legend.
+
+    Args:
+        panel: Accuracy against weights remaining.
+        curves: Curves of the panel's data set.
+    """
+    names = {"half": "all, t*/2", "full": "all, t*"} | {name: f"{name}, t*/2" for name in _SUBSETS}
+    drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = drawn.subplots()
+    lines, _ = _lines(panel, curves)
+    for line in lines.values():
+        style = _style(line.role, panel.others)
+        axes.errorbar(line.x, line.mean, np.nan_to_num(line.sd), elinewidth=0.8, capsize=2, **style)
+    axes.set_title(f"{panel.family}: test accuracy (%)", fontsize=11, loc="left")
+    axes.tick_params(labelsize=9)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    _x_axis(axes, panel, lines)
+    axes.set_xlabel("Weights remaining (%); error bars: ± 1 sd over replicates", fontsize=9)
+    low, high = axes.get_ylim()
+    heights = _spread([line.mean[-1] for line in lines.values()], (high - low) / 19, high)
+    for line, height in zip(lines.values(), heights, strict=True):
+        axes.annotate(
+            names.get(line.role, line.role),
+            (line.x[-1], line.mean[-1]),
+            (1.02, height),
+            textcoords=axes.get_yaxis_transform(),
+            fontsize=10,
+            va="center",
+            color=_style(line.role, panel.others)["color"],
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "relpos": (0, 0.5)},
+        )
+    return drawn
+
+
+def _spread(values: list[float], gap: float, top: float) -> list[float]:
+    """Moves heights as little as is simple, so that any two are at least `gap` apart and none is above `top`."""
+    heights, above = list(values), top + gap
+    for index in sorted(range(len(values)), key=lambda index: -values[index]):
+        above = heights[index] = min(values[index], above - gap)
+    return heights
+
+
 def _describe_missing_panels(number: int, rows: list[list[Panel]], published: Results) -> str:
     """Names the panels of the published figure that have no results."""
     shown = {dataclasses.replace(panel, family=panel.family.without_setup) for row in rows for panel in row}

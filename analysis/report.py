@@ -60,7 +60,7 @@ class Report:
 
     Args:
         path: The HTML file.
-        verdicts: The remarks and verdicts at the top of the page, one sentence each.
+        verdicts: The headline of each family and one line per claim, as at the top of the page, then remarks.
     """
 
     path: Path
@@ -183,6 +183,7 @@ def _write(
         **about,
         summary=_summary(frame, findings),
         remarks=remarks,
+        answers=_answers(families, findings),
         findings=[finding for finding in findings if finding.comparison],
         untested=[finding for finding in findings if not finding.comparison],
         matching=about_matching,
@@ -212,9 +213,9 @@ def _write(
         symbols=dominance.SYMBOLS,
     )
     collect.write(output, lambda path: write_atomically(path.resolve(), page))
-    verdicts = [*(finding.describe() for finding in findings), *about_matching, *about_dense]
+    verdicts = [line for family, _ in families for line in claims.summarize(family, findings)]
     nothing = "no verdict: these results have no arm with pre-training"
-    return Report(output, [*(f"note: {remark}" for remark in remarks), *(verdicts or [nothing])])
+    return Report(output, [*(verdicts or [nothing]), *(f"note: {remark}" for remark in remarks)])
 
 
 def _template() -> jinja2.Template:
@@ -271,6 +272,18 @@ def _describe_dense(
         f"{family}: all at t* = {family.t_star} stays within {margin:g} points of the dense accuracy {by_test} by the "
         f"test, and {by_means} by the means alone."
     )
+
+
+def _answers(families: list[tuple[paper.Family, dict[Arm, Curve]]], findings: list[Finding]) -> list[dict[str, Any]]:
+    """Headline, large figure and tested claims of each family."""
+    answers = []
+    for family, curves in families:
+        mine = [finding for finding in findings if finding.family == family]
+        text = claims.headline(family, mine)
+        drawn = figures.headline_figure(Panel(family, family.size), curves)
+        tested = [finding for finding in mine if finding.comparison]
+        answers.append({"headline": text, "figure": _svg(drawn), "tested": tested, "untested": len(mine) - len(tested)})
+    return answers
 
 
 def _figures(results: Results, published: Results, matches: list[matching.Match]) -> list[Picture]:

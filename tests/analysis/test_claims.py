@@ -94,3 +94,12 @@ def test_invalid_input_is_reported_in_one_sentence(capsys):
     assert capsys.readouterr().err.startswith(
         "error: --dataset = 'mnist': not in these results; expected one of cifar10,"
     )
+
+
+def test_latex_table_has_a_row_and_a_sentence_for_each_claim_with_escaped_signs(capsys):
+    assert claims.main(["--published", "--dataset", "cifar100", "--latex"]) == 0
+    table, rest = capsys.readouterr().out.split("\\bottomrule")
+    sentences = [line for line in rest.splitlines() if line.startswith("% ")]
+    assert table.count(r" \\") == 1 + len(sentences) == 8
+    assert r"all at t* dominates init & CIFAR-100 & $+1.05$ & 51.2 & 4 & holds \\" in table
+    assert r"+7.84 percentage points in test accuracy (95 \% confidence interval 6.93 to 8.75)" in sentences[-1]

@@ -338,3 +338,12 @@ def test_moderated_variance_is_better_than_the_raw_one_and_worse_than_with_a_kno
     variance, _ = difference.pooled(found)
     error = lambda estimate: np.log(estimate / (true / 4)).std()
     assert error(best) < error(variance) < 0.7 * error(found.variance)
+
+
+def test_probability_of_improvement_counts_pairs_or_all_combinations_and_ties_half():
+    ours, theirs = np.array([[2.0], [4.0]]), np.array([[1.0], [4.0]])
+    assert difference.probability_of_improvement(ours, theirs, True)[0] == 0.75
+    assert difference.probability_of_improvement(ours, theirs, False)[0] == (1 + 0 + 1 + 0.5) / 4
+    low, high = difference.probability_of_improvement(ours, theirs, True)[1:]
+    assert (low, high) == (0.5, 1.0)
+    assert np.isnan(difference.probability_of_improvement(ours[:1], theirs[:1], True)[1:]).all()
