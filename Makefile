@@ -44,7 +44,7 @@ endif
 ui: .venv/installed
 	@case "$$MLFLOW_TRACKING_URI" in \
 	http*) echo "the MLflow store is a server with its own UI: open MLFLOW_TRACKING_URI in a browser";; \
-	*) exec $(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --port $(PORT);; \
+	*) exec $(BIN)/python -m lth_diet ui --port $(PORT);; \
 	esac
 
 lock: .venv/installed

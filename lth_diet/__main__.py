@@ -4,6 +4,7 @@ python -m lth_diet verify runs                                      check every 
 python -m lth_diet show runs/<run>/replicate_0 8                    weights remaining in each layer at a level
 python -m lth_diet export runs/<run>/replicate_0 8 -o ticket        mask and weights as files for plain PyTorch
 python -m lth_diet sync runs                                        bring MLflow up to date with the run directories
+python -m lth_diet ui                                               MLflow's UI of the local store, with its links
 python -m lth_diet pull s3://bucket/prefix runs                     copy runs from an object store
 python -m lth_diet keys                                             every key of a configuration and of a sweep file
 """
@@ -61,6 +62,10 @@ def _parser() -> Parser:
     command.add_argument("url", help="URL of a folder of runs, or of one run directory")
     command.add_argument("folder", type=Path, help="destination, created if it does not exist")
     command.set_defaults(command=_pull)
+
+    command = commands.add_parser("ui", help="MLflow's UI of the local store, with its links")
+    command.add_argument("--port", type=int, default=5000, help="default %(default)s")
+    command.set_defaults(command=_ui)
 
     commands.add_parser("keys", help="every key of a configuration and of a sweep file").set_defaults(command=_keys)
     return parser
@@ -147,6 +152,24 @@ def _pull(arguments: argparse.Namespace) -> int:
 
     print(f"{arguments.folder}: {pull(arguments.url, arguments.folder)} files")
     return 0
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # MLflow reads it when it is imported
+    from lth_diet.tracking import mlflow_store
+
+    uri = mlflow_store.tracking_uri()
+    if uri.startswith("http") or uri in mlflow_store.DATABRICKS:
+        raise UserError("the MLflow store is a server with its own UI: open MLFLOW_TRACKING_URI in a browser")
+    try:
+        with mlflow_store.lock_store():
+            names = mlflow_store.experiment_names()
+    except Exception as error:  # MLflow, SQLAlchemy and the file system each raise their own
+        raise UserError(f"the MLflow store cannot be read: {mlflow_store.failure_reason(error)}") from None
+    for name in names:
+        print(f"{name}: {mlflow_store.comparison_link(name, f'http://127.0.0.1:{arguments.port}')}", flush=True)
+    command = ["mlflow", "ui", "--backend-store-uri", uri, "--port", str(arguments.port)]
+    os.execv(sys.executable, [sys.executable, "-m", *command])
 
 
 def _keys(arguments: argparse.Namespace) -> int:

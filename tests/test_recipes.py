@@ -177,7 +177,7 @@ def test_scores_needed_by_two_launches_of_two_ranks_are_computed_once(tiny):
     client = MlflowClient(mlflow_store.tracking_uri())
     experiment = client.get_experiment_by_name("tiny").experiment_id
     (parent,) = client.search_runs([experiment], "tags.phase = 'scores'")
-    history = client.get_metric_history(parent.info.run_id, "test_accuracy_percent")
+    history = client.get_metric_history(parent.info.run_id, "scoring_test_accuracy_percent")
     assert sorted(point.step for point in history) == [0, 1, 2, 3]
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert artifacts == {"config.json", "manifest.json", "scores.safetensors", "examples"}
@@ -267,6 +267,7 @@ def test_without_a_tracking_uri_the_mlflow_store_is_in_the_working_folder(tiny, 
     assert code == 0, err
     assert (place / "mlflow.db").exists()
     assert f"compare in MLflow: mlflow ui --backend-store-uri sqlite:///{place}/mlflow.db" in out
+    assert "tiny: http://127.0.0.1:5000/#/experiments/1/runs?compareRunsMode=CHART&workflowType=" in out
 
 
 @pytest.mark.parametrize("version", ["3.9", "3.13"])

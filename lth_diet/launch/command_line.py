@@ -279,7 +279,11 @@ def _print_results(arms: Sequence[Arm]) -> None:
                 print(f"replicate {replicate.index} failed: see {replicate.store}/failed.json{remedy}")
     from lth_diet.tracking import mlflow_store
 
-    print(f"compare in MLflow: {mlflow_store.describe_store()}", flush=True)
+    print(f"compare in MLflow: {mlflow_store.describe_store()}")
+    for experiment in dict.fromkeys(arm.run.config.experiment for arm in arms):
+        if link := mlflow_store.comparison_link(experiment):
+            print(f"  {experiment}: {link}")
+    sys.stdout.flush()
 
 
 def _silence_libraries() -> None:

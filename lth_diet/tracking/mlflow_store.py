@@ -37,6 +37,35 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
+_COMPARISON = "runs?compareRunsMode=CHART&workflowType=machine_learning&searchFilter=tags.phase%20%3D%20%27all%27"
+
+
+def comparison_link(experiment: str, address: str | None = None) -> str | None:
+    """Return the link to MLflow's charts of the replicates of an experiment.
+
+    Args:
+        experiment: Name of the experiment.
+        address: Address of the UI. By default that of the store if it is a server, or of `mlflow ui`.
+
+    Returns:
+        The link without secrets; None if there is no such experiment or the store does not respond.
+    """
+    uri = tracking_uri()
+    if uri.startswith(DATABRICKS):  # has another UI
+        return None
+    server = without_secrets(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    try:
+        found = open_client().get_experiment_by_name(experiment)
+    except Exception:  # MLflow, SQLAlchemy, requests and the file system each raise their own
+        return None
+    return f"{address or server}/#/experiments/{found.experiment_id}/{_COMPARISON}" if found else None
+
+
+def experiment_names() -> list[str]:
+    """Names of the experiments of the store, without MLflow's empty one."""
+    return [found.name for found in open_client().search_experiments() if found.experiment_id != "0"]
+
+
 def describe_store() -> str:
     """Return how to view the store: a command for a local store, the address without secrets for a server."""
     if database := _sqlite_path(tracking_uri()):

@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 from filelock import FileLock
@@ -32,6 +32,10 @@ _MAX_METRICS = 1000  # per request to MLflow
 _MAX_PARAMS = 100  # per request to MLflow
 _LOCK_TIMEOUT = 30.0  # seconds to wait for another process that syncs the same folder
 _VERSIONS = ("torch", "composer")  # tagged as version.torch and version.composer
+_SCORING_METRIC = "scoring_test_accuracy_percent"
+"""Accuracy of scoring networks: one name with the levels' would put both into one chart of MLflow's UI."""
+_MAX_DESCRIBED_LEVELS = 100  # MLflow refuses or cuts tags of more than 8000 characters
+_KIND = RunTag("mlflow.experimentKind", "custom_model_development")  # otherwise MLflow opens its GenAI overview
 _ARTIFACTS = ("mask.safetensors", "subset.safetensors", "subset.json", "subset.png", "images.png")  # of a phase
 
 
@@ -73,7 +77,12 @@ class _Sync:
         keys: Keys of config.json that become tags of the parent and its children.
         tags: Other tags of the parent and its children.
         key_tags: Names of the tags that identify the parent run.
+
+    Attributes:
+        metric_names: MLflow's names of the metrics that have another name in the files.
     """
+
+    metric_names: ClassVar[dict[str, str]] = {}
 
     def __init__(self, folder: Path, name: str, keys: Sequence[str], tags: dict[str, Any], key_tags: Sequence[str]):
         self.client = open_client()
@@ -89,9 +98,12 @@ class _Sync:
         """Return the id of an experiment, which is created if it is missing."""
         if found := self.client.get_experiment_by_name(name):
             check_experiment(self.client, found)
+            kind = found.tags.get(_KIND.key, "inferred")
+            if kind.endswith("inferred") or kind == "no_inferred_type":  # not chosen by a person
+                self.client.set_experiment_tag(found.experiment_id, _KIND.key, _KIND.value)
             return found.experiment_id
         try:
-            return self.client.create_experiment(name, artifact_location(name))
+            return self.client.create_experiment(name, artifact_location(name), {_KIND.key: _KIND.value})
         except MlflowException:
             found = self.client.get_experiment_by_name(name)
             if found is None:  # otherwise another process has just created it
@@ -100,17 +112,22 @@ class _Sync:
 
     def _parent(self, rows: list[dict[str, Any]], description: str) -> MlflowRun:
         """Return the parent run, which is created if it is missing or if its metrics contradict `rows`."""
-        tags = self.tags | {"mlflow.note.content": description}
+        tags, rows = self.tags | {"mlflow.note.content": description}, self._rename(rows)
         found = self._deduplicate(self._search(self.key_tags))
         if found and self._contradicts(found, rows):  # phases were computed again, with another result
             self._delete(found)
             found = None
+        elif found and self._has_old_names(found, rows):
+            self._delete(found)
+            by_hand = {key: value for key, value in found.data.tags.items() if not key.startswith("mlflow.")}
+            found, tags = None, by_hand | tags
         run = found or self._create(self.name, tags, self.key_tags)
         params = [Param(key, str(value)) for key, value in self.config["identity"].items()]
         for start in range(0, len(params), _MAX_PARAMS):
             self.client.log_batch(run.info.run_id, params=params[start : start + _MAX_PARAMS])
-        if found:
-            self.client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        changed = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
+        if changed:
+            self.client.log_batch(run.info.run_id, tags=changed)
         if run.info.status != "FINISHED":
             self.client.log_artifact(run.info.run_id, str(self.config_path))
         return run
@@ -119,6 +136,14 @@ class _Sync:
         """Whether MLflow has another value for a row."""
         expected = {(key, row["step"]): value for row in rows for key, value in row.items()}
         return any(expected.get((key, step), value) != value for key, step, value in self._logged(run))
+
+    def _has_old_names(self, run: MlflowRun, rows: list[dict[str, Any]]) -> bool:
+        """Whether a run has metrics under a former name, which MLflow cannot remove, all of which `rows` has."""
+        steps = {step for key, step, _ in self._logged(run) if key in self.metric_names}
+        return bool(steps) and steps <= {row["step"] for row in rows}
+
+    def _rename(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{self.metric_names.get(key, key): value for key, value in row.items()} for row in rows]
 
     def _sync_phases(self, parent: MlflowRun, phases: Sequence[PhaseDirectory]) -> None:
         """Bring the child runs up to date with the phases that are finished or have a checkpoint."""
@@ -133,7 +158,7 @@ class _Sync:
             if child is None:
                 key_tags = _child_of(parent) | {"phase": phase.name}
                 child = self._create(f"{self.name}/{phase.name}", self.tags | key_tags, key_tags)
-            rows = phase.curve(until=None if phase.done else checkpoint[1])
+            rows = self._rename(phase.curve(until=None if phase.done else checkpoint[1]))
             self._log_metrics(child, self._missing(child, rows))
             if phase.done:
                 self._tag_environment(child, [phase.result()])
@@ -223,7 +248,7 @@ class _ReplicateSync(_Sync):
         results = [phase.result() for _, phase in self.replicate.levels() if phase.done]
         keys = ("test_accuracy_percent", "weights_remaining_percent", "timestamp")
         rows = [{"step": result["level"]} | {key: result[key] for key in keys} for result in results]
-        parent = self._parent(rows, self._description())
+        parent = self._parent(rows, f"{self._description()}\n\n{_levels_table(results)}".rstrip())
         if missing := self._missing(parent, rows):
             self._tag_environment(parent, results)
             self._log_metrics(parent, missing)  # after the tags, so that a parent with these metrics has them
@@ -298,6 +323,8 @@ class _InstabilitySync(_Sync):
 class _ScoresSync(_Sync):
     """Syncs one scores artifact. The metrics of its parent run have step = network."""
 
+    metric_names: ClassVar[dict[str, str]] = {"test_accuracy_percent": _SCORING_METRIC}
+
     def __init__(self, folder: Path):
         self.folder = folder
         keys = ("scores_id", "dataset", "model", "label_noise", "seed", "networks", "steps")
@@ -309,7 +336,7 @@ class _ScoresSync(_Sync):
         keys = ("test_accuracy_percent", "timestamp")
         rows = [{"step": result["network"]} | {key: result[key] for key in keys} for result in results]
         parent = self._parent(rows, self._description())
-        self._log_metrics(parent, self._missing(parent, rows))
+        self._log_metrics(parent, self._missing(parent, self._rename(rows)))
         self._sync_phases(parent, networks)
         if (self.folder / "manifest.json").exists() and parent.info.status != "FINISHED":
             self._tag_environment(parent, results)
@@ -331,6 +358,15 @@ class _ScoresSync(_Sync):
 def _check(phase: PhaseDirectory) -> None:
     if damaged := phase.damaged():
         raise UserError(f"{damaged[0]}: missing or damaged; `python -m lth_diet verify` says what to do")
+
+
+def _levels_table(results: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of the finished levels: all of them, or the last ones if there are very many."""
+    rows = [
+        f"| {result['level']} | {result['weights_remaining_percent']:.3g} | {result['test_accuracy_percent']:.2f} |"
+        for result in results[-_MAX_DESCRIBED_LEVELS:]
+    ]
+    return "\n".join(["| level | weights remaining (%) | test accuracy (%) |", "|---|---|---|", *rows] if rows else [])
 
 
 def _child_of(parent: MlflowRun) -> dict[str, str]:

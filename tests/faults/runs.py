@@ -37,8 +37,9 @@ def check_mlflow():
     assert set(stored) == {str(name) for name in folders.values()} | parents
     assert {run.info.status for run in stored.values()} == {"FINISHED"}
     for path, name in folders.items():
+        accuracy = "scoring_test_accuracy_percent" if name.parts[0] == "scores" else "test_accuracy_percent"
         expected = [
-            (row["step"], key, value)
+            (row["step"], accuracy if key == "test_accuracy_percent" else key, value)
             for row in PhaseDirectory(path).curve()
             for key, value in row.items()
             if key not in ("step", "timestamp")
@@ -51,5 +52,6 @@ def check_mlflow():
         ]
         assert sorted(points) == sorted(expected), name
     for name in parents:
-        history = client.get_metric_history(stored[name].info.run_id, "test_accuracy_percent")
+        accuracy = "scoring_test_accuracy_percent" if name.startswith("scores/") else "test_accuracy_percent"
+        history = client.get_metric_history(stored[name].info.run_id, accuracy)
         assert sorted(point.step for point in history) == [0, 1]

@@ -22,6 +22,19 @@ def test_a_local_store_is_described_by_a_command_and_a_server_by_its_address_wit
     assert mlflow_store.describe_store() == "postgresql+psycopg://host/mlflow"
 
 
+def test_the_link_opens_the_comparison_of_an_experiment_and_has_no_secrets(run, monkeypatch):
+    assert mlflow_store.comparison_link("tiny") is None
+    finish(run.replicate(0).level(0), 0, level=0)
+    sync.sync_replicate(run.replicate(0))
+    found = mlflow_store.open_client().get_experiment_by_name("tiny").experiment_id
+    link = f"http://127.0.0.1:5000/#/experiments/{found}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    assert mlflow_store.comparison_link("tiny").startswith(link)
+    client = mlflow_store.open_client()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000/")
+    monkeypatch.setattr(mlflow_store, "open_client", lambda: client)
+    assert mlflow_store.comparison_link("tiny").startswith(f"http://host:5000/#/experiments/{found}/runs?")
+
+
 def folders(place):
     """The folder of a store that was moved there, and its former folder, with the files of both."""
     here, there = place / "here", place / "there"

@@ -231,7 +231,7 @@ def test_the_command_syncs_every_run_in_a_folder(run, capsys):
 def test_a_scores_artifact_is_a_parent_run_whose_steps_are_networks(tiny, capsys):
     folder = ScoresDirectory(loading.load_config(tiny("easy"), ["pretrain.label_noise=0.1"]))
     folder.create()
-    network_metrics = {"test_accuracy_percent": [(1, 91.0)]}
+    network_metrics = {"scoring_test_accuracy_percent": [(1, 91.0)]}
     for number in (1, 0):
         phase = folder.network(number)
         phase.write("curve.jsonl", b'{"step": 2, "timestamp": 1, "train_loss": 1.5}\n')
@@ -240,7 +240,7 @@ def test_a_scores_artifact_is_a_parent_run_whose_steps_are_networks(tiny, capsys
         status, tags, params, metrics = stored()[f"scores/{folder.path.name}"]
         assert status == "RUNNING"
         assert {name: sorted(points) for name, points in metrics.items()} == network_metrics
-        network_metrics = {"test_accuracy_percent": [(0, 90.0), (1, 91.0)]}
+        network_metrics = {"scoring_test_accuracy_percent": [(0, 90.0), (1, 91.0)]}
     assert (tags["phase"], tags["scores_id"], tags["label_noise"]) == ("scores", folder.path.name, "0.1")
     assert params["scores.networks"] == "2"
     (folder.path / "examples").mkdir()
@@ -251,8 +251,66 @@ def test_a_scores_artifact_is_a_parent_run_whose_steps_are_networks(tiny, capsys
         assert capsys.readouterr().out == f"{folder.path}: up to date\n"
     runs = stored()
     assert len(runs) == 3 and {run[0] for run in runs.values()} == {"FINISHED"}
-    assert sorted(runs[f"scores/{folder.path.name}"][3]["test_accuracy_percent"]) == [(0, 90.0), (1, 91.0)]
+    assert sorted(runs[f"scores/{folder.path.name}"][3]["scoring_test_accuracy_percent"]) == [(0, 90.0), (1, 91.0)]
     assert runs[f"scores/{folder.path.name}/network_0"][3] == {"train_loss": [(2, 1.5)]}
+
+
+def test_scores_stored_under_the_former_metric_name_are_stored_again_with_the_tags_added_by_hand(tiny, monkeypatch):
+    folder = ScoresDirectory(loading.load_config(tiny("easy"), []))
+    folder.create()
+    client = MlflowClient(mlflow_store.tracking_uri())
+    for number in (0, 1):
+        folder.network(number).path.mkdir(parents=True)
+        folder.network(number).finish({**MEASURED, "network": number})
+    with monkeypatch.context() as patch:
+        patch.setattr(sync._ScoresSync, "metric_names", {})
+        sync.sync_scores(folder.path)
+    (old,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], "tags.phase = 'scores'")
+    client.set_tag(old.info.run_id, "reviewed", "yes")
+    sync.sync_scores(folder.path)
+    _, tags, _, metrics = stored()[f"scores/{folder.path.name}"]
+    assert tags["reviewed"] == "yes" and set(metrics) == {"scoring_test_accuracy_percent"}
+    assert len(stored()) == 3
+
+
+@pytest.mark.parametrize("kind", [None, "genai_development_inferred", "genai_development"])
+def test_an_existing_experiment_opens_as_model_training_unless_a_person_chose_another_kind(run, kind):
+    client = MlflowClient(mlflow_store.tracking_uri())
+    experiment = client.create_experiment("tiny", tags={"mlflow.experimentKind": kind} if kind else None)
+    finish(run.replicate(0).level(0), 0, level=0)
+    sync.sync_replicate(run.replicate(0))
+    chosen = kind if kind == "genai_development" else "custom_model_development"
+    assert client.get_experiment(experiment).tags["mlflow.experimentKind"] == chosen
+
+
+def test_the_description_has_a_table_of_levels_and_is_sent_only_when_it_changes(run, monkeypatch):
+    def count(client, run_id, metrics=(), params=(), tags=()):
+        sent.extend(tag.key for tag in tags)
+        return log(client, run_id, metrics=metrics, params=params, tags=tags)
+
+    sent, log, replicate = [], MlflowClient.log_batch, run.replicate(0)
+    finish(replicate.level(0), 0, level=0)
+    sync.sync_replicate(replicate)
+    monkeypatch.setattr(MlflowClient, "log_batch", count)
+    sync.sync_replicate(replicate)
+    assert sent == []
+    finish(replicate.level(1), 1, level=1)
+    sync.sync_replicate(replicate)
+    assert sent.count("mlflow.note.content") == 1
+    table = stored()[f"{run.path.name}/replicate_0"][1]["mlflow.note.content"].partition("\n\n")[2].splitlines()
+    assert table == [
+        "| level | weights remaining (%) | test accuracy (%) |",
+        "|---|---|---|",
+        "| 0 | 100 | 90.00 |",
+        "| 1 | 80 | 91.00 |",
+    ]
+
+
+def test_the_table_of_very_many_levels_fits_into_a_tag():
+    results = [
+        {"level": level, "weights_remaining_percent": 1e-9, "test_accuracy_percent": 10} for level in range(10_000)
+    ]
+    assert "| 9999 |" in sync._levels_table(results) and len(sync._levels_table(results)) < 6000
 
 
 def test_the_command_rejects_a_folder_without_runs_and_fails_for_an_unreachable_store(run, place, monkeypatch, capsys):
