@@ -11,6 +11,7 @@ import base64
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import re
 import shlex
@@ -28,6 +29,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from lth_diet.config.run_ids import DEFAULTS
+from lth_diet.data import subsets
 from lth_diet.errors import Parser, UserError
 from lth_diet.files import write_atomically
 from lth_diet.program import run_program
@@ -102,7 +104,10 @@ def write(
     parents = collect.search_runs(client, experiments, "tags.phase = 'all'")
     parents = [run for run in parents if run.data.tags.get("run_id") in run_ids]
     option = f" --experiment {shlex.quote(experiment)}" if experiment else ""
-    frame.attrs["remarks"] = _mixtures(client, experiments, run_ids)
+    frame.attrs["remarks"] = [
+        *_mixtures(client, experiments, run_ids),
+        *_imbalances(client, experiments, run_ids),
+    ]
     about = {
         "title": f"Lottery tickets on a data diet: {experiment or 'all experiments'}",
         "examples": _examples(client, experiments),
@@ -400,6 +405,35 @@ def _mixtures(client: MlflowClient, experiments: list[str], run_ids: set[str]) -
         if found := environment.differences(sorted(phases, key=lambda phase: _natural(phase[0]))):
             sentences.append(f"{name}: its trainings were run in different environments: {environment.describe(found)}")
     return sentences
+
+
+def _imbalances(client: MlflowClient, experiments: list[str], run_ids: set[str]) -> list[str]:
+    """A sentence for each run whose subset lacks classes or has very few examples of them; of one replicate each."""
+    first: dict[str, Run] = {}
+    for run in collect.search_runs(client, experiments, "tags.phase = 'pretrain'"):
+        if run.data.tags.get("arm") in ("random", "easy", "hard") and run.data.tags.get("run_id") in run_ids:
+            first.setdefault(run.data.tags["run_id"], run)
+    sentences = []
+    for run_id, run in sorted(first.items()):
+        tags, counts = run.data.tags, _subset_classes(client, run)
+        if counts and (found := subsets.describe_imbalance(counts, tags["arm"])):
+            sentences.append(f"{tags.get('dataset')}_{tags['arm']}-{run_id}: {found}")
+    return sentences
+
+
+def _subset_classes(client: MlflowClient, run: Run) -> dict[str, int]:
+    """Number of examples of the subset by class; empty if MLflow has no valid subset.json."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if "subset.json" not in {entry.path for entry in client.list_artifacts(run.info.run_id)}:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:  # MLflow does not delete its own download folder
+        try:
+            content = json.loads(Path(client.download_artifacts(run.info.run_id, "subset.json", folder)).read_text())
+        except (ValueError, RecursionError):
+            return {}
+    counts = content.get("classes") if isinstance(content, dict) else None
+    is_valid = isinstance(counts, dict) and all(isinstance(count, int) and count >= 0 for count in counts.values())
+    return counts if is_valid else {}
 
 
 def _natural(name: str) -> list[int | str]:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from composer import Algorithm
 from composer.models import ComposerClassifier
 from composer.utils import dist
@@ -125,11 +126,21 @@ class IMP:
             from lth_diet.scores.pictures import save_subset_pictures  # imports matplotlib, which is slow
 
             examples = ScoredExamples(self.builder.data, labels, self.scores)
+            self._warn_of_imbalance(rows[block.training[0]], labels)
             for k in block.training:
                 save_indices(block.phases[k].path, rows[k])
                 with self.progress.warn_on_error("cannot draw the pictures of the subset"):
                     save_subset_pictures(block.phases[k].path, examples, rows[k], rule)
         return [SubsetSampling(rows if len(block) > 1 else rows[0], until=until)]
+
+    def _warn_of_imbalance(self, indices: np.ndarray, labels: np.ndarray) -> None:
+        """Warn if classes are missing from the subset or rare in it; the screen shows equal warnings once."""
+        names = self.builder.data.class_names
+        counts, present = (np.bincount(some, minlength=len(names)) for some in (labels[indices], labels))
+        of_class = {name: int(n) for name, n, among in zip(names, counts, present, strict=True) if among}
+        found = subsets.describe_imbalance(of_class, self.config.arm)
+        if found:
+            self.progress.log(f"warning: {self.progress.arm or self.config.arm}: {found}")
 
     @functools.cached_property
     def scores(self) -> Scores | None:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -175,6 +176,17 @@ def test_random_subset_is_balanced_over_the_noisy_labels(run):
     assert set(summary["classes"].values()) == {13}
     assert summary["wrong_labels_percent"]["subset"] > 20
     assert "subset.safetensors" in replicate.pretrain.result()["sha256"]
+
+
+def test_a_subset_without_some_classes_is_one_warning_for_all_replicates_of_an_arm(run, tiny):
+    overrides = ["prune.levels=0", "pretrain.subset.size=64"]
+    run(*overrides, arm="easy")
+    directory = RunDirectory(loading.load_config(tiny("easy"), overrides))
+    progress = Progress(["replicate_1", "replicate_2"], 0)
+    for index in (1, 2):
+        imp.IMP(directory.config, [directory.replicate(index)], progress, lambda: None).run()
+    (warning,) = set(progress.messages)  # the screen shows equal messages once
+    assert re.fullmatch(r"warning: easy: no example of .* among the 64 easiest .*; see .*class_balanced", warning)
 
 
 def test_replicates_with_subsets_from_different_scores_are_rejected(run, tiny):

@@ -1,5 +1,6 @@
 """Which training examples pre-training uses: pure functions from labels and scores to sorted indices."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,10 @@ from safetensors.numpy import save as save_tensors
 from lth_diet.data.seeds import generator
 from lth_diet.errors import UserError, raise_if_corrupt
 from lth_diet.files import write_atomically
+
+_KINDS = {"random": "random examples", "easy": "easiest examples", "hard": "hardest examples"}
+_LEAST_SHARE = 10  # a class is rare if it has less than its fair share divided by this
+_MAX_NAMED = 10
 
 
 def random_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -91,6 +96,35 @@ def _interleave_classes(order: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _check_size(examples: int, size: int, offset: int) -> None:
     if not 0 < size <= examples - offset:
         raise ValueError(f"subset size {size} for {examples} examples; expected 1 to {examples - offset}")
+
+
+def describe_imbalance(counts: Mapping[str, int], arm: str) -> str | None:
+    """Describe classes of which a subset has no example, or less than a tenth of their fair share.
+
+    Args:
+        counts: Number of examples of the subset by name of the class, with 0 for those that it lacks.
+        arm: "random", "easy" or "hard".
+
+    Returns:
+        A clause with the key to set, without a period; None if every class has a tenth of an equal share or more.
+    """
+    size = sum(counts.values())
+    missing = [name for name, count in counts.items() if not count]
+    rare = [name for name, count in counts.items() if 0 < count * len(counts) * _LEAST_SHARE < size]
+    clauses = [f"no example of {_enumerate(missing)}"] if missing else []
+    if rare:
+        clauses.append(f"less than a tenth of the fair share of {_enumerate(rare)}")
+    if not clauses:
+        return None
+    key = "size" if arm == "random" or size < len(counts) else "class_balanced"
+    return f"{' and '.join(clauses)} among the {size} {_KINDS[arm]}; see pretrain.subset.{key}"
+
+
+def _enumerate(names: list[str]) -> str:
+    """Names as `3, 8 and 9`, at most `_MAX_NAMED` of them."""
+    shown = [*names[:_MAX_NAMED], f"{len(names) - _MAX_NAMED} other classes"] if len(names) > _MAX_NAMED else names
+    shown = [name.encode(errors="backslashreplace").decode() for name in shown]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
 def save_indices(folder: Path, indices: np.ndarray) -> None:

@@ -239,3 +239,17 @@ def test_page_from_a_server_equals_page_from_a_local_store(place, record, monkey
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("content", "reported"),
+    [('{"classes": {"3": 0, "4": 9}}', True), ('{"classes": {"3": 5, "4": 9}}', False), ("[", False), ("[1]", False)],
+)
+def test_a_subset_that_lacks_classes_is_a_line_of_the_report(record, content, reported):
+    run = record("easy", {0: [90.0, 89.0]})
+    pretrain = run.replicate(0).pretrain
+    pretrain.write("subset.json", content.encode())
+    pretrain.finish({"steps": 4, "timestamp": 1})
+    sync.sync_replicate(run.replicate(0))
+    line = f"note: {run.path.name}: no example of 3 among the 9 easiest examples; see pretrain.subset.class_balanced"
+    assert (line in report.write(mlflow_store.tracking_uri(), "tiny", report.Path("report.html")).verdicts) == reported

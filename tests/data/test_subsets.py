@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from lth_diet.data.subsets import easy, hard, random_subset, save_indices
+from lth_diet.data.subsets import describe_imbalance, easy, hard, random_subset, save_indices
 from lth_diet.errors import UserError
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=80).map(np.array)
@@ -158,3 +158,37 @@ def test_saved_indices_cannot_be_replaced_by_others(place):
     assert load_file(place / "pretrain/subset.safetensors")["indices"].tolist() == [1, 4]
     with pytest.raises(UserError, match=r"pretrain/subset\.safetensors: pre-training started with other examples"):
         save_indices(place / "pretrain", np.array([1, 5]))
+
+
+@given(st.dictionaries(st.text("abc", min_size=1), st.integers(0, 500), min_size=1, max_size=9))
+def test_exactly_classes_with_less_than_a_tenth_of_their_share_are_described(counts):
+    share = sum(counts.values()) / len(counts)
+    found = describe_imbalance(counts, "easy")
+    assert bool(found) == any(count < share / 10 or not count for count in counts.values())
+    assert ("no example of" in (found or "")) == (0 in counts.values())
+
+
+@given(st.integers(5, 50))
+def test_a_random_subset_of_equally_large_classes_is_not_described(size):
+    labels = np.repeat(range(5), 20)
+    counts = np.bincount(labels[random_subset(labels, size, 3)], minlength=5).tolist()
+    assert describe_imbalance(dict(zip("abcde", counts, strict=True)), "random") is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "sentence"),
+    [
+        ({"3": 0, "4": 200, "8": 0, "9": 0}, "no example of 3, 8 and 9 among the 200 easiest examples; see "),
+        ({"ant": 1, "bee": 99}, "less than a tenth of the fair share of ant among the 100 easiest examples; see "),
+        ({"ant": 1, "bee": 99, "cow": 0}, "no example of cow and less than a tenth of the fair share of ant among "),
+        (dict.fromkeys("abcdefghijklm", 0) | {"z": 20}, "no example of a, b, c, d, e, f, g, h, i, j and 3 other "),
+    ],
+)
+def test_missing_and_rare_classes_are_named(counts, sentence):
+    assert describe_imbalance(counts, "easy").startswith(sentence)
+
+
+def test_the_remedy_is_a_balanced_subset_or_a_larger_one():
+    assert describe_imbalance({"a": 0, "b": 9}, "hard").endswith("; see pretrain.subset.class_balanced")
+    assert describe_imbalance({"a": 0, "b": 1}, "hard").endswith("; see pretrain.subset.size")
+    assert describe_imbalance({"a": 0, "b": 9}, "random").endswith("; see pretrain.subset.size")
