@@ -14,12 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from chromium import PROGRAM, Page
 from forks.client import Process
-from helpers import ROOT, YAMLS, write_image_folder
+from helpers import MEASURED, ROOT, YAMLS, write_image_folder
 from safetensors.numpy import load_file
+from tracking.runs import create_run, finish
 
 from lth_diet.config import loading
 from lth_diet.config.run_ids import run_name
+from lth_diet.runs.scores_directory import ScoresDirectory
+from lth_diet.tracking import sync
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -173,24 +177,46 @@ def test_the_example_algorithm_runs_after_the_readme_example():
 
 
 @pytest.mark.integration
-def test_make_ui_serves_the_store(clone):
+@pytest.mark.skipif(PROGRAM is None, reason="Chromium is not installed")
+def test_the_link_of_make_ui_opens_the_charts_of_the_replicates_only(clone, tiny, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{clone}/mlflow.db")
     for name in ("Makefile", "requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, clone)
+    replicate = create_run(tiny()).replicate(0)
+    for level in (0, 1):
+        finish(replicate.level(level), level, level=level)
+    sync.sync_replicate(replicate)
+    folder = ScoresDirectory(loading.load_config(tiny("easy", "easy.yaml"), []))
+    folder.create()
+    folder.network(0).path.mkdir(parents=True)
+    folder.network(0).finish(MEASURED)
+    sync.sync_scores(folder.path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    bin_folder = Path(sys.executable).parent
-    command = ["make", "-o", ".venv/installed", "ui", f"PORT={port}", f"BIN={bin_folder}"]
-    server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["make", "-C", clone, "-o", ".venv/installed", "ui", f"PORT={port}", f"BIN={Path(sys.executable).parent}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
     try:
-        for _ in range(120):
+        link = next(line for line in server.stdout if line.startswith("tiny: ")).split()[1]
+        for _ in range(240):
             try:
-                page = urllib.request.urlopen(f"http://127.0.0.1:{port}/").read()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/").read()
                 break
             except OSError:
                 assert server.poll() is None
                 time.sleep(0.5)
-        assert b"MLflow" in page
+        with Page(clone) as page:
+            page.open(link, 1280)
+            for _ in range(60):
+                text = page.evaluate("document.body.innerText")
+                if "replicate_0 (test_accuracy_percent)" in text:
+                    break
+                time.sleep(0.5)
+        assert "replicate_0 (test_accuracy_percent)" in text and "Group by" in text and "1 matching run" in text
+        assert "scores/" not in text and "level_0" not in text
     finally:
         os.killpg(server.pid, 15)
         server.wait()
