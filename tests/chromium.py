@@ -90,10 +90,9 @@ class Page:
             pass
 
     def evaluate(self, expression):
-        """The value of a JavaScript expression."""
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)["result"][
-            "value"
-        ]
+        """The value of a JavaScript expression; None if it is undefined."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        return found["result"].get("value")
 
     def screenshot(self, path):
         """The whole page as a PNG file."""

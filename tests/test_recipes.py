@@ -263,11 +263,13 @@ def test_bad_input_under_composer_is_reported_once_and_fails(tiny, place):
 
 def test_without_a_tracking_uri_the_mlflow_store_is_in_the_working_folder(tiny, place, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    code, out, err = run(tiny("init"), "prune.levels=0")
+    path = tiny("init")
+    path.write_text(path.read_text().replace("experiment: tiny\n", ""))
+    code, out, err = run(path, "prune.levels=0")
     assert code == 0, err
     assert (place / "mlflow.db").exists()
     assert f"compare in MLflow: mlflow ui --backend-store-uri sqlite:///{place}/mlflow.db" in out
-    assert "tiny: http://127.0.0.1:5000/#/experiments/1/runs?compareRunsMode=CHART&workflowType=" in out
+    assert "digits: http://127.0.0.1:5000/#/experiments/1/runs?compareRunsMode=CHART&workflowType=" in out
 
 
 @pytest.mark.parametrize("version", ["3.9", "3.13"])

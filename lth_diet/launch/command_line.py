@@ -28,6 +28,7 @@ from lth_diet.launch.status_board import StatusBoard
 from lth_diet.launch.text import describe_devices
 from lth_diet.launch.worker import compute_scores, train_replicates
 from lth_diet.program import DEVICE_FAULT
+from lth_diet.runs.config_directory import read_config
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
 from lth_diet.training import devices
@@ -280,7 +281,7 @@ def _print_results(arms: Sequence[Arm]) -> None:
     from lth_diet.tracking import mlflow_store
 
     print(f"compare in MLflow: {mlflow_store.describe_store()}")
-    for experiment in dict.fromkeys(arm.run.config.experiment for arm in arms):
+    for experiment in dict.fromkeys(read_config(arm.run.path)["experiment"] for arm in arms):
         if link := mlflow_store.comparison_link(experiment):
             print(f"  {experiment}: {link}")
     sys.stdout.flush()

@@ -24,8 +24,8 @@ def recommended_stack(
     A step of a small network consists mostly of overhead, which a stack pays once for R replicates. On a CPU this gains
     until the outputs of a layer exceed the caches. Measured on one thread, the fastest R was 8 for 16 thousand outputs
     per step (digits, width 4), 4 for 131 thousand (16 x 16 pixels, width 8), and none was 10 % faster than R = 1 for
-    262 thousand (16 x 16 pixels, width 16). On an H100, with ResNet-20 at 32 x 32 pixels, a step took 2.3 ms per
-    replicate at R = 1, 0.95 ms at 8 and 0.85 ms at 16.
+    262 thousand (16 x 16 pixels, width 16). On an H100, with ResNet-20 at 32 x 32 pixels, compiled, a step took 4.3 ms
+    per replicate at R = 1, 0.75 ms at 8 and 0.69 ms at 16.
 
     Args:
         activations: Outputs of the first layer in a step of one replicate, the most of the networks of the launch.

@@ -195,7 +195,8 @@ def test_chromium_renders_verdicts_and_figures_without_requests(experiment, plac
                 page.open(address, width)
                 page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
-                assert verdict in page.evaluate("document.querySelector('.verdicts').innerText").upper()
+                answers = "[...document.querySelectorAll('.headline, .verdicts')].map(e => e.innerText).join()"
+                assert verdict in page.evaluate(answers).upper()
                 shown = page.evaluate(
                     "[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.getBoundingClientRect().width])"
                 )
