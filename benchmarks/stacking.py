@@ -9,6 +9,7 @@ process (on the CPU, where each measurement has its own), or what the process re
 """
 
 import argparse
+import concurrent.futures
 import itertools
 import multiprocessing
 import resource
@@ -74,8 +75,8 @@ def main() -> None:
             if devices.is_gpu():
                 found[stack].append(measure(*row))
                 continue
-            with context.Pool(1) as pool:
-                found[stack].append(pool.apply(measure, row))
+            with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+                found[stack].append(pool.submit(measure, *row).result())
         for stack, measurements in found.items():
             milliseconds = [each["ms"] for each in measurements]
             row = {"setting": setting, "precision": precision, "compiled": compiled, "stack": stack}

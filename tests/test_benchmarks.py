@@ -53,6 +53,13 @@ def test_roofline_counts_a_step_and_compares_it_with_the_limits_of_the_machine(p
     assert sum(limits["profile"].values()) == pytest.approx(1)
 
 
+def test_stacking_measures_every_stack_and_repeat(place):
+    small = ("--only", "digits", "--precisions", "fp32", "--stacks", "1", "2", "--warmup", "1", "--steps", "2")
+    found = figures(place, "stacking", *small, "--repeats", "2")
+    assert [(row["stack"], len(row["all"])) for row in found["rows"]] == [(1, 2), (2, 2)]
+    assert all(row["ms_per_replicate"] > 0 and row["mib"] > 100 for row in found["rows"])
+
+
 def test_parts_of_the_breakdown_add_up_to_the_step(place):
     found = figures(place, "breakdown", "--warmup", "2", "--steps", "20", "--tested", "6000")
     parts = found["milliseconds"]
