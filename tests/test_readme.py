@@ -69,7 +69,7 @@ RUNS = {
     "python -m analysis.examples runs/scores/<id> --root data --arm hard --size 3200 -o examples": None,  # below
     "composer -n 4 recipes/imp.py -f yamls/cinic10_random.yaml parallelism=data": f"{DIGITS} {SUBSET} replicates=1",
     "python recipes/imp.py -f yamls/digits_all.yaml replicates=16 stack=8 --plan": "",
-    "composer -n 2 recipes/imp.py -f yamls/digits_all.yaml replicates=16 stack=8": f"{SMALL} {PRETRAIN} replicates=4 stack=2",
+    "composer -n 2 recipes/imp.py -f yamls/digits_all.yaml replicates=16 stack=8": f"{SMALL} {PRETRAIN} replicates=4 stack=2 runs=stacked",
     "docker build -t lth_diet --build-arg GIT_COMMIT=$(git rev-parse HEAD) .": None,  # test_docker.py
     "docker run --gpus all --shm-size=1g -v $PWD/data:/lth_diet/data -v $PWD/runs:/lth_diet/runs lth_diet -n 4 recipes/imp.py -f yamls/cifar100_all.yaml": None,
     "git clone <this repository> lth_diet": None,
