@@ -11,6 +11,7 @@ activations shrink between two networks (Jordan et al. 2023, "REPAIR: REnormaliz
 Interpolation Repair", arXiv:2211.08403), so that averaged statistics would overstate the barrier.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -177,12 +178,10 @@ class Instability(IMP):
             replicate.name, f"step_{step}", accuracy, measured[0]["weights_remaining_percent"]
         )
 
-    @property
+    @functools.cached_property
     def line(self) -> "Line":
         """The images on which errors are measured."""
-        if not hasattr(self, "_line"):
-            self._line = Line(self.builder)
-        return self._line
+        return Line(self.builder)
 
     def _rewind_point(self, member: int, step: int) -> Weights:
         phase = self.replicates[member].pretraining_with(step)

@@ -133,7 +133,7 @@ class StackedClassifier(ComposerClassifier):
         return super().forward(batch).unflatten(1, (self.replicates, -1))
 
     def loss(self, outputs: Tensor, batch: tuple[Any, Tensor]) -> Tensor:
-        """Return the sum of the replicates' mean losses: each gets the gradient of its own."""
+        """Return the sum of the replicates' mean losses, so that each gradient depends on one replicate only."""
         _, labels = batch
         losses = F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none")
         means = losses.view(labels.shape).mean(0)

@@ -9,7 +9,7 @@ from typing import Any
 Status = dict[str, Any]
 """Status of one rank, `{"rows", "messages", "left", "rate"}`, or one of its rows: a replicate or scoring network.
 
-A row has the rate of its own steps; that of the rank is the sum of its rows that train. `left` are steps of all rows.
+The rate of a row counts its own steps. The rate of the rank is the sum over its rows in training. `left` counts all.
 """
 _INTERVAL = 0.5  # seconds between two publications during a phase, at least
 _WARM_UP = 5  # steps at the start of a phase without rate: they include CUDA initialization and compilation

@@ -16,7 +16,7 @@ IMAGE = (3, 6, 6)
 
 
 class Branches(nn.Module):
-    """A container with a forward of its own, which may mix channels, depend on the mode, or be random."""
+    """A container whose custom forward may mix channels, depend on the training mode, or draw random numbers."""
 
     def __init__(self, forward, channels=3):
         super().__init__()
