@@ -3,6 +3,7 @@
 import datetime
 import json
 import re
+import signal
 import time
 from typing import Any
 
@@ -88,17 +89,23 @@ class StatusBoard:
             self._wait_for([f"here_{rank}" for rank in range(1, self.process.world_size)])
 
     def barrier(self) -> None:
-        """Wait until every rank has arrived. Rank 0, which hosts the store, leaves last.
+        """Wait until every rank has arrived, at the end of a launch. Rank 0, which hosts the store, leaves last.
 
-        A rank that failed waits here too: the launcher terminates all ranks when one exits with an error.
+        A rank that failed waits here too: the launcher terminates all ranks when one exits with an error. Every rank
+        ignores SIGTERM before the first one leaves.
         """
         if self.process.world_size > 1:
-            self.store.set(f"here_{self.process.rank}", "")
-            self._wait_for([f"here_{rank}" for rank in range(self.process.world_size)])
+            self._meet("here")
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._meet("finished")
             if self.process.rank:
                 self.store.set(f"gone_{self.process.rank}", "")
             else:
                 self._wait_for([f"gone_{rank}" for rank in range(1, self.process.world_size)])
+
+    def _meet(self, where: str) -> None:
+        self.store.set(f"{where}_{self.process.rank}", "")
+        self._wait_for([f"{where}_{rank}" for rank in range(self.process.world_size)])
 
     def _wait_for(self, keys: list[str]) -> None:
         while keys and not self.store.check(keys):

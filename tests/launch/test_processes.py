@@ -1,11 +1,13 @@
 """Ranks of a launch, and how they report invalid input under the launcher."""
 
 import datetime
+import multiprocessing
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -55,6 +57,29 @@ def test_a_port_in_use_is_named_as_the_reason():
         port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"MASTER_PORT={port} in the environment: .*(EADDRINUSE|in use)"):
             StatusBoard(ProcessInfo(0, 2, 0, "127.0.0.1", port), datetime.timedelta(seconds=1))
+
+
+def test_a_rank_that_fails_at_the_end_leaves_the_others_their_status(monkeypatch):
+    sleep = time.sleep
+
+    def finish(rank, port):
+        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds if rank == 1 else 1))
+        board = StatusBoard(ProcessInfo(rank, 3, rank, "127.0.0.1", port))
+        board.barrier()
+        os._exit(75 if rank == 1 else 0)
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=finish, args=(rank, port)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    ranks[1].join(60)
+    for rank in ranks:
+        rank.terminate()  # as the launcher does as soon as one rank has failed
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 75, 0]
 
 
 @pytest.fixture
