@@ -1,4 +1,5 @@
-# make quickstart   run all arms on the digits data set, a few minutes on two CPU cores
+# make quickstart   run the arms of the paper's Figure 2 on the digits data set, a few minutes on two CPU cores
+# make quickstart-noise  those of Figure 3, with half of the labels drawn anew
 # make test         run the tests
 # make faults       kill and resume runs at 200 points; the results must be bit-identical
 # make integration  run the tests that are slow or need a server
@@ -11,10 +12,13 @@ PYTHON ?= python3
 PORT ?= 5000
 BIN = .venv/bin
 
-.PHONY: quickstart test faults integration lint ui lock image-test gpu-check
+.PHONY: quickstart quickstart-noise test faults integration lint ui lock image-test gpu-check
 
 quickstart: .venv/installed
-	$(BIN)/composer -n 2 recipes/imp.py $(foreach arm,init all random easy hard,-f yamls/digits_$(arm).yaml)
+	$(BIN)/composer -n 2 recipes/imp.py $(foreach arm,init all all_half random easy hard,-f yamls/digits_$(arm).yaml)
+
+quickstart-noise: .venv/installed
+	$(BIN)/composer -n 2 recipes/imp.py $(foreach arm,init noise50_all noise50_all_half noise50_random noise50_easy,-f yamls/digits_$(arm).yaml)
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not integration and not faults"

@@ -2,6 +2,7 @@
 
 killed_run/         two replicates of the random arm, started by commit 1b81b29 with a checkpoint every five steps:
                     replicate 0 was killed at step 35 of level 1 (steps 20 to 40), replicate 1 at step 15 of pre-training
+yamls/              the settings of the digits until commit b5f4356
 finished_run.json   run id, and the sha256 of every file of the same run, not killed, on the CPU and version of torch that it names
 """
 
@@ -12,16 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
 
 from lth_diet.config import loading
-from lth_diet.config.run_ids import run_id
+from lth_diet.config.run_ids import run_id, run_name, scores_id
 from lth_diet.imp import IMP
 from lth_diet.masks.mask import Mask
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.training.progress import Progress
 
 STORED = Path(__file__).parent / "killed_run"
+CONFIGURATIONS = Path(__file__).parent / "yamls"
 FINISHED = json.loads((Path(__file__).parent / "finished_run.json").read_text())
 SETTINGS = [
     "model.width=2",
@@ -42,7 +43,7 @@ REPLICATES = {"replicate_0": "level_1", "replicate_1": "pretrain"}
 @pytest.fixture
 def run(place):
     shutil.copytree(STORED, "runs")
-    return RunDirectory(loading.load_config(ROOT / "yamls/digits_random.yaml", SETTINGS))
+    return RunDirectory(loading.load_config(CONFIGURATIONS / "digits_random.yaml", SETTINGS))
 
 
 def cpu():
@@ -55,6 +56,31 @@ def cpu():
 
 def steps(path):
     return {row["step"]: row["timestamp"] for row in map(json.loads, path.read_text().splitlines())}
+
+
+# Results of these configurations were reported: the files keep their ids.
+IDS = {
+    "digits_all": "digits_all-ccc3a7902e",
+    "digits_all_half": "digits_all-77cd5ea0aa",
+    "digits_easy": "digits_easy-8a730df21f",
+    "digits_hard": "digits_hard-4ac852293e",
+    "digits_init": "digits_init-3bab17aadb",
+    "digits_noise10_all": "digits_all-94b3ea8ff9",
+    "digits_noise10_all_half": "digits_all-69c62f3487",
+    "digits_noise10_easy": "digits_easy-6f34aaf50e",
+    "digits_noise10_random": "digits_random-3e607f8bbc",
+    "digits_noise50_all": "digits_all-7ee1f607d3",
+    "digits_noise50_all_half": "digits_all-1ab47b0ed0",
+    "digits_noise50_easy": "digits_easy-885da835a8",
+    "digits_noise50_random": "digits_random-883de58a82",
+    "digits_random": "digits_random-d70d781e75",
+}
+
+
+def test_the_ids_of_earlier_configurations_stay():
+    configs = {path.stem: loading.load_config(path) for path in CONFIGURATIONS.glob("*.yaml")}
+    assert {name: run_name(config) for name, config in configs.items()} == IDS
+    assert scores_id(configs["digits_easy"]) == "ddc3e3c142"
 
 
 def test_the_run_id_of_a_configuration_stays(run):

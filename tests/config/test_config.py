@@ -165,20 +165,20 @@ IDS = {
     "cinic10_hard": "cinic10_hard-bdab87a715",
     "cinic10_init": "cinic10_init-8051fbde8e",
     "cinic10_random": "cinic10_random-acbf5d4856",
-    "digits_all": "digits_all-ccc3a7902e",
-    "digits_all_half": "digits_all-77cd5ea0aa",
-    "digits_easy": "digits_easy-8a730df21f",
-    "digits_hard": "digits_hard-4ac852293e",
-    "digits_init": "digits_init-3bab17aadb",
-    "digits_noise10_all": "digits_all-94b3ea8ff9",
-    "digits_noise10_all_half": "digits_all-69c62f3487",
-    "digits_noise10_easy": "digits_easy-6f34aaf50e",
-    "digits_noise10_random": "digits_random-3e607f8bbc",
-    "digits_noise50_all": "digits_all-7ee1f607d3",
-    "digits_noise50_all_half": "digits_all-1ab47b0ed0",
-    "digits_noise50_easy": "digits_easy-885da835a8",
-    "digits_noise50_random": "digits_random-883de58a82",
-    "digits_random": "digits_random-d70d781e75",
+    "digits_all": "digits_all-5c9a828fce",
+    "digits_all_half": "digits_all-bdba0c86db",
+    "digits_easy": "digits_easy-71b3b074b1",
+    "digits_hard": "digits_hard-db3ba52d31",
+    "digits_init": "digits_init-eb3c6dc5a8",
+    "digits_noise10_all": "digits_all-c40ffead10",
+    "digits_noise10_all_half": "digits_all-cb57748fc6",
+    "digits_noise10_easy": "digits_easy-309910f396",
+    "digits_noise10_random": "digits_random-87b0ce27ba",
+    "digits_noise50_all": "digits_all-812364b89f",
+    "digits_noise50_all_half": "digits_all-612e35179f",
+    "digits_noise50_easy": "digits_easy-b0d4dea261",
+    "digits_noise50_random": "digits_random-2e85e9b9c1",
+    "digits_random": "digits_random-c98dc121b5",
 }
 
 
@@ -231,7 +231,7 @@ def test_every_yaml_file_can_be_planned(path, place):
     run = RunDirectory(loaded)
     scores = ScoresDirectory(loaded) if loaded.needs_scores else None
     planned = plan.plan(run, scores)
-    levels = 8 if path.stem.startswith(("digits", "image_folder")) else loaded.prune.levels
+    levels = loaded.prune.levels
     assert planned.count(f"level {levels}") == len(loaded.replicates)
     steps = len(loaded.replicates) * (loaded.rewind_step + (levels + 1) * (loaded.train.steps - loaded.rewind_step))
     steps += loaded.scores.networks * loaded.scores.steps if loaded.needs_scores else 0
@@ -294,7 +294,7 @@ SCORES_IDS = {
     "cifar10_noise50_easy": "4c9ef52eff",
     "cifar100_easy": "340f096531",
     "cinic10_hard": "21d3a1f4d5",
-    "digits_easy": "ddc3e3c142",
+    "digits_easy": "2809c3c58d",
 }
 
 

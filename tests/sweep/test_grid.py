@@ -69,8 +69,8 @@ def test_the_sweeps_of_a_dataset_have_the_published_arms_and_the_one_published_a
     assert len(arms_of(SWEEPS / "figure5_cifar10.yaml")) == 27
 
 
-def test_every_sweep_file_belongs_to_a_figure_or_the_digits():
-    assert {path.stem for path in SWEEPS.iterdir()} == {*SHOWN, "digits"}
+def test_every_sweep_file_belongs_to_a_figure_or_a_small_data_set():
+    assert {path.stem for path in SWEEPS.iterdir()} == {*SHOWN, "digits", "cifar10_small"}
 
 
 def test_every_configuration_in_yamls_is_a_run_of_a_sweep():
