@@ -246,6 +246,21 @@ def summarize(family: Family, findings: Sequence[Finding]) -> list[str]:
     return lines
 
 
+def affordable_replicates(findings: Sequence[Finding]) -> tuple[int, int] | None:
+    """Replicates per arm that would confirm undecided claims, and how many: all that need at most four times as many.
+
+    Returns:
+        If none needs so few, those for the one that needs the fewest; None if more replicates confirm no claim.
+    """
+    undecided = [finding for finding in findings if finding.outcome == "undecided" and finding.replicates]
+    needed = sorted(finding.replicates for finding in undecided)
+    if not needed:
+        return None
+    few = [number for finding in undecided if (number := finding.replicates) <= 4 * min(finding.comparison.n)]
+    number = max(few, default=needed[0])
+    return number, sum(each <= number for each in needed)
+
+
 def latex(findings: Sequence[Finding]) -> str:
     """Formats a LaTeX table of tested claims, for the package booktabs, with their sentences as comments."""
     tested = [finding for finding in findings if finding.comparison]

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -32,6 +33,7 @@ from lth_diet.config.run_ids import DEFAULTS
 from lth_diet.data import subsets
 from lth_diet.errors import Parser, UserError
 from lth_diet.files import write_atomically
+from lth_diet.launch import results
 from lth_diet.program import run_program
 from lth_diet.runs import environment, run_directory
 from lth_diet.runs.config_directory import read_config
@@ -63,10 +65,12 @@ class Report:
     Args:
         path: The HTML file.
         verdicts: The headline of each family and one line per claim, as at the top of the page, then remarks.
+        findings: The tested claims.
     """
 
     path: Path
     verdicts: list[str]
+    findings: list[Finding]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,23 +127,41 @@ def write(
     return _write(frame, output, about, *settings)
 
 
-def write_run_reports(runs: Sequence[run_directory.RunDirectory]) -> None:
+def write_run_reports(runs: Sequence[run_directory.RunDirectory], command: str, ranks: int) -> None:
     """Writes one report for each experiment of some runs, next to their directories, and prints verdicts and paths.
 
-    An error is printed but not raised: training has finished, and the report can be written later.
+    Below the verdicts it prints the command that would confirm more of the claims, and about how long it takes. An
+    error is printed but not raised: training has finished, and the report can be written later.
+
+    Args:
+        runs: The runs of a launch.
+        command: The command of the launch, without a number of replicates.
+        ranks: Number of ranks of the launch.
     """
     for folder, experiment in dict.fromkeys((run.path.parent, read_config(run.path)["experiment"]) for run in runs):
-        _write_run_report(folder, experiment)
+        if report := _write_run_report(folder, experiment):
+            print("\n".join(report.verdicts))
+            if found := claims.affordable_replicates(report.findings):
+                print(f"  {describe_more(runs, *found, command, ranks)}")
+            print(f"report: {report.path.resolve()}", flush=True)
 
 
-def _write_run_report(folder: Path, experiment: str) -> None:
+def _write_run_report(folder: Path, experiment: str) -> Report | None:
     try:
-        report = write(default_tracking_uri(), experiment, folder / file_name(experiment))
+        return write(default_tracking_uri(), experiment, folder / file_name(experiment))
     except Exception as error:  # from MLflow, SQLAlchemy, requests or the file system
         print(f"no report: {error if isinstance(error, UserError) else failure_reason(error)}")
-        return
-    print("\n".join(report.verdicts))
-    print(f"report: {report.path.resolve()}", flush=True)
+        return None
+
+
+def describe_more(runs: Sequence[run_directory.RunDirectory], number: int, count: int, command: str, ranks: int) -> str:
+    """Says how many replicates would confirm some undecided claims, in about how many minutes, and by which command."""
+    stack = math.lcm(*(run.config.stack for run in runs))
+    number = math.ceil(number / stack) * stack
+    more = [max(0, number - len(run.replicates())) * results.seconds_per_replicate(run) for run in runs]
+    minutes = math.ceil(sum(more) / ranks / 60)
+    would = f"{count} undecided claim{'s' * (count > 1)} if the differences stay as they are"
+    return f"replicates={number} would confirm {would}, in about {minutes} min: {command} replicates={number}"
 
 
 def file_name(experiment: str) -> str:
@@ -220,7 +242,7 @@ def _write(
     collect.write(output, lambda path: write_atomically(path.resolve(), page))
     verdicts = [line for family, _ in families for line in claims.summarize(family, findings)]
     nothing = "no verdict: these results have no arm with pre-training"
-    return Report(output, [*(verdicts or [nothing]), *(f"note: {remark}" for remark in remarks)])
+    return Report(output, [*(verdicts or [nothing]), *(f"note: {remark}" for remark in remarks)], findings)
 
 
 def _template() -> jinja2.Template:

@@ -26,11 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command_line.launch_imp(argv, __doc__, report)
 
 
-def report(runs: "Sequence[RunDirectory]") -> None:
+def report(runs: "Sequence[RunDirectory]", command: str, ranks: int) -> None:
     sys.path.append(str(Path(__file__).parents[1]))  # of analysis, where only lth_diet is installed
     from analysis.report import write_run_reports  # slow (MLflow): imported after the input is validated
 
-    write_run_reports(runs)
+    write_run_reports(runs, command, ranks)
 
 
 if __name__ == "__main__":

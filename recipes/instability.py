@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command_line.launch_imp(argv, __doc__, draw, load_instability)
 
 
-def draw(runs: "Sequence[InstabilityDirectory]") -> None:
+def draw(runs: "Sequence[InstabilityDirectory]", command: str, ranks: int) -> None:
     from lth_diet.launch.instability import barriers
     from lth_diet.tracking.figures import barrier_curves  # slow (matplotlib): imported after the input is validated
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from lth_diet.config.loading import Loaded
 from lth_diet.config.schema import Config
 from lth_diet.config.yaml_files import quote
 from lth_diet.errors import HOW_TO_RESUME, DeviceError, Parser, UserError, print_warnings
-from lth_diet.launch import checks, instability, plan, screen
+from lth_diet.launch import checks, instability, plan, results, screen
 from lth_diet.launch.arms import Arm, open_arms, scores_of, tasks_of
 from lth_diet.launch.processes import ProcessInfo, report_invalid_input
 from lth_diet.launch.status_board import StatusBoard
@@ -64,7 +65,7 @@ def recipe_parser(description: str, several: bool = False) -> Parser:
 def launch_imp(
     argv: Sequence[str] | None,
     description: str,
-    report: Callable[[Sequence[Any]], None],
+    report: Callable[[Sequence[Any], str, int], None],
     load: Callable[[Path, Sequence[str]], Loaded] = loading.load,
 ) -> int:
     """Run IMP, or instability analysis, for this rank's replicates of all arms, after the scores that the arms need.
@@ -72,7 +73,8 @@ def launch_imp(
     Args:
         argv: The command line; None: that of this process.
         description: Description of the recipe, for --help.
-        report: Called on rank 0 at the end, with the runs of all arms.
+        report: Called on rank 0 at the end, with the runs of all arms, the command without a number of replicates, and
+            the number of ranks.
         load: Reads a file with overrides; `load_instability` for instability analysis.
 
     Returns:
@@ -129,7 +131,7 @@ def launch_imp(
         board.wait_for_others()
     if process.rank == 0:
         _print_results(arms)
-        report([arm.run for arm in arms])
+        report([arm.run for arm in arms], _command(argv, process), process.world_size)
     board.barrier()
     return status
 
@@ -271,9 +273,8 @@ def _screen(board: StatusBoard, arms: Sequence[Arm] = (), title: str = "") -> co
 
 
 def _print_results(arms: Sequence[Arm]) -> None:
+    print(f"\n{results.tables(arms)}")
     for arm in arms:
-        name = f"  ({arm.name})" if arm.name else ""
-        print(f"\n{arm.run.path}{name}\n{plan.table(arm.run)}")
         for replicate in arm.run.replicates():
             if replicate.failed:
                 remedy = ", and delete it to train this replicate again" if replicate.given_up else ""
@@ -285,6 +286,12 @@ def _print_results(arms: Sequence[Arm]) -> None:
         if link := mlflow_store.comparison_link(experiment):
             print(f"  {experiment}: {link}")
     sys.stdout.flush()
+
+
+def _command(argv: Sequence[str] | None, process: ProcessInfo) -> str:
+    launcher = ["composer", "-n", str(process.world_size)] if process.world_size > 1 else ["python"]
+    words = sys.argv[1:] if argv is None else argv
+    return shlex.join([*launcher, sys.argv[0], *(word for word in words if not word.startswith("replicates="))])
 
 
 def _silence_libraries() -> None:

@@ -1,15 +1,12 @@
-"""The output of --plan, and the table of results."""
+"""The output of --plan."""
 
-import contextlib
 import json
-import statistics
 from collections.abc import Sequence
 
 from lth_diet.config.run_ids import run_id
 from lth_diet.config.schema import Config
 from lth_diet.config.weights import remaining_weights
 from lth_diet.data import catalog
-from lth_diet.errors import UserError
 from lth_diet.files import read_json
 from lth_diet.launch import instability, stacks
 from lth_diet.launch.arms import Arm
@@ -102,23 +99,3 @@ def summary(folder: ScoresDirectory) -> str:
     """Return the summary of finished scores as JSON; an empty string if it could not be computed."""
     path = folder.path / "examples/summary.json"
     return json.dumps(read_json(path), indent=2) if path.exists() else ""
-
-
-def table(run: RunDirectory | InstabilityDirectory) -> str:
-    """Return a table of a run: test accuracy (mean ± sd over the finished replicates) at each level, or barriers."""
-    if isinstance(run, InstabilityDirectory):
-        return instability.table(run)
-    levels: dict[int, list[tuple[float, float]]] = {}
-    for level, phase in (pair for replicate in run.replicates() for pair in replicate.levels() if pair[1].done):
-        with contextlib.suppress(UserError):  # a damaged result, which has been reported
-            result = phase.result()
-            levels.setdefault(level, []).append((result["weights_remaining_percent"], result["test_accuracy_percent"]))
-    if not levels:
-        return "no level is finished yet"
-    lines = ["level  weights remaining  test accuracy (mean ± sd)    n"]
-    for level, results in sorted(levels.items()):
-        weights, accuracies = zip(*results, strict=True)
-        sd = f"± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else "      "
-        accuracy = f"{statistics.fmean(accuracies):.2f} {sd} %"
-        lines.append(f"{level:>5}  {weights[0]:>15.1f} %  {accuracy:>25}  {len(accuracies):>3}")
-    return "\n".join(lines)

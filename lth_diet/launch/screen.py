@@ -1,5 +1,6 @@
 """The screen of a launch: the progress of all ranks."""
 
+import itertools
 import sys
 import threading
 import time
@@ -72,14 +73,21 @@ class Screen:
             self._live.update(self._table(list(statuses.values())), refresh=True)
         else:
             for status in statuses.values():
-                for row in status["rows"]:
-                    self._print(row, duration(status["left"], status["rate"]))
+                for _, rows in itertools.groupby(status["rows"], self._progress_of):
+                    self._print(list(rows), duration(status["left"], status["rate"]))
 
-    def _print(self, row: Status, run_left: str) -> None:
-        name, results = _name(row), row.get("results", {})
-        for phase, (weights, accuracy) in list(results.items())[self._results.get(name, 0) :]:
-            self.console.print(f"{_line(name, phase, weights)}  test accuracy {accuracy:.2f} %")
-        self._results[name] = len(results)
+    def _progress_of(self, row: Status) -> tuple:
+        """What the rows of replicates that train as one network share."""
+        now = row["arm"], row["state"], row.get("phase"), row.get("step")
+        return (*now, *row.get("results", {}), self._results.get(_name(row), 0))
+
+    def _print(self, rows: list[Status], run_left: str) -> None:
+        row, name = rows[0], _name(*rows)
+        results = [list(each.get("results", {}).items())[self._results.get(_name(each), 0) :] for each in rows]
+        for level in zip(*results, strict=True):
+            (phase, (weights, _)), accuracies = level[0], " ".join(f"{accuracy:.2f}" for _, (_, accuracy) in level)
+            self.console.print(f"{_line(name, phase, weights)}  test accuracy {accuracies} %")
+        self._results |= {_name(each): len(each.get("results", {})) for each in rows}
         now = time.monotonic()
         if row["state"] == "training" and row.get("rate") and now - self._lines.get(name, 0) >= _LINE_INTERVAL:
             self._lines[name] = now
@@ -131,10 +139,13 @@ def _eta(statuses: list[Status]) -> str:
     return duration(max(left / (rate or min(known)) for left, rate in rates), 1) if known else "?"
 
 
-def _name(row: Status) -> str:
-    """Such as `replicate 0`, or `digits_all  replicate 0` if the launch has several arms."""
-    arm = f"{row['arm']}  " if row["arm"] else ""
-    return f"{arm}{humanize(row['name'])}"
+def _name(row: Status, *others: Status) -> str:
+    """Such as `replicate 0`, `replicates 0 to 3`, or `digits_all  replicate 0` if the launch has several arms."""
+    name = humanize(row["name"])
+    if others:
+        kind, _, first = name.partition(" ")
+        name = f"{kind}s {first} to {humanize(others[-1]['name']).split()[-1]}"
+    return f"{row['arm']}  {name}" if row["arm"] else name
 
 
 def _line(name: str, phase: str, weights_remaining_percent: float) -> str:

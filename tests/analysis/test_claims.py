@@ -24,6 +24,19 @@ def test_claim_holds_only_with_its_own_verdict():
     assert 4 < found.replicates < 50
 
 
+def test_replicates_to_run_next_confirm_what_few_do_or_else_the_nearest_claim():
+    frame = collect.published()
+    curves = arms.curves_by_arm(frame[frame.dataset == "cifar10"])
+    findings = claims.evaluate(paper.CIFAR10, curves, *SETTINGS)
+    needed = sorted(each.replicates for each in findings if each.outcome == "undecided" and each.replicates)
+    few = [number for number in needed if number <= 16]
+    assert 0 < len(few) < len(needed), "n = 4"
+    assert claims.affordable_replicates(findings) == (few[-1], len(few))
+    many = [each for each in findings if each.outcome == "undecided" and (each.replicates or 0) > 16]
+    assert claims.affordable_replicates(many) == (min(each.replicates for each in many), 1)
+    assert claims.affordable_replicates([each for each in findings if each.outcome == "holds"]) is None
+
+
 def test_claim_is_contradicted_if_the_interval_excludes_it():
     frame = collect.published()
     curves = arms.curves_by_arm(frame[frame.dataset == "cifar100"])

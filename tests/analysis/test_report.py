@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from chromium import PROGRAM, Page
+from helpers import MEASURED
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -21,7 +22,7 @@ from PIL import Image
 from analysis import report
 from lth_diet.config import loading
 from lth_diet.config.run_ids import run_id
-from lth_diet.runs.run_directory import ReplicateDirectory
+from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.tracking import mlflow_store, sync
 
 
@@ -254,3 +255,20 @@ def test_a_subset_that_lacks_classes_is_a_line_of_the_report(record, content, re
     sync.sync_replicate(run.replicate(0))
     line = f"note: {run.path.name}: no example of 3 among the 9 easiest examples; see pretrain.subset.class_balanced"
     assert (line in report.write(mlflow_store.tracking_uri(), "tiny", report.Path("report.html")).verdicts) == reported
+
+
+@pytest.mark.parametrize(("asked", "stacked"), [(5, 5), (8, 8), (9, 12)])
+def test_the_next_command_has_whole_blocks_and_the_time_of_the_replicates_that_it_adds(tiny, asked, stacked):
+    run = RunDirectory(
+        loading.load_config(tiny("init"), ["replicates=4", "stack=4" if stacked % 4 == 0 else "stack=1"])
+    )
+    for phase in (run.replicate(index).level(level) for index in (0, 1) for level in range(3)):
+        phase.write("curve.jsonl", b"")
+        measured = {"weights_remaining_percent": 100.0, "test_accuracy_percent": 50.0}
+        phase.finish(MEASURED | measured | {"seconds": 100.0})
+    line = report.describe_more([run, run], asked, 2, "composer -n 2 a.py", 2)
+    minutes = 5 * (stacked - 4)
+    assert line == (
+        f"replicates={stacked} would confirm 2 undecided claims if the differences stay as they are, in about {minutes} min: "
+        f"composer -n 2 a.py replicates={stacked}"
+    )

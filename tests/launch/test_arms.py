@@ -47,7 +47,7 @@ def test_arms_of_one_launch_have_the_bits_of_separate_launches_and_share_their_s
     for arm in ("easy", "init", "hard"):
         for replicate in (0, 1):
             assert len(re.findall(f"^{arm}  replicate {replicate}  level 1 .* test accuracy", out, re.M)) == 1
-        assert len(re.findall(f"^runs/digits_{arm}-\\w+  \\({arm}\\)$", out, re.M)) == 1
+        assert len(re.findall(f"^{arm}  runs/digits_{arm}-\\w+$", out, re.M)) == 1
         status, _, err = run(f"{arm}.yaml", *small, "runs=alone")
         assert status == 0, err
     assert bits("runs") == bits("alone")
@@ -121,8 +121,8 @@ def test_finished_runs_that_cannot_be_written_are_shown_and_the_other_arms_train
     before, access = {path: path.stat().st_mtime_ns for path in archive.rglob("*")}, os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != archive and access(path, mode))
     shown = []
-    assert command_line.launch_imp([*files, *small], "", shown.extend) == 0
-    assert len(shown) == 2 and len(re.findall("^    0            100.0 %", capsys.readouterr().out, re.M)) == 2
+    assert command_line.launch_imp([*files, *small], "", lambda runs, *_: shown.extend(runs)) == 0
+    assert len(shown) == 2 and len(re.findall(r"^(?:init|all) +\d+\.\d\d  1$", capsys.readouterr().out, re.M)) == 2
     assert {path: path.stat().st_mtime_ns for path in archive.rglob("*")} == before
 
 

@@ -6,7 +6,7 @@ from helpers import MEASURED
 from rich.console import Console
 
 from lth_diet.config import loading
-from lth_diet.launch import plan
+from lth_diet.launch import results
 from lth_diet.launch.screen import Screen
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.training import progress as progress_module
@@ -52,6 +52,31 @@ def test_plain_lines_show_replicate_level_weights_step_rate_and_eta(clock):
         "replicate 0  level 0   100.0 % of weights  test accuracy 91.25 %",
         "replicate 0  level 1    80.0 % of weights  step 60/110  10.0 steps/s  ETA phase 0:00:05, run 0:00:25",
         "replicate 0  level 1    80.0 % of weights  test accuracy 90.00 %",
+    ]
+
+
+def test_plain_lines_show_replicates_that_train_as_one_network_together(clock):
+    statuses = {}
+    names = [f"replicate_{index}" for index in (8, 9, 10)]
+    progress = Progress([*names, "replicate_11"], 400, lambda status: statuses.update({0: status}))
+    progress.start_phase(names, "level_0", 100.0)
+    progress.start_training(0, 100)
+    clock[0] += 60
+    progress.step(10)
+    clock[0] += 2
+    progress.step(30)
+    out, shown = screen(statuses)
+    shown.refresh()
+    for name, accuracy in zip(names, (91.0, 92.0, 93.5), strict=True):
+        progress.report_accuracy(name, "level_0", accuracy, 100.0)
+    progress.start_phase(names, "level_1", 80.0)
+    shown.refresh()
+    progress.report_accuracy(names[1], "level_1", 50.0, 80.0)
+    shown.refresh()
+    assert out.getvalue().splitlines() == [
+        "replicates 8 to 10  level 0   100.0 % of weights  step 30/100  10.0 steps/s  ETA phase 0:00:07, run 0:00:10",
+        "replicates 8 to 10  level 0   100.0 % of weights  test accuracy 91.00 92.00 93.50 %",
+        "replicate 9  level 1    80.0 % of weights  test accuracy 50.00 %",
     ]
 
 
@@ -145,14 +170,14 @@ def test_a_rank_publishes_at_intervals_and_at_the_end_of_a_phase(clock):
 
 def test_the_table_of_results_has_mean_and_standard_deviation_over_finished_replicates(tiny):
     run = RunDirectory(loading.load_config(tiny(), ["replicates=3"]))
-    assert plan.table(run) == "no level is finished yet"
+    assert results.table(run) == "no level is finished yet"
     for index, accuracies in enumerate([[90.0, 80.0], [92.0]]):
         for level, accuracy in enumerate(accuracies):
             phase = run.replicate(index).level(level)
             phase.write("curve.jsonl", b"")
             measured = {"weights_remaining_percent": 100 * 0.8**level, "test_accuracy_percent": accuracy}
             phase.finish(MEASURED | measured)
-    rows = [re.sub(" +", " ", line.strip()) for line in plan.table(run).splitlines()[1:]]
+    rows = [re.sub(" +", " ", line.strip()) for line in results.table(run).splitlines()[1:]]
     assert rows == ["0 100.0 % 91.00 ± 1.41 % 2", "1 80.0 % 80.00 % 1"]
 
 
@@ -216,8 +241,7 @@ def test_a_step_of_a_block_is_one_of_each_replicate_in_the_steps_left_and_the_et
     out, shown = screen(statuses)
     shown.refresh()
     assert out.getvalue().splitlines() == [
-        f"replicate {index}  level 1   {weights} % of weights  step 50/100  10.0 steps/s  ETA phase 0:00:05, run 0:00:08"
-        for index, weights in enumerate([" 80.0", " 80.0", " 80.0", " 79.9"])
+        "replicates 0 to 3  level 1    80.0 % of weights  step 50/100  10.0 steps/s  ETA phase 0:00:05, run 0:00:08"
     ]
     assert (statuses[0]["left"], statuses[0]["rate"]) == (300, 40)
     progress.set_state("replicate_2", "failed")
