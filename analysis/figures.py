@@ -40,6 +40,7 @@ _STYLES = {
     "easy": {"color": "#D55E00", "marker": "^"},
     "hard": {"color": "#CC79A7", "marker": "X"},
 }
+_MARKERS = {"init": "D", "all": "s", "random": "o", "easy": "^", "hard": "X"}
 _DENSE = {"color": "#777777", "linestyle": (0, (3, 3)), "linewidth": 1}
 _SUBSETS = ("random", "easy", "hard")
 _MAX_OTHERS = len(STYLES)
@@ -274,6 +275,12 @@ def _against_size(panel: Panel, curves: dict[Arm, Curve]) -> tuple[dict[str, _Li
 
 def _subset_sizes(available: Iterable[Arm]) -> set[int]:
     return {arm.subset_size for arm in available if arm.subset_size is not None}
+
+
+def arm_style(arm: Arm) -> tuple[str, str]:
+    """Color and marker of an arm among points."""
+    role = "full" if arm.name == "all" else arm.name
+    return _STYLES.get(role, _DENSE)["color"], _MARKERS.get(arm.name, ".")
 
 
 def _style(role: str, others: tuple[Arm, ...] = ()) -> dict:
