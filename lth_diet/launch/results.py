@@ -8,7 +8,6 @@ from lth_diet.errors import UserError
 from lth_diet.launch import instability
 from lth_diet.launch.arms import Arm
 from lth_diet.runs.instability_directory import InstabilityDirectory
-from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
 
 _WIDTH = 100  # characters of a line
@@ -53,12 +52,8 @@ def seconds_per_replicate(run: RunDirectory) -> float:
     """Mean training time of the finished replicates; 0 if there is none."""
     levels = run.config.prune.levels
     finished = [replicate for replicate in run.replicates() if replicate.finished(levels)]
-    times = [sum(_seconds(phase) for phase in replicate.phases()) for replicate in finished]
-    return statistics.fmean(times) if times else 0.0
-
-
-def _seconds(phase: PhaseDirectory) -> float:
-    return phase.result()["seconds"] if phase.done else 0.0
+    times = [sum(phase.result().get("seconds", 0.0) for phase in replicate.phases()) for replicate in finished]
+    return statistics.fmean(times) if times else 0.0  # arm init does not pre-train
 
 
 def _measured(run: RunDirectory) -> dict[int, list[tuple[float, float]]]:

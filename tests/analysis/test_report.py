@@ -266,6 +266,9 @@ def test_the_next_command_has_whole_blocks_and_the_time_of_the_replicates_that_i
         phase.write("curve.jsonl", b"")
         measured = {"weights_remaining_percent": 100.0, "test_accuracy_percent": 50.0}
         phase.finish(MEASURED | measured | {"seconds": 100.0})
+    for index in (0, 1):
+        run.replicate(index).pretrain.write("weights.safetensors", b"")
+        run.replicate(index).pretrain.finish({"steps": 0})  # as of arm init, without a time
     line = report.describe_more([run, run], asked, 2, "composer -n 2 a.py", 2)
     minutes = 5 * (stacked - 4)
     assert line == (
