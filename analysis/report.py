@@ -40,7 +40,7 @@ from lth_diet.runs.config_directory import read_config
 from lth_diet.tracking.mlflow_store import failure_reason
 from lth_diet.tracking.mlflow_store import tracking_uri as default_tracking_uri
 
-from . import arms, claims, collect, dominance, figures, identities, matching, paper
+from . import arms, claims, collect, dominance, figures, identities, instability, matching, paper
 from .arms import Arm, Curve
 from .claims import Claim, Finding
 from .figures import Panel, Results
@@ -107,6 +107,7 @@ def write(
     run_ids = set(frame.run_id)
     parents = collect.search_runs(client, experiments, "tags.phase = 'all'")
     parents = [run for run in parents if run.data.tags.get("run_id") in run_ids]
+    frame.attrs["analyses"] = instability.collect_analyses(client, experiments)
     option = f" --experiment {shlex.quote(experiment)}" if experiment else ""
     frame.attrs["remarks"] = [
         *_mixtures(client, experiments, run_ids),
@@ -213,6 +214,7 @@ def _write(
         answers=_answers(families, findings),
         findings=[finding for finding in findings if finding.comparison],
         untested=[finding for finding in findings if not finding.comparison],
+        stability=_stability(frame.attrs.get("analyses", []), results, matches),
         matching=about_matching,
         dense=about_dense,
         ranges=[(str(family), *family.test_range(margin, levels)) for family, _ in families],
@@ -311,6 +313,22 @@ def _answers(families: list[tuple[paper.Family, dict[Arm, Curve]]], findings: li
         tested = [finding for finding in mine if finding.comparison]
         answers.append({"headline": text, "figure": _svg(drawn), "tested": tested, "untested": len(mine) - len(tested)})
     return answers
+
+
+def _stability(
+    analyses: list[instability.Analysis], results: Results, matches: list[matching.Match]
+) -> dict[str, Any] | None:
+    """Barriers against steps, and how well they predict accuracy; None if no barrier is measured."""
+    if not analyses:
+        return None
+    predictions = [
+        found
+        for match in matches
+        if match.entries and (found := instability.predict(match, results[match.family.dataset], analyses)).barriers
+    ]
+    pictures = [Picture(_svg(instability.barrier_figure(analyses)), "error barrier against the step of pre-training")]
+    pictures += [Picture(_svg(instability.figure(each)), "error barrier and accuracy") for each in predictions]
+    return {"pictures": pictures, "lines": list(map(str, predictions))}
 
 
 def _figures(results: Results, published: Results, matches: list[matching.Match]) -> list[Picture]:

@@ -18,11 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from analysis import claims, collect, figures  # noqa: E402
+from analysis import claims, collect, figures, paper  # noqa: E402
 from lth_diet.config import keys  # noqa: E402
 from lth_diet.config.schema import Config  # noqa: E402
 from lth_diet.sweep.grid import Settings  # noqa: E402
 
+RESULTS = ROOT / "analysis/results"
 MARGIN, LEVELS, CONFIDENCE = 0.3, (3, 12), 0.95
 
 
@@ -33,6 +34,10 @@ def pages() -> dict[Path, str]:
         "sweeps": [keys.table(Settings)],
         "statistics": claims.table(collect.published(), MARGIN, LEVELS, CONFIDENCE).split("\n\n"),
     }
+    for path in RESULTS.glob("*.csv.gz"):
+        tables[path.name.removesuffix(".csv.gz")] = claims.table(collect.load(path), None, None, CONFIDENCE).split(
+            "\n\n"
+        )[:1]
     texts = {}
     for name, generated in tables.items():
         path = ROOT / f"docs/{name}.md"
@@ -58,9 +63,15 @@ def run_quickstart(clone: Path) -> None:
     text, count = re.subn(pattern, sentence.format(os.cpu_count(), *times.values()), readme.read_text())
     assert count == 1, "the README has no sentence of times"
     readme.write_text(text)
-    figure = figures.figure(2, figures.results_by_dataset(collect.collect(f"sqlite:///{clone}/mlflow.db", "digits")))
-    figure.suptitle("")
-    figure.savefig(ROOT / "docs/quickstart.png", dpi=180)
+    picture(f"sqlite:///{clone}/mlflow.db", "digits", ROOT / "docs/quickstart.png")
+
+
+def picture(tracking_uri: str, experiment: str, path: Path) -> None:
+    """Draw the large figure of a report, of the results without label noise."""
+    (curves,) = figures.results_by_dataset(collect.collect(tracking_uri, experiment)).values()
+    (dataset,) = collect.collect(tracking_uri, experiment).dataset.unique()
+    family = next(family for family in paper.families(dataset, curves) if not family.label_noise)
+    figures.headline_figure(figures.Panel(family, family.size), curves).savefig(path, dpi=150)
 
 
 def main() -> int:
