@@ -412,7 +412,7 @@ def headline_figure(panel: Panel, curves: dict[Arm, Curve]) -> Figure:
         curves: Curves of the panel's data set.
     """
     names = {"half": "all, t*/2", "full": "all, t*"} | {name: f"{name}, t*/2" for name in _SUBSETS}
-    drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
+    drawn = Figure(figsize=(5.4, 4), layout="constrained")  # in inches; its text is readable on a phone
     axes = drawn.subplots()
     lines, _ = _lines(panel, curves)
     for line in lines.values():

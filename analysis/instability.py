@@ -152,8 +152,8 @@ def _agrees(run: Identity, analysis: Identity) -> bool:
 
 
 def figure(prediction: Prediction) -> Figure:
-    """Draws the difference to all examples at t* against the barrier, with the name of each arm."""
-    drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
+    """Draws the difference to all examples at t* against the barrier, with the name and rewind step of each arm."""
+    drawn = Figure(figsize=(5.4, 4), layout="constrained")
     axes = drawn.subplots()
     matching_arms = {entry.arm for entry in prediction.match.entries if entry.matching}
     differences = prediction.differences
@@ -162,7 +162,8 @@ def figure(prediction: Prediction) -> Figure:
         barrier, is_reference = prediction.barriers[arm], arm not in {entry.arm for entry in prediction.match.entries}
         face = color if arm in matching_arms or is_reference else "none"
         axes.plot(barrier, difference, marker, markersize=7, color=color, markerfacecolor=face)
-        axes.annotate(str(arm), (barrier, difference), (5, 3), textcoords="offset points", fontsize=7, color=color)
+        label = arm.name if arm.name == "init" else f"{arm.name} {arm.rewind_steps}"
+        axes.annotate(label, (barrier, difference), (5, 3), textcoords="offset points", fontsize=8.5, color=color)
     axes.axhline(0, color="#777777", linewidth=0.8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())

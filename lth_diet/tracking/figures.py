@@ -54,7 +54,7 @@ def barrier_curves(curves: Mapping[str, Sequence[Barriers]], title: str) -> Figu
         curves: For each arm, by its label, the barriers of its replicates (percentage points) at each step.
         title: Title of the figure.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=150)
+    figure = Figure(figsize=(5.4, 4), layout="constrained", dpi=180)
     axes = figure.subplots()
     for index, (label, points) in enumerate(curves.items()):
         color, marker = STYLES[index % len(STYLES)]

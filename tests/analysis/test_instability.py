@@ -67,6 +67,8 @@ def test_an_arm_is_predicted_by_the_barrier_of_its_settings_at_its_rewind_step(e
     assert differences == pytest.approx({("init", 0): -15, ("all", 4): -5, ("all", 8): 0, ("random", 4): -2})
     assert found.correlation == pytest.approx(-1.0)
     assert str(found).endswith("the accuracy over the tested levels: -1.00 (n = 4 arms)")
+    points = [line.get_xydata() for line in instability.figure(found).axes[0].lines if len(line.get_xydata()) == 1]
+    assert len(points) == 4 and np.isfinite(np.concatenate(points)).all()
 
 
 def test_barriers_of_other_settings_predict_nothing_and_three_arms_have_no_correlation(record, measure):
@@ -101,10 +103,3 @@ def test_a_store_without_barriers_is_rejected_in_one_sentence(record, capsys):
     record("init", accuracies(80.0)[0])
     assert instability.main(["--experiment", "tiny"]) == 2
     assert "no error barrier of dense networks is measured yet" in capsys.readouterr().err
-
-
-def test_arms_in_a_figure_have_their_color_and_all_points_are_finite(experiment):
-    _, (found,) = predictions(experiment)
-    axes = instability.figure(found).axes[0]
-    points = [line.get_xydata() for line in axes.lines if len(line.get_xydata()) == 1]
-    assert len(points) == 4 and np.isfinite(np.concatenate(points)).all()
