@@ -194,7 +194,8 @@ def _percent(improvement: tuple[float, float, float]) -> str:
 
 def headline(family: Family, findings: Sequence[Finding]) -> str:
     """What the verdicts of a family say about pre-training, in two or three sentences."""
-    found = {(f.claim.challenger, f.claim.reference): f for f in findings if f.family == family and f.comparison}
+    mine = [finding for finding in findings if finding.family == family and finding.claim in CLAIMS]
+    found = {(finding.claim.challenger, finding.claim.reference): finding for finding in mine if finding.comparison}
     full = found.get(("full", "init"))
     steps = f"{family.t_star} steps before pruning"
     if full is None:

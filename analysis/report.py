@@ -142,7 +142,9 @@ def write_run_reports(runs: Sequence[run_directory.RunDirectory], command: str, 
     for folder, experiment in dict.fromkeys((run.path.parent, read_config(run.path)["experiment"]) for run in runs):
         if report := _write_run_report(folder, experiment):
             print("\n".join(report.verdicts))
-            if found := claims.affordable_replicates(report.findings):
+            noises = {run.config.label_noise for run in runs if run.config.arm != "init"}
+            mine = [finding for finding in report.findings if finding.family.label_noise in noises]
+            if found := claims.affordable_replicates(mine):
                 print(f"  {describe_more(runs, *found, command, ranks)}")
             print(f"report: {report.path.resolve()}", flush=True)
 

@@ -54,7 +54,7 @@ def import_composer(programs: dict[str, str]) -> tuple[float, float]:
 def first_step(launcher: Sequence[str | Path], replicates: int, programs: dict[str, str]) -> tuple[float, float]:
     """Returns the seconds and CPU seconds from starting the recipe until the first step of its last replicate."""
     with tempfile.TemporaryDirectory() as folder:
-        options = [f"replicates={replicates}", "prune.levels=0", "intervals.log=1ba", f"runs={folder}/runs"]
+        options = [f"replicates={replicates}", "stack=1", "prune.levels=0", "intervals.log=1ba", f"runs={folder}/runs"]
         command = [*launcher, ROOT / "recipes/imp.py", "-f", ROOT / "yamls/digits_all.yaml", *options]
         store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
         log = Path(folder) / "log"

@@ -37,7 +37,7 @@ COMMANDS = [
 ]
 SMALL = (
     "model.depth=8 model.width=2 train.steps=6 train.milestones=[] train.batch_size=64 prune.levels=1 "
-    "intervals.checkpoint=3"
+    "intervals.checkpoint=3 stack=1"
 )
 DIGITS = f"{SMALL} dataset.name=digits experiment=digits"
 PRETRAIN = "pretrain.steps=2"
@@ -48,6 +48,7 @@ SCORES = "scores.networks=3 scores.steps=5"
 RUNS = {
     ". .venv/bin/activate": None,  # the tests run inside
     "make quickstart": None,  # .ci/run
+    "make quickstart-noise": None,
     "make test": None,  # .ci/run
     "make gpu-check": None,  # test_gpu_check.py
     "make faults": None,  # a part of it in make test and make integration
@@ -55,7 +56,7 @@ RUNS = {
     "composer -n 2 recipes/imp.py -f yamls/cifar10_all.yaml replicates=2 prune.levels=3": f"{DIGITS} {PRETRAIN}",
     "python recipes/imp.py -f yamls/cifar10_all.yaml --plan": "",
     "composer -n 2 recipes/imp.py -f yamls/image_folder_all.yaml dataset.root=data/mine replicates=2": f"{SMALL} {PRETRAIN}",
-    "composer -n 2 recipes/imp.py -f yamls/digits_init.yaml -f yamls/digits_easy.yaml -f yamls/digits_hard.yaml prune.levels=3": f"{SMALL} {SUBSET} {SCORES}",
+    "composer -n 2 recipes/imp.py -f yamls/digits_init.yaml -f yamls/digits_easy.yaml -f yamls/digits_hard.yaml prune.levels=3": f"{SMALL} {SUBSET} {SCORES} replicates=2",
     "for arm in init all all_half random easy hard; do composer -n 4 recipes/imp.py -f yamls/cifar10_$arm.yaml; done": None,  # below
     "for arm in all all_half random easy; do composer -n 4 recipes/imp.py -f yamls/cifar10_noise10_$arm.yaml; done": None,  # below
     "python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml --plan gpus=4 step_ms=20": "",
@@ -63,7 +64,7 @@ RUNS = {
     "python recipes/sweep.py -f yamls/sweeps/figure2_cifar10.yaml --address auto": None,  # test_cluster.py
     "composer -n 4 recipes/imp.py -f yamls/cifar100_easy.yaml runs=s3://bucket/lottery": None,  # test_s3.py
     "python -m lth_diet pull s3://bucket/lottery runs": None,  # test_s3.py
-    "composer -n 2 recipes/instability.py -f yamls/digits_all.yaml -f yamls/digits_random.yaml steps=[0,20,40,80] replicates=8 stack=4": f"{SMALL} {SUBSET} steps=[0,2] replicates=2 stack=1",
+    "composer -n 2 recipes/instability.py -f yamls/digits_all.yaml -f yamls/digits_random.yaml steps=[0,20,40,80]": f"{SMALL} {SUBSET} steps=[0,2] replicates=2",
     "composer -n 4 recipes/score.py -f yamls/cifar10_noise10_easy.yaml": f"{DIGITS} {SUBSET} scores.networks=4 scores.steps=5",
     "composer -n 2 recipes/score.py -f yamls/cifar10_noise10_easy.yaml dataset.name=image_folder dataset.root=data/mine scores.networks=4 scores.steps=800": f"{SMALL} {SUBSET} {SCORES} scores.networks=2",
     "python -m analysis.examples runs/scores/<id> --root data --arm hard --size 3200 -o examples": None,  # below
@@ -85,9 +86,12 @@ RUNS = {
     "python -m analysis.matching results.csv --margin 1 -o figures": "--levels 0 1",
     "python -m analysis.figures results.csv --published -o figures": "",
     "python -m analysis.claims --published": "",
+    "python -m analysis.claims analysis/results/digits.csv.gz": "",
+    "python -m analysis.instability --experiment digits -o figures": "",
+    "composer -n 2 recipes/instability.py -f yamls/digits_all.yaml -f yamls/digits_random.yaml -f yamls/digits_easy.yaml -f yamls/digits_hard.yaml steps=[0,10,20,40,80]": None,  # as with two files
     "python -m analysis.report --published -o published.html": "",
-    "python -m lth_diet show runs/digits_all-*/replicate_0 8": None,  # below
-    "python -m lth_diet export runs/digits_all-*/replicate_0 8 -o ticket": None,  # below
+    "python -m lth_diet show runs/digits_all-*/replicate_0 7": None,  # below
+    "python -m lth_diet export runs/digits_all-*/replicate_0 7 -o ticket": None,  # below
     "python benchmarks/scheduling.py": None,  # test_benchmarks.py
     "python benchmarks/stacking.py": None,  # test_benchmarks.py
     "python benchmarks/step_time.py": "--depth 8 --batch-size 8 --warmup 1 --steps 2 --repeats 1",
@@ -162,7 +166,7 @@ def test_scores_from_a_file_select_the_subset(clone):
     names = {}
     exec(block, names)
     (command,) = [command for command in COMMANDS if "scores.file=distance" in command]
-    run(f"{command.replace('composer -n 2', 'python')} {DIGITS} {SUBSET} replicates=1")
+    run(f"{command.replace('composer -n 2', 'python')} {DIGITS} {SUBSET} replicates=1 pretrain.subset.class_balanced=false")
     (path,) = Path("runs").glob("digits_easy-*/replicate_0/pretrain/subset.safetensors")
     farthest = names["distance"][load_file(path)["indices"]].max()
     assert (names["distance"] <= farthest).sum() == 128 and len(list(Path("runs").rglob("network_*"))) == 0

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -35,6 +37,18 @@ def test_replicates_to_run_next_confirm_what_few_do_or_else_the_nearest_claim():
     many = [each for each in findings if each.outcome == "undecided" and (each.replicates or 0) > 16]
     assert claims.affordable_replicates(many) == (min(each.replicates for each in many), 1)
     assert claims.affordable_replicates([each for each in findings if each.outcome == "holds"]) is None
+
+
+def test_the_headline_is_about_the_arms_of_the_claims_and_not_about_other_arms():
+    frame = collect.published()
+    curves = arms.curves_by_arm(frame[frame.dataset == "cifar10"])
+    findings = claims.evaluate(paper.CIFAR10, curves, *SETTINGS)
+    easy = next(each for each in findings if each.claim.challenger == "easy")
+    other = dataclasses.replace(easy, claim=claims.Claim("easy 256 matches all at t*", "easy", "full", False))
+    assert claims.headline(paper.CIFAR10, [*findings, other]) == claims.headline(paper.CIFAR10, findings)
+    no_subset = dataclasses.replace(paper.CIFAR10, size=None)
+    alone = dataclasses.replace(other, family=no_subset)
+    assert "was not compared with none" in claims.headline(no_subset, [alone])
 
 
 def test_claim_is_contradicted_if_the_interval_excludes_it():

@@ -41,7 +41,7 @@ begin=$SECONDS
 buildah run --user 1000:1000 "$container" -- composer -n 2 "${command[@]}" | tee "$work/image"
 echo "trained in $((SECONDS - begin)) s, as user 1000"
 begin=$SECONDS
-compiled=(yamls/digits_init.yaml compile=true replicates=1 prune.levels=0 train.steps=10 train.milestones=[])
+compiled=(yamls/digits_init.yaml compile=true replicates=1 stack=1 prune.levels=0 train.steps=10 train.milestones=[])
 buildah run --user 1000:1000 "$container" -- composer -n 1 recipes/imp.py -f "${compiled[@]}"
 buildah run "$container" -- ls data/cache/compiled | grep -q . && echo "compiled in $((SECONDS - begin)) s"
 
