@@ -166,7 +166,9 @@ def test_scores_from_a_file_select_the_subset(clone):
     names = {}
     exec(block, names)
     (command,) = [command for command in COMMANDS if "scores.file=distance" in command]
-    run(f"{command.replace('composer -n 2', 'python')} {DIGITS} {SUBSET} replicates=1 pretrain.subset.class_balanced=false")
+    run(
+        f"{command.replace('composer -n 2', 'python')} {DIGITS} {SUBSET} replicates=1 pretrain.subset.class_balanced=false"
+    )
     (path,) = Path("runs").glob("digits_easy-*/replicate_0/pretrain/subset.safetensors")
     farthest = names["distance"][load_file(path)["indices"]].max()
     assert (names["distance"] <= farthest).sum() == 128 and len(list(Path("runs").rglob("network_*"))) == 0

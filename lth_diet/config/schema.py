@@ -200,11 +200,9 @@ class Config(Section):
 
     @property
     def arm_description(self) -> str:
-        """Description of the arm, such as `random 2048, t_r = 200, 10 % noise`."""
-        size = f" {self.subset_size}" if self.subset_size is not None else ""
-        steps = f", t_r = {self.rewind_step}" if self.arm != "init" else ""
-        noise = f", {100 * self.label_noise:g} % noise" if self.label_noise else ""
-        return f"{self.arm}{size}{steps}{noise}"
+        """Description of the arm, such as `easy 2048, t_r = 200, 10 % noise, balanced`."""
+        balanced = self.arm in ("easy", "hard") and self.pretrain.subset.class_balanced
+        return describe_arm(self.arm, self.subset_size, self.rewind_step, self.label_noise, balanced)
 
     @property
     def model_name(self) -> str:
@@ -225,3 +223,19 @@ class Config(Section):
     def needs_scores(self) -> bool:
         """Whether the arm selects examples by score."""
         return self.arm in ("easy", "hard")
+
+
+def describe_arm(arm: str, size: int | None, rewind_step: int, label_noise: float, class_balanced: bool) -> str:
+    """Describe an arm, such as `easy 2048, t_r = 200, 10 % noise, balanced`.
+
+    Args:
+        arm: Name of the arm.
+        size: Subset size; None without a subset.
+        rewind_step: Rewind step t_r.
+        label_noise: Fraction of resampled labels, 0 to 1.
+        class_balanced: Whether an easy or hard subset has equally many examples of each class.
+    """
+    subset = f" {size}" if size is not None else ""
+    steps = f", t_r = {rewind_step}" if arm != "init" else ""
+    noise = f", {100 * label_noise:g} % noise" if label_noise else ""
+    return f"{arm}{subset}{steps}{noise}{', balanced' * class_balanced}"

@@ -19,6 +19,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 
+from lth_diet.config.schema import describe_arm
 from lth_diet.errors import UserError
 from lth_diet.masks.mask import Mask
 from lth_diet.runs.config_directory import read_config
@@ -241,7 +242,11 @@ class _ReplicateSync(_Sync):
         run = replicate.path.parent
         keys = ("run_id", "dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed")
         keys += ("planned_levels", "train_steps", "ranks")
-        tags, key_tags = {"replicate": replicate.index, "phase": "all"}, ("run_id", "replicate", "phase")
+        config = read_config(run)
+        balanced = bool(config["identity"].get("pretrain.subset.class_balanced"))
+        about = (config["arm"], config["subset_size"], config["rewind_steps"], config["label_noise"], balanced)
+        tags = {"replicate": replicate.index, "phase": "all", "arm_description": describe_arm(*about)}
+        key_tags = ("run_id", "replicate", "phase")
         super().__init__(run, f"{run.name}/{replicate.name}", keys, tags, key_tags)
 
     def run(self) -> None:

@@ -40,6 +40,7 @@ def test_a_replicate_is_a_parent_run_whose_steps_are_levels(run):
         "dataset": "digits",
         "model": "ResNet-8 width 2",
         "arm": "random",
+        "arm_description": "random 128, t_r = 4",
         "subset_size": "128",
         "rewind_steps": "4",
         "label_noise": "0.0",
