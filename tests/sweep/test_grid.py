@@ -44,6 +44,7 @@ def family_arms(family, sizes):
     return {family.arm("init"), family.arm("all"), family.arm("all", family.t_star), *subsets}
 
 
+SMALL = ("cifar10_small", "cifar10_overnight")
 NOISY = [paper.NOISE_10, paper.NOISE_50]
 SHOWN = {f"figure2_{family.dataset}": [(family, [family.size])] for family in paper.CLEAN}
 SHOWN |= {f"figure4_{family.dataset}": [(family, family.sizes)] for family in paper.CLEAN}
@@ -60,6 +61,17 @@ def test_the_sweep_of_a_figure_has_exactly_the_arms_that_the_figure_shows(name):
     assert set(there) == set().union(*(family_arms(family, sizes) for family, sizes in SHOWN[name]))
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_the_sweeps_for_two_cores_have_the_arms_of_their_family_with_and_without_balanced_classes(name):
+    runs = [run.config for run in Sweep(SWEEPS / f"{name}.yaml").runs.values()]
+    family = paper.CIFAR10_SMALL
+    clean = {family.arm("init"), family.arm("all", family.t_star), *family_arms(family, [family.size])}
+    noisy = family.with_noise(0.5)
+    assert set(arms_of(SWEEPS / f"{name}.yaml")) == clean | {noisy.arm("all", 150), noisy.arm("easy")}
+    assert len(runs) == 11 and sum(run.arm_description.endswith("balanced") for run in runs) == 3
+    assert all(run.stack == 4 and run.replicates == tuple(range(8)) and run.precision == "fp32" for run in runs)
+
+
 @pytest.mark.parametrize("dataset", paper.NAMES)
 def test_the_sweeps_of_a_dataset_have_the_published_arms_and_the_one_published_as_a_copy(dataset):
     published = collect.published()
@@ -70,7 +82,7 @@ def test_the_sweeps_of_a_dataset_have_the_published_arms_and_the_one_published_a
 
 
 def test_every_sweep_file_belongs_to_a_figure_or_a_small_data_set():
-    assert {path.stem for path in SWEEPS.iterdir()} == {*SHOWN, "digits", "cifar10_small"}
+    assert {path.stem for path in SWEEPS.iterdir()} == {*SHOWN, "digits", *SMALL}
 
 
 def test_every_configuration_in_yamls_is_a_run_of_a_sweep():
