@@ -51,9 +51,12 @@ def table(run: RunDirectory | InstabilityDirectory) -> str:
 def seconds_per_replicate(run: RunDirectory) -> float:
     """Mean training time of the finished replicates; 0 if there is none."""
     levels = run.config.prune.levels
-    finished = [replicate for replicate in run.replicates() if replicate.finished(levels)]
-    times = [sum(phase.result().get("seconds", 0.0) for phase in replicate.phases()) for replicate in finished]
-    return statistics.fmean(times) if times else 0.0  # arm init does not pre-train
+    times = []
+    for replicate in (each for each in run.replicates() if each.finished(levels)):
+        with contextlib.suppress(UserError):  # a damaged result, which has been reported
+            results = [phase.result() for phase in replicate.phases()]
+            times.append(sum(result.get("seconds", 0.0) for result in results))  # arm init does not pre-train
+    return statistics.fmean(times) if times else 0.0
 
 
 def _measured(run: RunDirectory) -> dict[int, list[tuple[float, float]]]:

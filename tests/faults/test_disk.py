@@ -304,7 +304,7 @@ UNUSED = {  # by the command of a finished run, which warns of those of networks
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_same_command_never_uses_a_damaged_file(reference, tiny, place, monkeypatch, capsys, damage):
     def command():
-        status = command_line.launch_imp(["-f", str(path), *SMALL], "", lambda run: None)
+        status = command_line.launch_imp(["-f", str(path), *SMALL], "", lambda runs, command, ranks: None)
         return status, capsys.readouterr().err
 
     monkeypatch.setattr(command_line, "_start", lambda config, process: StatusBoard(process))
