@@ -380,7 +380,9 @@ def describe_incomplete(frame: pd.DataFrame) -> list[str]:
                 if f"{run_id} {replicate} {level}" not in frame.attrs.get("invalid", ())
             ]
             if missing:
-                arm = Arm(name, None if pd.isna(size) else int(size), int(steps), noise, run_id=run_id * ambiguous)
+                arm = Arm(
+                    name, None if pd.isna(size) else int(size), int(steps), noise, run_id=run_id if ambiguous else ""
+                )
                 which = f"level{'s' * (len(missing) > 1)} {format_levels(missing)} of {last}"
                 sentences.append(f"{dataset}, {arm}, replicate {replicate}: {which} not finished")
     return sentences

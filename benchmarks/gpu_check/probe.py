@@ -44,7 +44,11 @@ def main() -> int:
 
     for name in ("compute_scores", "train_replicates"):
         setattr(command_line, name, functools.partial(with_hooks, getattr(command_line, name)))
-    return imp.main(arguments) if options.get("report") else command_line.launch_imp(arguments, "", lambda run: None)
+    return (
+        imp.main(arguments)
+        if options.get("report")
+        else command_line.launch_imp(arguments, "", lambda runs, command, ranks: None)
+    )
 
 
 if __name__ == "__main__":
