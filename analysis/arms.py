@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from lth_diet.config.schema import describe_arm
 from lth_diet.errors import UserError
 
 from . import identities
@@ -54,11 +55,9 @@ class Arm:
 
     def __str__(self) -> str:
         """Readable name, such as `random 256, t_r = 20, 10 % noise`."""
-        size = f" {self.subset_size}" if self.subset_size is not None else ""
-        steps = f", t_r = {self.rewind_steps}" if self.name != "init" else ""
-        noise = f", {100 * self.label_noise:g} % noise" if self.label_noise else ""
+        name = describe_arm(self.name, self.subset_size, self.rewind_steps, self.label_noise, class_balanced=False)
         settings = describe_settings(self.details + self.setup)
-        return self.name + size + steps + noise + settings + (f" ({self.run_id})" if self.run_id else "")
+        return name + settings + (f" ({self.run_id})" if self.run_id else "")
 
     @property
     def spec(self) -> str:

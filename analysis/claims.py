@@ -257,7 +257,7 @@ def affordable_replicates(findings: Sequence[Finding]) -> tuple[int, int] | None
     needed = sorted(finding.replicates for finding in undecided)
     if not needed:
         return None
-    few = [number for finding in undecided if (number := finding.replicates) <= 4 * min(finding.comparison.n)]
+    few = [each.replicates for each in undecided if each.replicates <= 4 * min(each.comparison.n)]
     number = max(few, default=needed[0])
     return number, sum(each <= number for each in needed)
 

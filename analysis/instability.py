@@ -8,7 +8,6 @@ is the barrier of its dense networks at k = t_r, its rewind step; of arm init th
 
 import argparse
 import dataclasses
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from mlflow import MlflowClient
 from scipy.stats import spearmanr
 
+from lth_diet.config.schema import describe_arm
 from lth_diet.errors import Parser, UserError
 from lth_diet.program import run_program
 from lth_diet.tracking.figures import barrier_curves
@@ -25,6 +25,7 @@ from lth_diet.tracking.mlflow_store import tracking_uri as default_tracking_uri
 
 from . import arms, collect, dominance, figures, identities, matching
 from .arms import Arm, Curve
+from .figures import Results
 from .identities import Identity
 from .matching import Match
 
@@ -121,14 +122,14 @@ def collect_analyses(client: MlflowClient, experiments: list[str]) -> list[Analy
 
 def _label(identity: Identity) -> str:
     size, noise = identity.get("pretrain.subset.size"), float(identity.get("pretrain.label_noise", 0))
-    balanced = (("pretrain.subset.class_balanced", "true"),)
-    arm = Arm(
-        identity.get("arm", ""),
-        None if size is None else int(size),
-        label_noise=noise,
-        details=balanced if identity.get("pretrain.subset.class_balanced") == "true" else (),
-    )
-    return re.sub(", t_r = 0", "", str(arm))
+    balanced = identity.get("pretrain.subset.class_balanced") == "true"
+    name = describe_arm(identity.get("arm", ""), None if size is None else int(size), 0, noise, balanced)
+    return name.replace(", t_r = 0", "")
+
+
+def predict_all(matches: Sequence[Match], results: Results, analyses: Sequence[Analysis]) -> list[Prediction]:
+    """Calls `predict` for every family with arms that were compared."""
+    return [predict(match, results[match.family.dataset], analyses) for match in matches if match.entries]
 
 
 def predict(found: Match, curves: dict[Arm, Curve], analyses: Sequence[Analysis]) -> Prediction:
@@ -155,12 +156,11 @@ def figure(prediction: Prediction) -> Figure:
     """Draws the difference to all examples at t* against the barrier, with the name and rewind step of each arm."""
     drawn = Figure(figsize=(5.4, 4), layout="constrained")
     axes = drawn.subplots()
-    matching_arms = {entry.arm for entry in prediction.match.entries if entry.matching}
+    not_matching = {entry.arm for entry in prediction.match.entries if not entry.matching}
     differences = prediction.differences
     for arm, difference in differences.items():
         color, marker = figures.arm_style(arm)
-        barrier, is_reference = prediction.barriers[arm], arm not in {entry.arm for entry in prediction.match.entries}
-        face = color if arm in matching_arms or is_reference else "none"
+        barrier, face = prediction.barriers[arm], "none" if arm in not_matching else color
         axes.plot(barrier, difference, marker, markersize=7, color=color, markerfacecolor=face)
         label = arm.name if arm.name == "init" else f"{arm.name} {arm.rewind_steps}"
         axes.annotate(label, (barrier, difference), (5, 3), textcoords="offset points", fontsize=8.5, color=color)
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(analyses))
     results = figures.results_by_dataset(collect.collect(arguments.tracking_uri, arguments.experiment))
     matches = matching.match_all(results, arguments.margin, arguments.levels, arguments.confidence)
-    predictions = [predict(each, results[each.family.dataset], analyses) for each in matches if each.entries]
+    predictions = predict_all(matches, results, analyses)
     print("\n".join(map(str, predictions)))
     if arguments.output:
         collect.write(arguments.output, lambda path: path.mkdir(parents=True, exist_ok=True))

@@ -139,10 +139,10 @@ def write_run_reports(runs: Sequence[run_directory.RunDirectory], command: str, 
         command: The command of the launch, without a number of replicates.
         ranks: Number of ranks of the launch.
     """
+    noises = {run.config.label_noise for run in runs if run.config.arm != "init"}
     for folder, experiment in dict.fromkeys((run.path.parent, read_config(run.path)["experiment"]) for run in runs):
         if report := _write_run_report(folder, experiment):
             print("\n".join(report.verdicts))
-            noises = {run.config.label_noise for run in runs if run.config.arm != "init"}
             mine = [finding for finding in report.findings if finding.family.label_noise in noises]
             if found := claims.affordable_replicates(mine):
                 print(f"  {describe_more(runs, *found, command, ranks)}")
@@ -323,11 +323,7 @@ def _stability(
     """Barriers against steps, and how well they predict accuracy; None if no barrier is measured."""
     if not analyses:
         return None
-    predictions = [
-        found
-        for match in matches
-        if match.entries and (found := instability.predict(match, results[match.family.dataset], analyses)).barriers
-    ]
+    predictions = [each for each in instability.predict_all(matches, results, analyses) if each.barriers]
     pictures = [Picture(_svg(instability.barrier_figure(analyses)), "error barrier against the step of pre-training")]
     pictures += [Picture(_svg(instability.figure(each)), "error barrier and accuracy") for each in predictions]
     return {"pictures": pictures, "lines": list(map(str, predictions))}

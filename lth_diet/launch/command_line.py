@@ -290,8 +290,9 @@ def _print_results(arms: Sequence[Arm]) -> None:
 
 def _command(argv: Sequence[str] | None, process: ProcessInfo) -> str:
     launcher = ["composer", "-n", str(process.world_size)] if process.world_size > 1 else ["python"]
-    words = sys.argv[1:] if argv is None else argv
-    return shlex.join([*launcher, sys.argv[0], *(word for word in words if not word.startswith("replicates="))])
+    arguments = sys.argv[1:] if argv is None else argv
+    kept = [argument for argument in arguments if not argument.startswith("replicates=")]
+    return shlex.join([*launcher, sys.argv[0], *kept])
 
 
 def _silence_libraries() -> None:

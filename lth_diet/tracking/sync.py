@@ -242,12 +242,11 @@ class _ReplicateSync(_Sync):
         run = replicate.path.parent
         keys = ("run_id", "dataset", "model", "arm", "subset_size", "rewind_steps", "label_noise", "seed")
         keys += ("planned_levels", "train_steps", "ranks")
-        config = read_config(run)
-        balanced = bool(config["identity"].get("pretrain.subset.class_balanced"))
-        about = (config["arm"], config["subset_size"], config["rewind_steps"], config["label_noise"], balanced)
-        tags = {"replicate": replicate.index, "phase": "all", "arm_description": describe_arm(*about)}
-        key_tags = ("run_id", "replicate", "phase")
+        tags, key_tags = {"replicate": replicate.index, "phase": "all"}, ("run_id", "replicate", "phase")
         super().__init__(run, f"{run.name}/{replicate.name}", keys, tags, key_tags)
+        about = (self.config[key] for key in ("arm", "subset_size", "rewind_steps", "label_noise"))
+        balanced = bool(self.config["identity"].get("pretrain.subset.class_balanced"))
+        self.tags["arm_description"] = describe_arm(*about, balanced)
 
     def run(self) -> None:
         results = [phase.result() for _, phase in self.replicate.levels() if phase.done]
