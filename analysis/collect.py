@@ -394,6 +394,12 @@ def format_levels(levels: list[int]) -> str:
     return f"{levels[0]} to {levels[-1]}" if consecutive and len(levels) > 2 else ", ".join(map(str, levels))
 
 
+def add_store_arguments(parser: Parser) -> None:
+    """Adds the options that choose an MLflow store and an experiment."""
+    parser.add_argument("--tracking-uri", default=tracking_uri(), help="MLflow store")
+    parser.add_argument("--experiment", help="default: all experiments of the store")
+
+
 def catch_user_errors(command: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
     """Decorates a command so that invalid input prints one sentence and exits with status 2."""
 
@@ -429,8 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m analysis.collect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tracking-uri", default=tracking_uri(), help="MLflow store")
-    parser.add_argument("--experiment", help="default: all experiments of the store")
+    add_store_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file to write")
     arguments = parser.parse_args(argv)
     results = collect(arguments.tracking_uri, arguments.experiment)

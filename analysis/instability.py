@@ -21,7 +21,6 @@ from lth_diet.config.schema import describe_arm
 from lth_diet.errors import Parser, UserError
 from lth_diet.program import run_program
 from lth_diet.tracking.figures import barrier_curves
-from lth_diet.tracking.mlflow_store import tracking_uri as default_tracking_uri
 
 from . import arms, collect, dominance, figures, identities, matching
 from .arms import Arm, Curve
@@ -183,8 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m analysis.instability", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tracking-uri", default=default_tracking_uri(), help="MLflow store")
-    parser.add_argument("--experiment", help="default: all experiments of the store")
+    collect.add_store_arguments(parser)
     dominance.add_test_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, help="folder for the figures; default: no figures")
     arguments = parser.parse_args(argv)

@@ -511,8 +511,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m analysis.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tracking-uri", default=default_tracking_uri(), help="MLflow store")
-    parser.add_argument("--experiment", help="default: all experiments of the store")
+    collect.add_store_arguments(parser)
     parser.add_argument("--dataset", help="only this data set")
     parser.add_argument("--model", help="only this model")
     parser.add_argument("--published", action="store_true", help="report the published curves of the paper instead")
