@@ -35,7 +35,8 @@ class StatusBoard:
             if start_timeout is None:
                 start_timeout = _START_TIMEOUT if process.local_world_size == ranks else _TIMEOUT
             try:
-                self.store = TCPStore(host, port, ranks, process.rank == 0, timeout=start_timeout)
+                # use_libuv: that server (PyTorch 2.7) closes the connection if a message ends where its buffer ends
+                self.store = TCPStore(host, port, ranks, process.rank == 0, timeout=start_timeout, use_libuv=False)
             except DistError as error:
                 reason = str(error).splitlines()[0]
                 if re.search("timed? ?out", reason, re.IGNORECASE):

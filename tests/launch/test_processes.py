@@ -59,6 +59,35 @@ def test_a_port_in_use_is_named_as_the_reason():
             StatusBoard(ProcessInfo(0, 2, 0, "127.0.0.1", port), datetime.timedelta(seconds=1))
 
 
+def start_ranks(number, run):
+    """Start ranks that call `run` with their number and a port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=run, args=(rank, port)) for rank in range(number)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def test_a_status_of_any_length_reaches_rank_0():
+    def publish(rank, port):
+        board = StatusBoard(ProcessInfo(rank, 2, rank, "127.0.0.1", port))
+        for length in range(10_000 if rank else 0):
+            board.publish("x" * length)
+            assert board.store.check(["status_1"])  # waits until the server has read the status
+        board.wait_for_others()
+        complete = rank == 1 or board.read() == {1: "x" * 9_999}
+        board.barrier()
+        os._exit(0 if complete else 1)
+
+    ranks = start_ranks(2, publish)
+    ranks[1].join(60)
+    ranks[0].kill() if ranks[1].exitcode else ranks[0].join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
 def test_a_rank_that_fails_at_the_end_leaves_the_others_their_status(monkeypatch):
     sleep = time.sleep
 
@@ -68,13 +97,7 @@ def test_a_rank_that_fails_at_the_end_leaves_the_others_their_status(monkeypatch
         board.barrier()
         os._exit(75 if rank == 1 else 0)
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=finish, args=(rank, port)) for rank in range(3)]
-    for rank in ranks:
-        rank.start()
+    ranks = start_ranks(3, finish)
     ranks[1].join(60)
     for rank in ranks:
         rank.terminate()  # as the launcher does as soon as one rank has failed
