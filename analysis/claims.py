@@ -98,13 +98,26 @@ class Finding:
         statement = self.comparison.statements["pooled"]
         if statement.verdict in ("dominates", self.claim.verdict):
             return "holds"
-        needed = 0.0 if self.claim.strict else -self.comparison.margin
-        return "contradicted" if statement.worst["upper"] < needed else "undecided"
+        return "contradicted" if statement.worst["upper"] < self._bound else "undecided"
 
     @property
-    def replicates(self) -> int | None:
+    def _bound(self) -> float:
+        return 0.0 if self.claim.strict else -self.comparison.margin
+
+    @property
+    def confirming(self) -> int | None:
         """Replicates per arm that would confirm the claim; see `difference.replicates_needed`."""
         return self.comparison.replicates[self.claim.verdict]
+
+    @property
+    def contradicting(self) -> int | None:
+        """Replicates per arm that would contradict the claim; None if some would confirm it."""
+        return self.comparison.statements["pooled"].replicates_below(self._bound, self.comparison.confidence)
+
+    @property
+    def deciding(self) -> int | None:
+        """Replicates per arm that would confirm or contradict the claim."""
+        return self.confirming or self.contradicting
 
     @property
     def detail(self) -> str:
@@ -117,9 +130,8 @@ class Finding:
         n = min(self.comparison.n)
         if n >= MIN_REPLICATES or self.outcome in ("holds", "contradicted"):
             return ""
-        needed = (
-            f"about {self.replicates}" if (self.replicates or 0) > MIN_REPLICATES else f"{MIN_REPLICATES + 1} or more"
-        )
+        number = self.deciding or 0
+        needed = f"about {number}" if number > MIN_REPLICATES else f"{MIN_REPLICATES + 1} or more"
         return f"n = {n} is too small to decide; run {needed} replicates per arm"
 
     @property
@@ -136,9 +148,14 @@ class Finding:
             text += f"; better in {_percent(found.improvement)} of replicates"
         counts = f"n = {found.n[0]}" if found.n[0] == found.n[1] else f"n = {found.n[0]} and {found.n[1]}"
         if self.outcome == "undecided":
-            more = f"about {self.replicates} would show it" if self.replicates else "more would not show it"
-            return f"{text}; {counts}, {more}"
+            return f"{text}; {counts}, {self._outlook}"
         return f"{text}; {counts}"
+
+    @property
+    def _outlook(self) -> str:
+        if self.confirming:
+            return f"about {self.confirming} would show it"
+        return f"about {self.contradicting} would contradict it" if self.contradicting else "more would not decide it"
 
     @property
     def brief(self) -> str:
@@ -248,16 +265,16 @@ def summarize(family: Family, findings: Sequence[Finding]) -> list[str]:
 
 
 def affordable_replicates(findings: Sequence[Finding]) -> tuple[int, int] | None:
-    """Replicates per arm that would confirm undecided claims, and how many: all that need at most four times as many.
+    """Replicates per arm that would decide undecided claims, and how many: all that need at most four times as many.
 
     Returns:
-        If none needs so few, those for the one that needs the fewest; None if more replicates confirm no claim.
+        If none needs so few, those for the one that needs the fewest; None if more replicates decide no claim.
     """
-    undecided = [finding for finding in findings if finding.outcome == "undecided" and finding.replicates]
-    needed = sorted(finding.replicates for finding in undecided)
+    undecided = [finding for finding in findings if finding.outcome == "undecided" and finding.deciding]
+    needed = sorted(finding.deciding for finding in undecided)
     if not needed:
         return None
-    few = [each.replicates for each in undecided if each.replicates <= 4 * min(each.comparison.n)]
+    few = [each.deciding for each in undecided if each.deciding <= 4 * min(each.comparison.n)]
     number = max(few, default=needed[0])
     return number, sum(each <= number for each in needed)
 
@@ -385,7 +402,7 @@ def _row(finding: Finding) -> list[str]:
     row += [f"{area.difference:+.2f}", dominance.interval(area.lower, area.upper)]
     if finding.outcome == "holds":
         return [*row, "", ""]
-    return [*row, f"{statement.holds_at_margin:.2f}", str(finding.replicates or "none")]
+    return [*row, f"{statement.holds_at_margin:.2f}", str(finding.confirming or "none")]
 
 
 def _also(comparison: Comparison) -> str:

@@ -96,6 +96,13 @@ class Statement:
         gaps = {"dominates": mean, "weakly dominates": mean + margin, "dominated": -mean}
         return {name: replicates_needed(self.difference, gap, confidence) for name, gap in gaps.items()}
 
+    def replicates_below(self, bound: float, confidence: float) -> int | None:
+        """Number of replicates per arm needed for a simultaneous interval of the worst level below a bound."""
+        worst = [int(self.difference.mean.argmin())]
+        mean, variance = self.difference.mean[worst], self.difference.variance[worst]
+        alone = dataclasses.replace(self.difference, mean=mean, variance=variance)
+        return replicates_needed(alone, bound - mean, _simultaneous(confidence, len(self.levels)))
+
     def __repr__(self) -> str:
         return f"Statement({self.verdict}, {len(self.levels)} levels, worst {self.worst['difference']:+.2f} points)"
 
@@ -291,7 +298,7 @@ def _statement(
             "verdict": by_level,
         }
     )
-    simultaneous = bounds(difference.mean, difference.variance, difference.df, 1 - (1 - confidence) / (2 * len(table)))
+    simultaneous = bounds(difference.mean, difference.variance, difference.df, _simultaneous(confidence, len(table)))
     worst = int(difference.mean.argmin())
     row = {key: table[key].iloc[worst] for key in ("level", "weights_remaining_percent", "difference")}
     return Statement(
@@ -303,6 +310,11 @@ def _statement(
         float(np.maximum(-lower, 0).max()),
         difference,
     )
+
+
+def _simultaneous(confidence: float, levels: int) -> float:
+    """Confidence of each bound of a two-sided interval that holds for all levels at once (Bonferroni)."""
+    return 1 - (1 - confidence) / (2 * levels)
 
 
 def interval(lower: float, upper: float) -> str:

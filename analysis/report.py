@@ -131,7 +131,7 @@ def write(
 def write_run_reports(runs: Sequence[run_directory.RunDirectory], command: str, ranks: int) -> None:
     """Writes one report for each experiment of some runs, next to their directories, and prints verdicts and paths.
 
-    Below the verdicts it prints the command that would confirm more of the claims, and about how long it takes. An
+    Below the verdicts it prints the command that would decide more of the claims, and about how long it takes. An
     error is printed but not raised: training has finished, and the report can be written later.
 
     Args:
@@ -158,13 +158,13 @@ def _write_run_report(folder: Path, experiment: str) -> Report | None:
 
 
 def describe_more(runs: Sequence[run_directory.RunDirectory], number: int, count: int, command: str, ranks: int) -> str:
-    """Says how many replicates would confirm some undecided claims, in about how many minutes, and by which command."""
+    """Says how many replicates would decide some undecided claims, in about how many minutes, and by which command."""
     stack = math.lcm(*(run.config.stack for run in runs))
     number = math.ceil(number / stack) * stack
     more = [max(0, number - len(run.replicates())) * results.seconds_per_replicate(run) for run in runs]
     minutes = math.ceil(sum(more) / ranks / 60)
     would = f"{count} undecided claim{'s' * (count > 1)} if the differences stay as they are"
-    return f"replicates={number} would confirm {would}, in about {minutes} min: {command} replicates={number}"
+    return f"replicates={number} would decide {would}, in about {minutes} min: {command} replicates={number}"
 
 
 def file_name(experiment: str) -> str:

@@ -23,20 +23,29 @@ def test_claim_holds_only_with_its_own_verdict():
     assert (found.outcome, found.comparison.verdict) == ("holds", "dominates")
     found = find(paper.CIFAR10, "all at t* dominates all at t*/2")
     assert (found.outcome, found.comparison.verdict) == ("undecided", "weakly dominates")
-    assert 4 < found.replicates < 50
+    assert 4 < found.confirming < 50
 
 
-def test_replicates_to_run_next_confirm_what_few_do_or_else_the_nearest_claim():
+def test_replicates_to_run_next_decide_what_few_do_or_else_the_nearest_claim():
     frame = collect.published()
     curves = arms.curves_by_arm(frame[frame.dataset == "cifar10"])
     findings = claims.evaluate(paper.CIFAR10, curves, *SETTINGS)
-    needed = sorted(each.replicates for each in findings if each.outcome == "undecided" and each.replicates)
+    needed = sorted(each.deciding for each in findings if each.outcome == "undecided" and each.deciding)
     few = [number for number in needed if number <= 16]
     assert 0 < len(few) < len(needed), "n = 4"
     assert claims.affordable_replicates(findings) == (few[-1], len(few))
-    many = [each for each in findings if each.outcome == "undecided" and (each.replicates or 0) > 16]
-    assert claims.affordable_replicates(many) == (min(each.replicates for each in many), 1)
+    many = [each for each in findings if each.outcome == "undecided" and (each.deciding or 0) > 16]
+    assert claims.affordable_replicates(many) == (min(each.deciding for each in many), 1)
     assert claims.affordable_replicates([each for each in findings if each.outcome == "holds"]) is None
+
+
+def test_an_undecided_claim_says_how_many_replicates_would_show_or_contradict_it():
+    found = find(paper.CIFAR10, "all at t* dominates all at t*/2")
+    assert found.brief.endswith(f"n = 4, about {found.confirming} would show it") and found.contradicting is None
+    found = find(paper.CIFAR100, "easy at t*/2 matches all at t*")
+    assert found.brief.endswith(f"n = 4, about {found.contradicting} would contradict it") and found.confirming is None
+    found = find(paper.NOISE_50, "all at t* dominates all at t*/2")
+    assert found.brief.endswith("n = 4, more would not decide it") and found.deciding is None
 
 
 def test_the_headline_is_about_the_arms_of_the_claims_and_not_about_other_arms():

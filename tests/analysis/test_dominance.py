@@ -188,6 +188,18 @@ def test_the_simultaneous_interval_of_the_worst_level_is_wider():
     assert statement.worst["lower"] < row.lower and statement.worst["upper"] > row.upper
 
 
+@given(st.floats(-0.5, 0.5))
+def test_as_many_replicates_as_are_needed_below_a_bound_put_the_worst_level_below_it(bound):
+    ours, theirs = noise(4), noise(4, seed=1)
+    worst = compare(curve(ours), curve(theirs)).statements["per_level"]
+    needed = worst.replicates_below(bound, 0.95)
+    if needed is None:
+        assert worst.worst["difference"] > bound - 0.03, "so close that 1,000 replicates are not enough"
+    else:
+        ours, theirs = (np.tile(part, (-(-needed // 4), 1)) for part in (ours, theirs))
+        assert compare(curve(ours), curve(theirs)).statements["per_level"].worst["upper"] < bound
+
+
 COMMAND = ["--published", "--dataset", "cifar10", "--challenger", "easy:size=12800,steps=200"]
 
 

@@ -272,6 +272,6 @@ def test_the_next_command_has_whole_blocks_and_the_time_of_the_replicates_that_i
     line = report.describe_more([run, run], asked, 2, "composer -n 2 a.py", 2)
     minutes = 5 * (stacked - 4)
     assert line == (
-        f"replicates={stacked} would confirm 2 undecided claims if the differences stay as they are, in about {minutes} min: "
+        f"replicates={stacked} would decide 2 undecided claims if the differences stay as they are, in about {minutes} min: "
         f"composer -n 2 a.py replicates={stacked}"
     )

@@ -79,7 +79,8 @@ class Process:
 
     def __init__(self, command, folder=None, fault=None):
         self.args = [str(part) for part in command]
-        self._files = Path(tempfile.mkdtemp())
+        self._folder = tempfile.TemporaryDirectory()  # deleted with this object
+        self._files = Path(self._folder.name)
         self.returncode = None
         self.pid = server().ask(
             start=self.args,
