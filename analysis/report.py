@@ -37,6 +37,7 @@ from lth_diet.launch import results
 from lth_diet.program import run_program
 from lth_diet.runs import environment, run_directory
 from lth_diet.runs.config_directory import read_config
+from lth_diet.runs.instability_directory import InstabilityDirectory
 from lth_diet.tracking.mlflow_store import failure_reason
 from lth_diet.tracking.mlflow_store import tracking_uri as default_tracking_uri
 
@@ -147,6 +148,14 @@ def write_run_reports(runs: Sequence[run_directory.RunDirectory], command: str, 
             if found := claims.affordable_replicates(mine):
                 print(f"  {describe_more(runs, *found, command, ranks)}")
             print(f"report: {report.path.resolve()}", flush=True)
+
+
+def update_run_reports(analyses: Sequence[InstabilityDirectory]) -> None:
+    """Writes the reports of the experiments of instability analyses again, if they exist, and prints their paths."""
+    for folder, experiment in dict.fromkeys((each.path.parents[1], each.config.experiment_name) for each in analyses):
+        path = folder / file_name(experiment)
+        if path.exists() and _write_run_report(folder, experiment):
+            print(f"report: {path.resolve()}", flush=True)
 
 
 def _write_run_report(folder: Path, experiment: str) -> Report | None:

@@ -10,10 +10,13 @@ python recipes/instability.py -f yamls/digits_all.yaml steps=[0,40] --plan
                                                                 print what exists and what would run, and exit
 
 Keys: those of the arm, steps (1 to 20 steps, less than train.steps), copies (2 to 16, default 2) and level (default 0,
-dense). Rerun the same command to resume, or with other steps to add them. The figure is runs/instability/barriers.png.
+dense). Rerun the same command to resume, or with other steps to add them. The figure is runs/instability/barriers.png;
+a report of the experiment that exists is updated.
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lth_diet.program import run_program
@@ -41,6 +44,10 @@ def draw(runs: "Sequence[InstabilityDirectory]", command: str, ranks: int) -> No
         path = runs[0].path.parent / "barriers.png"
         barrier_curves(curves, f"{config.dataset.name}, {config.model_name}").savefig(path)
         print(f"figure: {path}", flush=True)
+    sys.path.append(str(Path(__file__).parents[1]))  # of analysis, where only lth_diet is installed
+    from analysis.report import update_run_reports  # slow (MLflow): imported after the input is validated
+
+    update_run_reports(runs)
 
 
 if __name__ == "__main__":

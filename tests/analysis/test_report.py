@@ -21,7 +21,9 @@ from PIL import Image
 
 from analysis import report
 from lth_diet.config import loading
+from lth_diet.config.instability import load_instability
 from lth_diet.config.run_ids import run_id
+from lth_diet.runs.instability_directory import InstabilityDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory, RunDirectory
 from lth_diet.tracking import mlflow_store, sync
 
@@ -255,6 +257,17 @@ def test_a_subset_that_lacks_classes_is_a_line_of_the_report(record, content, re
     sync.sync_replicate(run.replicate(0))
     line = f"note: {run.path.name}: no example of 3 among the 9 easiest examples; see pretrain.subset.class_balanced"
     assert (line in report.write(mlflow_store.tracking_uri(), "tiny", report.Path("report.html")).verdicts) == reported
+
+
+def test_a_report_that_exists_is_updated_after_an_instability_analysis(record, tiny, capsys):
+    record("init", {0: [89.0, 88.0], 1: [90.0, 89.0]})
+    analysis = InstabilityDirectory(load_instability(tiny("all"), ["steps=[0]", "experiment=tiny"]))
+    path = Path("runs/tiny.html")
+    report.update_run_reports([analysis])
+    assert not path.exists() and capsys.readouterr().out == ""
+    path.write_text("old")
+    report.update_run_reports([analysis, analysis])
+    assert path.read_text().startswith("<!doctype html>") and capsys.readouterr().out == f"report: {path.resolve()}\n"
 
 
 @pytest.mark.parametrize(("asked", "stacked"), [(5, 5), (8, 8), (9, 12)])
