@@ -55,7 +55,7 @@ class Arm:
 
     def __str__(self) -> str:
         """Readable name, such as `random 256, t_r = 20, 10 % noise`."""
-        name = describe_arm(self.name, self.subset_size, self.rewind_steps, self.label_noise, class_balanced=False)
+        name = describe_arm(self.name, self.subset_size, self.rewind_steps, self.label_noise)
         settings = describe_settings(self.details + self.setup)
         return name + settings + (f" ({self.run_id})" if self.run_id else "")
 

@@ -122,7 +122,8 @@ def collect_analyses(client: MlflowClient, experiments: list[str]) -> list[Analy
 def _label(identity: Identity) -> str:
     size, noise = identity.get("pretrain.subset.size"), float(identity.get("pretrain.label_noise", 0))
     balanced = identity.get("pretrain.subset.class_balanced") == "true"
-    name = describe_arm(identity.get("arm", ""), None if size is None else int(size), 0, noise, balanced)
+    offset = int(identity.get("pretrain.subset.offset", 0))
+    name = describe_arm(identity.get("arm", ""), None if size is None else int(size), 0, noise, balanced, offset)
     return name.replace(", t_r = 0", "")
 
 

@@ -200,9 +200,10 @@ class Config(Section):
 
     @property
     def arm_description(self) -> str:
-        """Description of the arm, such as `easy 2048, t_r = 200, 10 % noise, balanced`."""
-        balanced = self.arm in ("easy", "hard") and self.pretrain.subset.class_balanced
-        return describe_arm(self.arm, self.subset_size, self.rewind_step, self.label_noise, balanced)
+        """Description of the arm, such as `easy 2048, t_r = 200, 10 % noise`."""
+        about, subset = (self.arm, self.subset_size, self.rewind_step, self.label_noise), self.pretrain.subset
+        by_score = (subset.class_balanced, subset.offset) if self.arm in ("easy", "hard") else ()
+        return describe_arm(*about, *by_score)
 
     @property
     def model_name(self) -> str:
@@ -225,8 +226,10 @@ class Config(Section):
         return self.arm in ("easy", "hard")
 
 
-def describe_arm(arm: str, size: int | None, rewind_step: int, label_noise: float, class_balanced: bool) -> str:
-    """Describe an arm, such as `easy 2048, t_r = 200, 10 % noise, balanced`.
+def describe_arm(
+    arm: str, size: int | None, rewind_step: int, label_noise: float, class_balanced: bool = False, offset: int = 0
+) -> str:
+    """Describe an arm, such as `easy 2048, t_r = 200, 10 % noise, balanced, offset = 100`.
 
     Args:
         arm: Name of the arm.
@@ -234,8 +237,10 @@ def describe_arm(arm: str, size: int | None, rewind_step: int, label_noise: floa
         rewind_step: Rewind step t_r.
         label_noise: Fraction of resampled labels, 0 to 1.
         class_balanced: Whether an easy or hard subset has equally many examples of each class.
+        offset: Number of easiest or hardest examples that the subset skips.
     """
     subset = f" {size}" if size is not None else ""
     steps = f", t_r = {rewind_step}" if arm != "init" else ""
     noise = f", {100 * label_noise:g} % noise" if label_noise else ""
-    return f"{arm}{subset}{steps}{noise}{', balanced' * class_balanced}"
+    skipped = f", offset = {offset}" if offset else ""
+    return f"{arm}{subset}{steps}{noise}{', balanced' * class_balanced}{skipped}"

@@ -245,8 +245,8 @@ class _ReplicateSync(_Sync):
         tags, key_tags = {"replicate": replicate.index, "phase": "all"}, ("run_id", "replicate", "phase")
         super().__init__(run, f"{run.name}/{replicate.name}", keys, tags, key_tags)
         about = (self.config[key] for key in ("arm", "subset_size", "rewind_steps", "label_noise"))
-        balanced = bool(self.config["identity"].get("pretrain.subset.class_balanced"))
-        self.tags["arm_description"] = describe_arm(*about, balanced)
+        subset = (self.config["identity"].get(f"pretrain.subset.{key}", 0) for key in ("class_balanced", "offset"))
+        self.tags["arm_description"] = describe_arm(*about, *subset)
 
     def run(self) -> None:
         results = [phase.result() for _, phase in self.replicate.levels() if phase.done]

@@ -54,6 +54,20 @@ def test_a_replicate_is_a_parent_run_whose_steps_are_levels(run):
     assert params == {key: str(value) for key, value in replicate.run_config["identity"].items()}
 
 
+def test_arms_of_other_subsets_have_other_descriptions(tiny):
+    found = set()
+    for key in ("", "class_balanced=true", "offset=16"):
+        overrides = [f"pretrain.subset.{key}"] if key else []
+        run = RunDirectory(loading.load_config(tiny("easy"), overrides))
+        run.create()
+        finish(run.replicate(0).pretrain, 0)
+        sync.sync_replicate(run.replicate(0))
+        description = stored()[f"{run.path.name}/replicate_0"][1]["arm_description"]
+        assert description == run.config.arm_description
+        found.add(description.removeprefix("easy 128, t_r = 4"))
+    assert found == {"", ", balanced", ", offset = 16"}
+
+
 def test_a_phase_is_a_child_run_with_its_curve(run):
     replicate = run.replicate(0)
     finish(replicate.pretrain, 0)
