@@ -1,9 +1,11 @@
 """Exchange of statuses between the ranks of a launch."""
 
+import contextlib
 import datetime
 import json
 import re
 import signal
+import socket
 import time
 from typing import Any
 
@@ -12,6 +14,16 @@ from lth_diet.launch.processes import START_OR_UNSET, ProcessInfo
 
 _START_TIMEOUT = datetime.timedelta(minutes=5)  # on one machine, where all ranks wait for the same data
 _TIMEOUT = datetime.timedelta(hours=1)
+_USUAL_START = datetime.timedelta(seconds=10)  # of the ranks on one machine, one after the other
+
+
+def _wait_for_server(host: str, port: int, timeout: datetime.timedelta) -> None:
+    """Wait until rank 0 listens, at most for `timeout`: the attempts of the store are up to a second apart."""
+    end = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout.total_seconds()):
+            return
+        time.sleep(0.02)
 
 
 class StatusBoard:
@@ -34,6 +46,8 @@ class StatusBoard:
             host, port, ranks = process.address, process.port, process.world_size
             if start_timeout is None:
                 start_timeout = _START_TIMEOUT if process.local_world_size == ranks else _TIMEOUT
+            if process.rank:
+                _wait_for_server(host, port, min(_USUAL_START, start_timeout))
             try:
                 # use_libuv: that server (PyTorch 2.7) closes the connection if a message ends where its buffer ends
                 self.store = TCPStore(host, port, ranks, process.rank == 0, timeout=start_timeout, use_libuv=False)
