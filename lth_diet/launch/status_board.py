@@ -39,7 +39,7 @@ class StatusBoard:
 
     def __init__(self, process: ProcessInfo, start_timeout: datetime.timedelta | None = None):
         self.process = process
-        self._status = ""
+        self._status, self._lost = "", False
         if process.world_size > 1:
             from torch.distributed import DistError, TCPStore
 
@@ -69,10 +69,18 @@ class StatusBoard:
         return [text, *(self.store.get(f"gathered_{rank}").decode() for rank in range(1, self.process.world_size))]
 
     def publish(self, status: Any) -> None:
-        """Replace the status of this rank with a new one, any JSON value."""
+        """Replace the status of this rank with a new one, any JSON value.
+
+        Raises:
+            DistError: If rank 0 cannot be reached. Later calls do nothing, so that this rank can report it and exit.
+        """
         self._status = json.dumps(status)
-        if self.process.rank:
-            self.store.set(f"status_{self.process.rank}", self._status)
+        if self.process.rank and not self._lost:
+            try:
+                self.store.set(f"status_{self.process.rank}", self._status)
+            except Exception:
+                self._lost = True
+                raise
 
     def read(self) -> dict[int, Any]:
         """Return the status of each rank that has published one. Rank 0 only."""
@@ -107,9 +115,9 @@ class StatusBoard:
         """Wait until every rank has arrived, at the end of a launch. Rank 0, which hosts the store, leaves last.
 
         A rank that failed waits here too: the launcher terminates all ranks when one exits with an error. Every rank
-        ignores SIGTERM before the first one leaves.
+        ignores SIGTERM before the first one leaves. A rank that cannot reach rank 0 leaves at once.
         """
-        if self.process.world_size > 1:
+        if self.process.world_size > 1 and not self._lost:
             self._meet("here")
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._meet("finished")

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from helpers import COMPOSER, ROOT, check_launcher_output
+from torch.distributed import DistError
 
 from lth_diet.errors import UserError
 from lth_diet.launch.processes import LAUNCHER_VARIABLES, ProcessInfo
@@ -85,6 +86,24 @@ def test_a_status_of_any_length_reaches_rank_0():
     ranks = start_ranks(2, publish)
     ranks[1].join(60)
     ranks[0].kill() if ranks[1].exitcode else ranks[0].join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+def test_a_rank_that_loses_rank_0_reports_it_once_and_leaves():
+    def run(rank, port):
+        board = StatusBoard(ProcessInfo(rank, 2, rank, "127.0.0.1", port))
+        if rank:
+            with pytest.raises(DistError):
+                while True:
+                    board.publish("status")
+                    time.sleep(0.01)
+            board.publish("failed")
+            board.barrier()
+        os._exit(0)
+
+    ranks = start_ranks(2, run)
+    for rank in ranks:
+        rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
