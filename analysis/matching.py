@@ -125,10 +125,8 @@ def describe(found: Match) -> str:
     if cheapest is None:
         return start + f"none of {tested} arms is shown to be a matching initialization{untested}"
     count = sum(entry.matching for entry in found.entries)
-    return (
-        f"{start}{count} of {tested} arms are matching initializations; the cheapest is {cheapest.arm} "
-        f"({cheapest.cost:,.0f} examples × steps){untested}"
-    )
+    are = "are matching initializations; the cheapest is" if count > 1 else "is a matching initialization:"
+    return f"{start}{count} of {tested} arms {are} {cheapest.arm} ({cheapest.cost:,.0f} examples × steps){untested}"
 
 
 def heat_map(axes: Axes, found: Match) -> None:
@@ -204,12 +202,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         collect.write(arguments.output, lambda path: path.mkdir(parents=True, exist_ok=True))
     for path in paths:
         collect.write(path, drawn.savefig)
+    width = max((len(str(entry.arm)) for family in found for entry in family.entries), default=0)
     for family in found:
         print(describe(family))
         for entry in family.entries:
             worst = f"worst {entry.worst['difference']:+.2f} at level {entry.worst['level']}"
             also = f"  (also differs in {entry.comparison.numerical})" if entry.comparison.numerical else ""
-            print(f"  {entry.arm!s:36} {entry.cost:>14,.0f}  {entry.comparison.verdict:16}  {worst}{also}")
+            cost = "unknown" if math.isnan(entry.cost) else f"{entry.cost:,.0f}"
+            print(f"  {entry.arm!s:{width}}  {cost:>13}  {entry.comparison.verdict:16}  {worst}{also}")
     for path in paths:
         print(path)
     return 0

@@ -88,8 +88,7 @@ RUNS = {
     "python -m analysis.claims --published": "",
     "python -m analysis.claims analysis/results/digits.csv.gz": "",
     "python -m analysis.claims analysis/results/cifar10_small.csv.gz": "",
-    "python -m analysis.dominance analysis/results/cifar10_small.csv.gz --challenger easy:size=6400,steps=75,balanced=true --reference all:steps=150": "",
-    "python -m analysis.dominance analysis/results/cifar10_small.csv.gz --challenger easy:size=6400,steps=75,noise=0.5,balanced=true --reference all:steps=150,noise=0.5": "",
+    "python -m analysis.matching analysis/results/cifar10_small.csv.gz": "",
     "python recipes/sweep.py -f yamls/sweeps/cifar10_small.yaml --plan": "",
     "python recipes/sweep.py -f yamls/sweeps/cifar10_small.yaml": None,  # hours
     "python recipes/sweep.py -f yamls/sweeps/cifar10_overnight.yaml": None,  # hours
