@@ -47,7 +47,7 @@ from .claims import Claim, Finding
 from .figures import Panel, Results
 
 _MAX_MATRIX_ARMS = 10  # a larger matrix does not fit on a phone
-_MAX_VERDICT_ARMS = 6  # with more arms in a family, only the claims of the paper get a verdict each
+_MAX_VERDICT_ARMS = 6  # with more arms in a family, only the claims of the paper and matching arms get a verdict each
 _MAX_PICTURE_BYTES = 2_000_000
 _MAX_FILE_NAME = 60  # characters, of up to four bytes each
 _EXAMPLES = {
@@ -286,13 +286,13 @@ def _summary(frame: pd.DataFrame, findings: list[Finding]) -> str:
 
 
 def _other_arms(findings: list[Finding], matches: list[matching.Match]) -> list[Finding]:
-    """Tests whether other arms match all examples at t*, for families with few arms."""
+    """Other arms that match all examples at t*; those of families with few arms whether or not they do."""
     tested = [{f.comparison.challenger, f.comparison.reference} for f in findings if f.comparison]
     return [
         Finding(Claim(f"{entry.arm} matches all at t*", entry.arm.name, "full", False), match.family, entry.comparison)
         for match in matches
-        if len(match.entries) <= _MAX_VERDICT_ARMS
         for entry in match.entries
+        if entry.matching or len(match.entries) <= _MAX_VERDICT_ARMS
         if entry.arm.name != "init" and {entry.arm, entry.comparison.reference} not in tested
     ]
 
