@@ -111,6 +111,11 @@ class Curve:
     def levels(self) -> list[int]:
         return self.summary.index.tolist()
 
+    @property
+    def finished_levels(self) -> list[int]:
+        """Levels that at least half of the replicates have finished; one that is ahead of the others adds none."""
+        return self.summary.index[2 * self.summary.n >= self.summary.n.max()].tolist()
+
 
 def curves_by_arm(frame: pd.DataFrame) -> dict[Arm, Curve]:
     """Groups the results of one data set by arm.
@@ -215,7 +220,7 @@ def find(spec: str, arms: Iterable[Arm]) -> Arm:
         UserError: If the specification is malformed, or matches no arm or several.
     """
     name, _, rest = spec.partition(":")
-    wanted, settings = {}, {}
+    wanted, settings, given = {}, {}, set()
     long = {short: key for key, short in _SHORT.items()}
     for part in re.split(r",(?![^[]*\])", rest) if rest else ():
         key, equals, value = part.partition("=")
@@ -225,6 +230,9 @@ def find(spec: str, arms: Iterable[Arm]) -> Arm:
                 f"{spec!r}: {part!r} is not <key>=<value> with a key of {keys} or a key of a configuration, as in "
                 f"{_EXAMPLE} and all:steps=400,train.lr=0.1"
             )
+        if key in given:
+            raise UserError(f"{spec!r}: {key} is given twice")
+        given.add(key)
         if key in _FIELDS:
             wanted[_FIELDS[key]] = value if key == "run_id" else _number(spec, key, value)
         else:
@@ -282,7 +290,7 @@ def _number(spec: str, key: str, value: str) -> float:
         number = float(value)
     except ValueError:
         number = math.nan
-    if not number >= 0 or (key != "noise" and number != int(number)):
+    if not 0 <= number < math.inf or (key != "noise" and number != int(number)):
         kind = "a number" if key == "noise" else "a whole number"
         raise UserError(f"{spec!r}: {key} = {value!r}: must be {kind} of at least 0, as in {_EXAMPLE}")
     return number

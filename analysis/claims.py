@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lth_diet.errors import Parser, UserError
@@ -164,8 +165,8 @@ class Finding:
 
     @property
     def also(self) -> str:
-        """Numerical settings in which the arms differ; empty if there are none."""
-        return f"; the arms also differ in {self.comparison.numerical}" if self.comparison.numerical else ""
+        """What limits the comparison, such as levels and replicates that were left out; empty if nothing does."""
+        return "".join(f"; {note}" for note in self.comparison.notes)
 
     @property
     def sentence(self) -> str:
@@ -182,13 +183,6 @@ class Finding:
             f"{_short(levels.weights_remaining_percent.min())} % of weights, the claim that {self.claim.text} "
             f"{_OUTCOMES[self.outcome]} (moderated t test at each level, margin {found.margin:g} points)."
         )
-
-    def describe(self) -> str:
-        """Describes the claim, its outcome and the comparison."""
-        if self.comparison is None:
-            return f"{self.family}: {self.claim.text}: not tested: {self.reason}"
-        also = f". The arms also differ in {self.comparison.numerical}" if self.comparison.numerical else ""
-        return f"{self.family}: {self.claim.text}: {self.outcome}. {self.detail}{also}"
 
 
 def interval_at_last_level(comparison: Comparison) -> tuple[float, float, Any]:
@@ -376,6 +370,8 @@ def table(frame: pd.DataFrame, margin: float | None, levels: tuple[int, int] | N
                 dense[family] = ["-" if weights is None else f"to {weights:.1f} %" for weights in kept]
             except UserError as error:
                 dense[family] = [f"not tested: {error}", ""]
+    if not findings:
+        raise UserError("these results have no arm with pre-training, so there is no claim to test")
     order = [family for family in paper.FAMILIES if family in dense]
     order += [family for family in dense if family not in order]
     findings.sort(key=lambda finding: (CLAIMS.index(finding.claim), order.index(finding.family)))
@@ -395,18 +391,16 @@ def _row(finding: Finding) -> list[str]:
     worst, (area,) = statement.worst, finding.comparison.statements["mean"].levels.itertuples()
     row = [
         *start,
-        f"**{finding.outcome}**{_also(finding.comparison)}",
+        f"**{finding.outcome}**{finding.also}",
         f"{worst['difference']:+.2f}",
         f"{worst['weights_remaining_percent']:.1f}",
     ]
     row += [f"{area.difference:+.2f}", dominance.interval(area.lower, area.upper)]
     if finding.outcome == "holds":
         return [*row, "", ""]
+    if np.isnan(statement.holds_at_margin):
+        return [*row, "unknown", "unknown"]
     return [*row, f"{statement.holds_at_margin:.2f}", str(finding.confirming or "none")]
-
-
-def _also(comparison: Comparison) -> str:
-    return f", with {comparison.numerical}" if comparison.numerical else ""
 
 
 def _markdown(head: list[str], rows: list[list[str]], text_columns: int) -> str:

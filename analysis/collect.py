@@ -180,13 +180,12 @@ def load(path: str | Path) -> pd.DataFrame:
         UserError: If the file cannot be read or a value is invalid; names the file, row, column and value.
     """
     try:
+        _reject_delimiter(path, pd.read_csv(path, nrows=0).columns)
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=["", "nan", "NaN", "NA"])
-    except (OSError, ValueError) as error:  # pandas raises ValueErrors for malformed text
-        reason = error.strerror if isinstance(error, OSError) else "not a CSV table"
+    except (OSError, EOFError, ValueError) as error:  # pandas raises ValueErrors for malformed text
         raise UserError(
-            f"{path} cannot be read: {reason}; expected a CSV file written by python -m analysis.collect"
+            f"{path} cannot be read: {_reason(error)}; expected a CSV file written by python -m analysis.collect"
         ) from None
-    _reject_delimiter(path, frame.columns)
     columns = SUMMARY if {"mean", "sd"} <= set(frame.columns) else COLUMNS
     needed = [name for name in columns if name not in OPTIONAL]
     missing = [name for name in needed if name not in frame]
@@ -200,6 +199,14 @@ def load(path: str | Path) -> pd.DataFrame:
         raise UserError(f"{path}: row {row + 1}: {problems[row]}")
     _reject_fractions(path, typed)
     return _sorted(typed, str(path))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError | EOFError):  # EOFError: of a compressed file that was cut off
+        return getattr(error, "strerror", None) or str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return "not text in UTF-8"
+    return "no columns" if isinstance(error, pd.errors.EmptyDataError) else "not a CSV table"
 
 
 def _reject_delimiter(path: str | Path, columns: Sequence[str]) -> None:
@@ -455,7 +462,8 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     try:
         writer(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; expected a path in an existing folder") from None
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be written: {reason}; expected a path in an existing folder") from None
 
 
 if __name__ == "__main__":

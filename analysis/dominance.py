@@ -19,9 +19,10 @@ pooled      The spread follows a smooth trend over the levels with scatter aroun
 mean        Tests the mean difference over the levels, the area between the curves. It assumes nothing if the replicates
             are known, and makes no claim about any single level.
 
-Replicates are paired if both arms have the same seed and replicate number. The published curves have no individual
-replicates: they are compared with Welch's test, assuming perfect correlation between the levels of a replicate where
-it matters, which is the conservative case.
+Replicates are paired by seed and number, if at least half of those of the smaller arm have a partner. Levels that fewer
+than half of an arm's replicates have finished are not tested. The published curves have no individual replicates: they
+are compared with Welch's test, assuming perfect correlation between the levels of a replicate where it matters, which
+is the conservative case.
 """
 
 import argparse
@@ -120,7 +121,6 @@ class Comparison:
         confidence: Confidence of each one-sided test.
         statements: Results of the tests per_level, pooled and mean.
         notes: Remarks for the reader, such as replicates that were excluded.
-        numerical: Numerical settings in which the arms differ, such as `threads = 1 and 2`.
         improvement: Probability that a replicate of the challenger beats one of the reference, with its interval, see
             `difference.probability_of_improvement`; None for published curves.
     """
@@ -133,7 +133,6 @@ class Comparison:
     confidence: float
     statements: dict[str, Statement]
     notes: list[str]
-    numerical: str = ""
     improvement: tuple[float, float, float] | None = None
 
     def __repr__(self) -> str:
@@ -213,14 +212,14 @@ def compare(
     forbidden, numerical = identities.differences(ours.identity, theirs.identity)
     if forbidden:
         raise UserError(f"{challenger} and {reference} cannot be compared: they differ in {forbidden}")
-    common = [level for level in ours.levels if level in theirs.levels and levels[0] <= level <= levels[1]]
+    first, last = levels
+    common = [level for level in ours.finished_levels if level in theirs.finished_levels and first <= level <= last]
     if not common:
         available = " and ".join(
-            f"{min(c.levels)} to {max(c.levels)} ({arm})" for arm, c in ((challenger, ours), (reference, theirs))
+            f"{collect.format_levels(c.finished_levels)} ({arm})"
+            for arm, c in ((challenger, ours), (reference, theirs))
         )
-        raise UserError(
-            f"levels {levels[0]} to {levels[1]}: the arms have none in common; the results have levels {available}"
-        )
+        raise UserError(f"levels {first} to {last}: the arms have none in common; the results have levels {available}")
     difference, notes, improvement = _difference(ours, theirs, common, confidence)
     if numerical:
         notes.append(f"the arms also differ in {numerical}")
@@ -239,8 +238,9 @@ def compare(
     }
     if (statements["pooled"].levels.upper < 0).all() and statements["pooled"].verdict == "weakly dominates":
         notes.append("worse at every level, but by less than the margin")
-    if common != list(range(levels[0], levels[1] + 1)):
-        notes.append(f"levels {levels[0]} to {levels[1]} requested; both arms have {collect.format_levels(common)}")
+    if common != list(range(first, last + 1)):
+        which = f"level{'s' * (len(common) > 1)} {collect.format_levels(common)}"
+        notes.append(f"tested at {which} of {first} to {last} only")
     return Comparison(
         challenger,
         reference,
@@ -250,7 +250,6 @@ def compare(
         confidence,
         statements,
         notes,
-        numerical,
         improvement,
     )
 
@@ -258,7 +257,10 @@ def compare(
 def _difference(
     ours: Curve, theirs: Curve, levels: list[int], confidence: float
 ) -> tuple[Difference, list[str], tuple[float, float, float] | None]:
-    """Paired if two or more replicates can be paired; replicates that lack a level are excluded."""
+    """Paired if two or more replicates, and half of those of the smaller arm, have a partner.
+
+    Replicates that lack a level are excluded, and so are those without a partner if the others are paired.
+    """
     if ours.values is None or theirs.values is None:
         rows = [curve.summary.loc[levels] for curve in (ours, theirs)]
         n = tuple(int(part.n.min()) for part in rows)
@@ -271,7 +273,7 @@ def _difference(
         if len(part) < len(curve.values)
     ]
     pairs = complete[0].index.intersection(complete[1].index)
-    if len(pairs) > 1:
+    if len(pairs) > 1 and 2 * len(pairs) >= min(map(len, complete)):
         unpaired = len(complete[0]) + len(complete[1]) - 2 * len(pairs)
         if unpaired:
             notes.append(f"{unpaired} replicates excluded because they have no partner with the same seed and number")
@@ -387,6 +389,15 @@ def matrix(curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], con
     return cells
 
 
+def _describe_missing_levels(curves: dict[Arm, Curve], levels: tuple[int, int]) -> list[str]:
+    missing = {arm: sorted(set(range(levels[0], levels[1] + 1)) - set(c.finished_levels)) for arm, c in curves.items()}
+    return [
+        f"{arm} is compared without level{'s' * (len(lacking) > 1)} {collect.format_levels(lacking)}"
+        for arm, lacking in missing.items()
+        if lacking
+    ]
+
+
 SYMBOLS = {"dominates": ">", "weakly dominates": "≥", "dominated": "<", "undecided": "·", "": " "}
 
 
@@ -482,6 +493,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.all_pairs:
         margin, levels = paper.test_range(dataset, curves, None, arguments.margin, arguments.levels)
         cells = matrix(curves, margin, levels, arguments.confidence)
+        if (cells == "").all(axis=None):
+            raise UserError(f"levels {levels[0]} to {levels[1]}: no two arms can be compared")
+        about_arms += _describe_missing_levels(curves, levels)
         if arguments.json:
             print(json.dumps(about | {"verdicts": cells.T.to_dict(), "notes": about_arms}, indent=2))
         else:

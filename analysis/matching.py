@@ -194,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     dominance.check_test_arguments(arguments)
     frame = collect.select(dominance.load_results(arguments), arguments.dataset, arguments.model)
     found = match_all(figures.results_by_dataset(frame), arguments.margin, arguments.levels, arguments.confidence)
+    if not found:
+        raise UserError("these results have no arm with pre-training, so there is nothing to test")
     drawable = [entry for entry in found if _rows(entry)]
     suffixes = ("svg", "png") if arguments.output and drawable else ()
     paths = [arguments.output / f"matching.{suffix}" for suffix in suffixes]
@@ -207,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe(family))
         for entry in family.entries:
             worst = f"worst {entry.worst['difference']:+.2f} at level {entry.worst['level']}"
-            also = f"  (also differs in {entry.comparison.numerical})" if entry.comparison.numerical else ""
+            also = "".join(f"; {note}" for note in entry.comparison.notes)
             cost = "unknown" if math.isnan(entry.cost) else f"{entry.cost:,.0f}"
             print(f"  {entry.arm!s:{width}}  {cost:>13}  {entry.comparison.verdict:16}  {worst}{also}")
     for path in paths:

@@ -268,7 +268,7 @@ def describe_other_settings(dataset: str, curves: Mapping[Arm, Curve]) -> list[s
                 f"its t*, margin of {nearest.margin:g} points and levels are used all the same"
                 if known
                 else f"t* is read from these arms, and the margin of {MARGIN:g} points and levels {LEVELS[0]} to "
-                f"{LEVELS[1]} are the paper's; choose others with --margin and --levels"
+                f"{LEVELS[1]} are the paper's; python -m analysis.report takes others, --margin and --levels"
             )
             found.setdefault(f"not the settings of {nearest}: {text}; {instead}", []).append(str(arm))
     return [f"{'; '.join(names)}: {sentence}" for sentence, names in found.items()]

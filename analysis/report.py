@@ -529,6 +529,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     dominance.check_test_arguments(arguments)
     settings = arguments.margin, arguments.levels, arguments.confidence
+    if arguments.published and (arguments.experiment or arguments.dataset or arguments.model):
+        raise UserError("--published reports all published curves; leave out --experiment, --dataset and --model")
     if arguments.published:
         report = write_published(arguments.output, *settings)
     else:

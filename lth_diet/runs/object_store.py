@@ -157,9 +157,14 @@ def pull(url: str, folder: Path) -> int:
 
     Returns:
         Number of files.
+
+    Raises:
+        UserError: If there are none.
     """
     store = ObjectStore(url.rstrip("/"))
     objects = {name: found for name, (found, _) in current_objects(store.list("")).items() if is_safe_name(name)}
+    if not objects:
+        raise UserError(f"{url}: no files; expected the runs of a training, such as s3://bucket/runs")
     for name in sorted(objects, key=lambda name: (name.endswith(MANIFESTS), name)):
         store.download(objects[name], folder / name)
     return len(objects)

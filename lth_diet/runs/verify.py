@@ -44,10 +44,14 @@ def _verify_replicate(path: Path) -> Iterator[tuple[Path, str]]:
     phases = replicate.phases()
     for number, phase in enumerate(phases):
         if isinstance(replicate, InstabilityReplicate):
-            later = ", ".join(map(str, replicate.computed_from(phase)))
+            later, is_lost = ", ".join(map(str, replicate.computed_from(phase))), False
         else:
             later = ", ".join(str(following.path) for following in phases[number:])
-        yield from _verify_phase(phase, f"delete {later}, then rerun the training command to recompute them")
+            is_lost = not phase.done and any(following.done for following in phases[number:])
+        remedy = f"delete {later}, then rerun the training command to recompute them"
+        if is_lost:
+            yield phase.path / "result.json", remedy
+        yield from _verify_phase(phase, remedy)
 
 
 def _verify_phase(phase: PhaseDirectory, remedy: str) -> Iterator[tuple[Path, str]]:

@@ -42,6 +42,8 @@ def test_unneeded_keys_may_be_omitted_and_noise_defaults_to_zero():
             "'step=200' is not <key>=<value> with a key of size, steps, noise, run_id, balanced, offset or a key of a",
         ),
         ("all:steps=many", "steps = 'many': must be a whole number of at least 0"),
+        ("all:steps=inf", "steps = 'inf': must be a whole number of at least 0"),
+        ("all:steps=40,steps=20", "steps is given twice"),
         ("all:steps=2.5", "steps = '2.5': must be a whole number of at least 0"),
         ("all:noise=-1", "noise = '-1': must be a number of at least 0"),
         ("all:steps", "'steps' is not <key>=<value>"),

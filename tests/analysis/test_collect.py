@@ -1,5 +1,7 @@
+import gzip
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -103,9 +105,16 @@ def test_error_names_the_missing_column(place, column):
 def test_file_that_is_not_a_table_is_rejected(place):
     with pytest.raises(UserError, match=r"nowhere\.csv cannot be read: No such file"):
         collect.load("nowhere.csv")
-    (place / "empty.csv").write_text("")
-    with pytest.raises(UserError, match=r"empty\.csv cannot be read: not a CSV table"):
-        collect.load("empty.csv")
+    packed = gzip.compress(f"{HEADER}\n{GOOD}\n".encode())
+    for name, content, reason in (
+        ("empty.csv", b"", "no columns"),
+        ("packed.csv", packed, "not text in UTF-8"),
+        ("plain.csv.gz", HEADER.encode(), "Not a gzipped file"),
+        ("part.csv.gz", packed[:-20], "Compressed file ended"),
+    ):
+        (place / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{re.escape(name)} cannot be read: {reason}"):
+            collect.load(name)
     shutil.copy(ROOT / "docs/quickstart.png", "picture.csv")
     with pytest.raises(UserError, match=r"picture\.csv"):
         collect.load("picture.csv")

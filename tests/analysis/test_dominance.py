@@ -22,7 +22,7 @@ def curve(values, first=0, levels=LEVELS):
     table = pd.DataFrame(values, columns=list(levels))
     table.index = pd.MultiIndex.from_product([[42], range(first, first + len(table))], names=["seed", "replicate"])
     weights = 100 * 0.8 ** np.array(list(levels))
-    summary = {"weights_remaining_percent": weights, "mean": table.mean(), "sd": table.std(), "n": len(table)}
+    summary = {"weights_remaining_percent": weights, "mean": table.mean(), "sd": table.std(), "n": table.count()}
     return Curve(pd.DataFrame(summary, index=table.columns), table)
 
 
@@ -125,6 +125,21 @@ def test_a_replicate_that_lacks_a_level_is_excluded_with_a_note():
     assert found.notes[0] == "1 of 4 replicates of the challenger excluded because they lack some levels"
 
 
+def test_a_replicate_that_is_ahead_of_the_others_changes_no_verdict():
+    values = noise(4)
+    values[1:, -2:] = np.nan
+    ahead, behind = curve(values), curve(values[:, :-2], levels=LEVELS[:-2])
+    found, before = (compare(each, curve(noise(4, seed=1))) for each in (ahead, behind))
+    assert found.n == (4, 4) and found.notes == ["tested at levels 3 to 10 of 3 to 12 only"] == before.notes
+    assert found.statements["pooled"].worst == before.statements["pooled"].worst
+
+
+def test_arms_with_few_common_replicates_are_compared_without_pairs():
+    found = compare(curve(noise(8)), curve(noise(10, seed=1), first=6))
+    assert not found.paired and found.n == (8, 10)
+    assert compare(curve(noise(8)), curve(noise(10, seed=1), first=4)).n == (4, 4)
+
+
 def identity(**keys):
     return identities.normalize({"arm": "all"} | {key.replace("__", "."): value for key, value in keys.items()})
 
@@ -152,13 +167,13 @@ def test_arms_with_other_pre_training_scores_and_numerical_settings_are_compared
         dataclasses.replace(curve(noise(4)), identity=ours), dataclasses.replace(curve(noise(4)), identity=identity())
     )
     different = "parallelism = data and replicates, ranks = 4 and 1, threads = 2 and 1"
-    assert found.numerical == different and found.notes == [f"the arms also differ in {different}"]
+    assert found.notes == [f"the arms also differ in {different}"]
 
 
 def test_only_common_levels_are_compared_with_a_note():
     found = compare(curve(noise(4)), curve(noise(4)[:, :5], levels=range(3, 8)))
     assert found.statements["pooled"].levels.level.tolist() == [3, 4, 5, 6, 7]
-    assert "levels 3 to 12 requested; both arms have 3 to 7" in found.notes
+    assert "tested at levels 3 to 7 of 3 to 12 only" in found.notes
 
 
 def test_variance_is_at_least_the_rounding_variance_of_the_accuracies():

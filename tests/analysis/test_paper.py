@@ -95,7 +95,7 @@ def test_a_family_has_the_image_size_steps_batch_size_rates_and_fraction_of_its_
     key, value = overrides[0].split("=")
     ((sentence),) = sentences
     assert sentence.startswith(f"all, t_r = 200: not the settings of CIFAR-10: {key} = {value} (")
-    assert "choose others with --margin and --levels" in sentence
+    assert "takes others, --margin and --levels" in sentence
 
 
 def test_an_image_folder_is_of_a_family_only_with_the_images_of_the_family():

@@ -61,7 +61,7 @@ def test_page_has_verdicts_untested_claims_and_incomplete_replicates(experiment,
         headline,
     )
     claim = "holds: all at t* dominates init: +5.0 points at worst, at 41 % of weights; better in 100 % (100 to 100) of"
-    assert f"  {claim} replicates; n = 3" in lines
+    assert f"  {claim} replicates; n = 3; tested at levels 3, 4 of 3 to 12 only" in lines
     assert any("not tested: 6 claims (missing all, t_r = 4" in line for line in lines)
     page = written.path.read_text()
     assert page.index(headline) < page.index("<img") < page.index("all at t* dominates init") < page.index("<details")
@@ -85,6 +85,7 @@ def test_names_are_escaped_nothing_is_requested_and_invalid_input_is_one_sentenc
     assert "default-src 'none'" in page
     for arguments, sentence in (
         (["--experiment", "other"], "no experiment 'other'"),
+        (["--published", "--dataset", "digits"], "--published reports all published curves"),
         (["--margin", "-1"], "--margin = -1.0: must be 0 or more percentage points"),
         (["--tracking-uri", "sqlite:///nowhere.db"], "no MLflow store at nowhere.db"),
     ):

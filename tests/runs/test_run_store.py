@@ -156,6 +156,11 @@ def test_an_object_whose_name_leaves_its_folder_is_not_downloaded(node, monkeypa
     assert downloaded == ["fine"]
 
 
+def test_a_url_without_files_is_not_pulled(memory):
+    with pytest.raises(UserError, match="memory://bucket/nothing: no files; expected the runs of a training"):
+        object_store.pull("memory://bucket/nothing", Path("pulled"))
+
+
 def test_the_error_names_the_holder_on_another_node(node):
     with node("one").lock(0):
         for timeout in (0, 0.1):

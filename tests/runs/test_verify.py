@@ -77,6 +77,8 @@ def test_rows_of_a_suspended_process_are_found_by_verify_and_sync_and_removed_by
     run = RunDirectory(loading.load_config(tiny("init"), ["prune.levels=0"]))
     run.create()
     replicate = run.replicate(0)
+    replicate.pretrain.write("weights.safetensors", b"")
+    replicate.pretrain.finish({"steps": 0})
     phase = replicate.level(0)
     rows = [json.dumps({"step": step, "timestamp": step, "train_loss": 1 / step}) + "\n" for step in range(4, 13, 2)]
     repeated = json.dumps({"step": 8, "timestamp": 99, "train_loss": 1 / 8}) + "\n"
@@ -100,6 +102,22 @@ def test_rows_of_a_suspended_process_are_found_by_verify_and_sync_and_removed_by
         assert f"{curve}: removed rows that a suspended process had appended" in capsys.readouterr().err
     assert curve.read_text() == "".join(rows)
     assert main(["verify", "runs"]) == 0 and main(["sync", "runs"]) == 0
+
+
+def test_a_result_that_is_gone_while_later_levels_have_theirs_is_found(tiny, capsys):
+    run = RunDirectory(loading.load_config(tiny("init"), ["prune.levels=3"]))
+    run.create()
+    replicate = run.replicate(0)
+    phases = [replicate.pretrain, *(replicate.level(number) for number in range(4))]
+    for phase in phases[:-1]:
+        phase.write("weights.safetensors", b"")
+        phase.finish(MEASURED)
+    phases[-1].write("curve.jsonl", b"")  # has started
+    assert main(["verify", "runs"]) == 0
+    (phases[2].path / "result.json").unlink()
+    assert main(["verify", "runs"]) == 1
+    later = ", ".join(str(phase.path) for phase in phases[2:])
+    assert f"{phases[2].path}/result.json: damaged or missing; delete {later}, then rerun" in capsys.readouterr().out
 
 
 def test_a_curve_with_two_values_of_one_step_stops_the_replicate(tiny, capsys):
