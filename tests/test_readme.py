@@ -89,6 +89,7 @@ RUNS = {
     "python -m analysis.claims analysis/results/digits.csv.gz": "",
     "python -m analysis.claims analysis/results/cifar10_small.csv.gz": "",
     "python -m analysis.matching analysis/results/cifar10_small.csv.gz": "",
+    "python -m analysis.dominance analysis/results/cifar10_overnight.csv.gz --challenger easy:size=6400,steps=75,balanced=true --reference init --margin 0.5 --levels 2 6": "",
     "python recipes/sweep.py -f yamls/sweeps/cifar10_small.yaml --plan": "",
     "python recipes/sweep.py -f yamls/sweeps/cifar10_small.yaml": None,  # hours
     "python recipes/sweep.py -f yamls/sweeps/cifar10_overnight.yaml": None,  # hours
