@@ -161,12 +161,7 @@ class Finding:
     @property
     def brief(self) -> str:
         """One line: outcome, claim and effect."""
-        return f"{self.outcome}: {self.claim.text}: {self.effect}{self.also}"
-
-    @property
-    def also(self) -> str:
-        """What limits the comparison, such as levels and replicates that were left out; empty if nothing does."""
-        return "".join(f"; {note}" for note in self.comparison.notes)
+        return f"{self.outcome}: {self.claim.text}: {self.effect}{self.comparison.also}"
 
     @property
     def sentence(self) -> str:
@@ -391,7 +386,7 @@ def _row(finding: Finding) -> list[str]:
     worst, (area,) = statement.worst, finding.comparison.statements["mean"].levels.itertuples()
     row = [
         *start,
-        f"**{finding.outcome}**{finding.also}",
+        f"**{finding.outcome}**{finding.comparison.also}",
         f"{worst['difference']:+.2f}",
         f"{worst['weights_remaining_percent']:.1f}",
     ]

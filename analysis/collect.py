@@ -87,7 +87,7 @@ def collect(tracking_uri: str, experiment: str | None = None) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     typed, problems = _convert(table, COLUMNS)
     left_out = [
-        f"{source}, level{'s' * (len(part) > 1)} {format_levels(sorted(part.level))}, is left out: {problem}"
+        f"{source}, {name_levels(sorted(part.level))}, is left out: {problem}"
         for (source, problem), part in table.assign(problem=problems)[problems != ""].groupby(["source", "problem"])
     ]
     if typed.empty:
@@ -390,8 +390,8 @@ def describe_incomplete(frame: pd.DataFrame) -> list[str]:
                 arm = Arm(
                     name, None if pd.isna(size) else int(size), int(steps), noise, run_id=run_id if ambiguous else ""
                 )
-                which = f"level{'s' * (len(missing) > 1)} {format_levels(missing)} of {last}"
-                sentences.append(f"{dataset}, {arm}, replicate {replicate}: {which} not finished")
+                which = name_levels(missing)
+                sentences.append(f"{dataset}, {arm}, replicate {replicate}: {which} of {last} not finished")
     return sentences
 
 
@@ -399,6 +399,11 @@ def format_levels(levels: list[int]) -> str:
     """Formats sorted levels, such as `3 to 12` or `3, 5`."""
     consecutive = levels == list(range(levels[0], levels[-1] + 1))
     return f"{levels[0]} to {levels[-1]}" if consecutive and len(levels) > 2 else ", ".join(map(str, levels))
+
+
+def name_levels(levels: list[int]) -> str:
+    """Names sorted levels, such as `levels 3 to 12` or `level 3`."""
+    return f"level{'s' * (len(levels) > 1)} {format_levels(levels)}"
 
 
 def add_store_arguments(parser: Parser) -> None:

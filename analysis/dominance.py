@@ -139,6 +139,11 @@ class Comparison:
         return f"Comparison({self.challenger} against {self.reference}: {self.verdict})"
 
     @property
+    def also(self) -> str:
+        """The notes, to follow a verdict in its line; empty if there are none."""
+        return "".join(f"; {note}" for note in self.notes)
+
+    @property
     def verdict(self) -> str:
         """Verdict of the pooled test."""
         return self.statements["pooled"].verdict
@@ -239,8 +244,7 @@ def compare(
     if (statements["pooled"].levels.upper < 0).all() and statements["pooled"].verdict == "weakly dominates":
         notes.append("worse at every level, but by less than the margin")
     if common != list(range(first, last + 1)):
-        which = f"level{'s' * (len(common) > 1)} {collect.format_levels(common)}"
-        notes.append(f"tested at {which} of {first} to {last} only")
+        notes.append(f"tested at {collect.name_levels(common)} of {first} to {last} only")
     return Comparison(
         challenger,
         reference,
@@ -391,11 +395,7 @@ def matrix(curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], con
 
 def _describe_missing_levels(curves: dict[Arm, Curve], levels: tuple[int, int]) -> list[str]:
     missing = {arm: sorted(set(range(levels[0], levels[1] + 1)) - set(c.finished_levels)) for arm, c in curves.items()}
-    return [
-        f"{arm} is compared without level{'s' * (len(lacking) > 1)} {collect.format_levels(lacking)}"
-        for arm, lacking in missing.items()
-        if lacking
-    ]
+    return [f"{arm} is compared without {collect.name_levels(lacking)}" for arm, lacking in missing.items() if lacking]
 
 
 SYMBOLS = {"dominates": ">", "weakly dominates": "≥", "dominated": "<", "undecided": "·", "": " "}

@@ -209,9 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe(family))
         for entry in family.entries:
             worst = f"worst {entry.worst['difference']:+.2f} at level {entry.worst['level']}"
-            also = "".join(f"; {note}" for note in entry.comparison.notes)
             cost = "unknown" if math.isnan(entry.cost) else f"{entry.cost:,.0f}"
-            print(f"  {entry.arm!s:{width}}  {cost:>13}  {entry.comparison.verdict:16}  {worst}{also}")
+            print(f"  {entry.arm!s:{width}}  {cost:>13}  {entry.comparison.verdict:16}  {worst}{entry.comparison.also}")
     for path in paths:
         print(path)
     return 0
