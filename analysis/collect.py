@@ -20,6 +20,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from lth_diet.config.fields import MAX_LEVELS
 from lth_diet.errors import Parser, UserError, print_error
 from lth_diet.program import run_program
 from lth_diet.tracking.mlflow_store import DATABRICKS, describe_move, failure_reason, tracking_uri, without_secrets
@@ -273,7 +274,8 @@ def _convert(frame: pd.DataFrame, columns: dict) -> tuple[pd.DataFrame, pd.Serie
         if column in ("label_noise", "rewind_steps"):
             numbers = numbers.where(frame.arm != "init", 0.0)  # no pre-training
         empty_allowed = values.isna() & (no_subset if column == "subset_size" else column in OPTIONAL)
-        reject(numbers.isna() & ~empty_allowed, column, "a number")
+        needed = " (only init and all may have none)" if column == "subset_size" else ""
+        reject(numbers.isna() & ~empty_allowed, column, f"a number{needed}")
         low, high, expected = _RANGES.get(column, (0, float("inf"), "0 or more"))
         reject((numbers < low) | (numbers > high), column, expected)
         if kind is not float:
@@ -313,6 +315,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "mean": (0, 100, "0 to 100"),
     "weights_remaining_percent": (1e-9, 100, "greater than 0 and at most 100"),
     "label_noise": (0, 1, "0 to 1"),
+    "level": (0, MAX_LEVELS, f"0 to {MAX_LEVELS}"),
+    "planned_levels": (0, MAX_LEVELS, f"0 to {MAX_LEVELS}"),
     "n": (1, float("inf"), "1 or more"),
 }
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from lth_diet.errors import expand_path
 
 MAX_REPLICATES = 1000
+MAX_LEVELS = 10_000
 MAX_NUMBER = 2**31  # exclusive, of steps, images, channels ...
 _REAL = re.compile(r"[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")

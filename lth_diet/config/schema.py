@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lth_diet.config.blocks import blocks
 from lth_diet.config.fields import (
+    MAX_LEVELS,
     Count,
     Index,
     Interval,
@@ -110,7 +111,7 @@ class Prune(Section):
 
     fraction: Annotated[Real, Field(gt=0, lt=1)] = 0.2
     """Fraction of the remaining weights that each pruning removes."""
-    levels: Annotated[Index, Field(le=10_000)] = 20
+    levels: Annotated[Index, Field(le=MAX_LEVELS)] = 20
     """N, the number of prunings; there are N + 1 trainings. Not part of the run id."""
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from lth_diet.config import loading, yaml_files
 from lth_diet.config.fields import Count, Index, PathText, Positive, Real, Section
@@ -73,6 +73,14 @@ class Settings(Section):
     """How many times a process is restarted after it crashed or its node was lost."""
     step_ms: Positive | None = None
     """Milliseconds per step, for the plan. Default: measured in finished trainings."""
+
+    @field_validator("cpus")
+    @classmethod
+    def _one_process_fits(cls, cpus: int | None, info: ValidationInfo) -> int | None:
+        each = info.data.get("cpus_per_run")
+        if cpus is not None and each is not None and cpus < each:
+            raise ValueError(f"must be at least cpus_per_run = {each}")
+        return cpus
 
     def slots(self, cpus: float, gpus: float, cpus_each: float, gpus_each: float) -> int:
         """Return the number of processes that fit on a machine.

@@ -59,7 +59,9 @@ def _recommend_stack(settings: Settings, work: list[Work]) -> list[str]:
     """The size of a stack that is recommended for the runs that are left, with a block for each slot that is known."""
     runs: dict[str, Config] = {}
     for each in (each for each in work if each.recipe == "imp" and not each.done):
-        runs.setdefault(each.name.partition("/")[0], each.config)
+        run = each.name.partition("/")[0]
+        replicates = {*runs.get(run, each.config).replicates, *each.config.replicates}  # of all entries of the run
+        runs[run] = each.config.model_copy(update={"replicates": tuple(sorted(replicates))})
     uses_gpus = {None: None, 0: False}.get(0 if settings.gpus == 0 else settings.gpus_per_run, True)
     known = None if uses_gpus is None else ["GPU" if uses_gpus else "CPU"]
     line = stacks.recommendation([*runs.values()], _known_slots(settings, work) or 1, known, "job") if runs else ""

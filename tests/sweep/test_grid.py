@@ -248,6 +248,13 @@ def test_the_plan_of_a_stacked_sweep_counts_replicates_and_trains_blocks(grid, c
     )
 
 
+def test_the_recommended_stack_counts_the_replicates_of_all_entries_of_a_run(grid, capsys):
+    entries = "[{arm: init, replicates: [[0, 1]]}, {arm: init, replicates: [[2, 3, 4, 5, 6, 7]]}]"
+    path = grid(f"base: base.yaml\narms: {entries}\nstack: 2\n")
+    assert sweep.main(["-f", str(path), "--plan", "cpus=1", "gpus_per_run=0"]) == 0
+    assert "stack: 2; recommended for 8 replicates on 1 job: 8 on a CPU" in capsys.readouterr().out
+
+
 def test_runs_with_finished_pretraining_need_no_scores(grid):
     path = grid()
     for run in Sweep(path).runs.values():
