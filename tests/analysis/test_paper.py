@@ -57,6 +57,7 @@ def curves_of(*settings):
 
 SMALL = ("dataset.size=16", "model.width=8", "train.batch_size=64", "train.steps=1500", "train.milestones=[750,1125]")
 SMALL += ("pretrain.lr=0.1", "prune.fraction=0.5", "prune.levels=6", "pretrain.steps=75")
+OVERNIGHT = (*SMALL, "train.steps=6000", "train.milestones=[3000,4500]")
 
 
 def test_shipped_files_have_the_settings_of_their_family():
@@ -74,6 +75,7 @@ def test_shipped_files_have_the_settings_of_their_family():
         ("cifar10_all_half", (), paper.CIFAR10),
         ("digits_noise50_easy", (), paper.DIGITS.with_noise(0.5)),
         ("cifar10_all_half", SMALL, paper.CIFAR10_SMALL),
+        ("cifar10_all_half", OVERNIGHT, paper.CIFAR10_OVERNIGHT),
         *(
             ("cifar10_all_half", (other,), None)
             for other in ("dataset.size=16", "train.steps=63000", "train.batch_size=64", "train.lr=0.2")
@@ -100,7 +102,7 @@ def test_a_family_has_the_image_size_steps_batch_size_rates_and_fraction_of_its_
 
 def test_an_image_folder_is_of_a_family_only_with_the_images_of_the_family():
     ((arm, curve),) = curves_of(("cifar10_all_half", *SMALL)).items()
-    images = dict(paper.CIFAR10_SMALL_JPEG.settings)["dataset.fingerprint"]
+    (images,) = {dict(f.settings)["dataset.fingerprint"] for f in paper.FAMILIES if f.dataset == "image_folder"}
     for name, fingerprint in (("image_folder", images), ("image_folder-df3d5a40", images), ("image_folder", "0" * 16)):
         identity = {**curve.identity, "dataset.name": "image_folder", "dataset.fingerprint": fingerprint}
         curves = {arm: dataclasses.replace(curve, identity=identity)}

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from helpers import MEASURED, ROOT, YAMLS
 
-from analysis import arms, collect, paper
+from analysis import arms, collect, identities, paper
 from analysis.arms import Arm
 from lth_diet.config import loading
-from lth_diet.config.run_ids import run_name
+from lth_diet.config.run_ids import run_identity, run_name
 from lth_diet.errors import UserError
 from lth_diet.sweep.grid import Settings, Sweep
 from lth_diet.sweep.plan import plan, shared_runs
@@ -44,7 +44,7 @@ def family_arms(family, sizes):
     return {family.arm("init"), family.arm("all"), family.arm("all", family.t_star), *subsets}
 
 
-SMALL = ("cifar10_small", "cifar10_overnight")
+SMALL = {"cifar10_small": paper.CIFAR10_SMALL, "cifar10_overnight": paper.CIFAR10_OVERNIGHT}
 NOISY = [paper.NOISE_10, paper.NOISE_50]
 SHOWN = {f"figure2_{family.dataset}": [(family, [family.size])] for family in paper.CLEAN}
 SHOWN |= {f"figure4_{family.dataset}": [(family, family.sizes)] for family in paper.CLEAN}
@@ -64,10 +64,11 @@ def test_the_sweep_of_a_figure_has_exactly_the_arms_that_the_figure_shows(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_the_sweeps_for_two_cores_have_the_arms_of_their_family_with_and_without_balanced_classes(name):
     runs = [run.config for run in Sweep(SWEEPS / f"{name}.yaml").runs.values()]
-    family = paper.CIFAR10_SMALL
+    family = SMALL[name]
     clean = {family.arm("init"), family.arm("all", family.t_star), *family_arms(family, [family.size])}
     noisy = family.with_noise(0.5)
     assert set(arms_of(SWEEPS / f"{name}.yaml")) == clean | {noisy.arm("all", 150), noisy.arm("easy")}
+    assert not any(family.differing_settings(identities.normalize(run_identity(run))) for run in runs)
     assert len(runs) == 11 and sum(run.arm_description.endswith("balanced") for run in runs) == 3
     assert all(run.stack == 4 and run.replicates == tuple(range(8)) and run.precision == "fp32" for run in runs)
 
