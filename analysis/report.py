@@ -152,7 +152,9 @@ def write_run_reports(runs: Sequence[run_directory.RunDirectory], command: str, 
 
 def update_run_reports(analyses: Sequence[InstabilityDirectory]) -> None:
     """Writes the reports of the experiments of instability analyses again, if they exist, and prints their paths."""
-    for folder, experiment in dict.fromkeys((each.path.parents[1], each.config.experiment_name) for each in analyses):
+    for folder, experiment in dict.fromkeys(
+        (each.path.parents[1], read_config(each.path)["experiment"]) for each in analyses
+    ):
         path = folder / file_name(experiment)
         if path.exists() and _write_run_report(folder, experiment):
             print(f"report: {path.resolve()}", flush=True)

@@ -21,6 +21,7 @@ from lth_diet.masks.mask import Mask
 from lth_diet.masks.pruning import prune_by_magnitude
 from lth_diet.networks import stack
 from lth_diet.runs.block import BlockPhase
+from lth_diet.runs.instability_directory import open_replicate
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import ReplicateDirectory
 from lth_diet.runs.scores_directory import load_arm_scores
@@ -153,12 +154,13 @@ class IMP:
             return None
         scores = load_arm_scores(self.config, self.builder.noisy_data.train.labels)
         for path in self.replicates[0].path.parent.glob("replicate_*"):
-            other = ReplicateDirectory(path).pretrain
-            if other.done and other.result().get("scores_sha256") != scores.manifest["sha256"]:
-                raise UserError(
-                    f"{other.path}: its subset was selected by scores other than the current ones; delete {path} to "
-                    "train this replicate again"
-                )
+            for other in open_replicate(path).pretrainings():
+                result = other.result() if other.done else {"steps": 0}
+                if result["steps"] and result.get("scores_sha256") != scores.manifest["sha256"]:
+                    raise UserError(
+                        f"{other.path}: its subset was selected by scores other than the current ones; delete {path} "
+                        "to train this replicate again"
+                    )
         return scores
 
     def train(self, level: int, masks: dict[int, Mask], rewind_points: dict[int, Weights]) -> dict[int, Weights]:

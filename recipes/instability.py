@@ -40,10 +40,14 @@ def draw(runs: "Sequence[InstabilityDirectory]", command: str, ranks: int) -> No
     names = [label if labels.count(label) == 1 else run.path.name for label, run in zip(labels, runs, strict=True)]
     curves = {name: measured for name, run in zip(names, runs, strict=True) if (measured := barriers(run))}
     if curves:
-        config = runs[0].config
-        path = runs[0].path.parent / "barriers.png"
-        barrier_curves(curves, f"{config.dataset.name}, {config.model_name}").savefig(path)
-        print(f"figure: {path}", flush=True)
+        level = runs[0].keys.level
+        path = runs[0].path.parent / f"barriers{f'_level_{level}' * (level > 0)}.png"
+        titles = dict.fromkeys(f"{run.config.dataset.name}, {run.config.model_name}" for run in runs)
+        try:
+            barrier_curves(curves, " and ".join(titles) + f", level {level}" * (level > 0)).savefig(path)
+            print(f"figure: {path}", flush=True)
+        except OSError as error:  # training has finished: the report and the other ranks still follow
+            print(f"no figure: {path}: {error.strerror}", flush=True)
     sys.path.append(str(Path(__file__).parents[1]))  # of analysis, where only lth_diet is installed
     from analysis.report import update_run_reports  # slow (MLflow): imported after the input is validated
 

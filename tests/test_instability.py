@@ -18,6 +18,7 @@ from lth_diet.config.instability import load_instability
 from lth_diet.data.loader import StackedLoader
 from lth_diet.data.seeds import derive_seed, generator
 from lth_diet.errors import UserError
+from lth_diet.files import read_json, write_json
 from lth_diet.instability import (
     ERROR_IMAGES,
     POINTS,
@@ -34,10 +35,12 @@ from lth_diet.launch.arms import open_arms, tasks_of
 from lth_diet.launch.processes import ProcessInfo
 from lth_diet.launch.worker import train_replicates
 from lth_diet.masks.mask import Mask
+from lth_diet.runs.config_directory import read_config
+from lth_diet.runs.instability_directory import InstabilityDirectory
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.verify import verify
-from lth_diet.tracking import mlflow_store
+from lth_diet.tracking import mlflow_store, sync
 from lth_diet.training.builders import Builder
 from lth_diet.training.composer_internals import LeanTrainer
 from lth_diet.training.progress import Progress
@@ -164,10 +167,13 @@ def test_the_images_of_the_errors_are_the_same_for_all_replicates_and_mixed(tiny
     assert len(set(first.statistics.labels.tolist())) == 10
 
 
-def test_steps_are_added_to_an_analysis_with_the_bits_that_they_have_in_one_launch(launch):
+def test_steps_are_added_to_an_analysis_with_the_bits_that_they_have_in_one_launch(launch, tiny):
     for steps in ("[4]", "[0,6]", "[0,4,6]"):
         run, status, _ = launch(steps=steps)
         assert status == 0
+    planned = load_instability(tiny("random"), ["steps=[0,4,6,8]"])
+    sync.sync_replicate(InstabilityDirectory(planned).replicate(0))
+    assert statuses() == {"RUNNING"}, "step 8 is planned"
     launch("runs=whole", steps="[0,4,6]")
     (replicate,) = run.replicates()
     assert {path.name for path in replicate.path.glob("pretrain_*")} == {"pretrain_4", "pretrain_0-6"}
@@ -279,10 +285,39 @@ def test_the_recipe_plans_runs_draws_and_has_nothing_left(tiny, capfd):
     assert Path("runs/instability/barriers.png").read_bytes().startswith(b"\x89PNG")
     assert instability.main([*command, "--plan"]) == 0
     assert "total of 2 arms: 0 steps to train" in capfd.readouterr().out
-    client = MlflowClient(mlflow_store.tracking_uri())
-    experiment = client.get_experiment_by_name("tiny").experiment_id
-    tracked = client.search_runs([experiment])
-    assert len(tracked) == 2 and {each.info.status for each in tracked} == {"FINISHED"}
-    for each in tracked:
-        history = client.get_metric_history(each.info.run_id, "test_error_barrier")
+    assert len(tracked()) == 2 and statuses() == {"FINISHED"} and all(each.info.end_time for each in tracked())
+    for each in tracked():
+        history = MlflowClient(mlflow_store.tracking_uri()).get_metric_history(each.info.run_id, "test_error_barrier")
         assert [point.step for point in history] == [0, 4]
+    Path("runs/instability/barriers.png").unlink()
+    Path("runs/instability/barriers.png").mkdir()
+    assert instability.main([*command, "experiment=other"]) == 0
+    assert "no figure: runs/instability/barriers.png: Is a directory" in capfd.readouterr().out
+    assert {read_config(path)["experiment"] for path in Path("runs/instability").glob("digits_*")} == {"other"}
+
+
+def tracked():
+    client = MlflowClient(mlflow_store.tracking_uri())
+    return client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+
+
+def statuses():
+    return {each.info.status for each in tracked()}
+
+
+def test_subsets_of_different_scores_are_not_mixed_in_one_analysis(launch, tiny):
+    assert imp.main(["-f", str(tiny("easy")), "prune.levels=0"]) == 0, "makes the scores"
+    run, status, _ = launch(arm="easy", steps="[0,4]")
+    assert status == 0
+    (pretraining,) = run.replicate(0).pretrainings()
+    path = pretraining.path / "result.json"
+    write_json(path, read_json(path) | {"scores_sha256": "of other scores"})
+    _, status, (message,) = launch(arm="easy", steps="[6]")
+    assert status == 1 and "pretrain_0-4: its subset was selected by scores other than" in message
+
+
+def test_the_plan_of_a_failed_replicate_has_its_reason_and_no_steps(launch):
+    run, _, _ = launch("replicates=2", "stack=2", steps="[4]")
+    write_json(run.replicate(0).path / "failed.json", {"reason": "the loss is nan", "final": True})
+    planned = results.plan_instability(run)
+    assert "replicate 0: 0 steps to train (" in planned and "the loss is nan" in planned

@@ -18,7 +18,7 @@ from lth_diet.launch.worker import compute_scores, train_replicates
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.verify import verify
-from lth_diet.runs.work_left import phases_of, steps_left
+from lth_diet.runs.work_left import steps_left
 from lth_diet.training import callbacks, trainer
 from lth_diet.training.builders import Builder
 from lth_diet.training.composer_internals import LeanTrainer
@@ -198,7 +198,7 @@ def test_a_block_has_one_checkpoint_and_every_replicate_knows_its_step(launch, i
     assert len(list(run.path.rglob("checkpoint-*.pt"))) == 1
     assert {phase.checkpoint() for phase in (first, *others)} == {(first.checkpoint_path(6), 6)}
     assert {phase.environment()["precision"] for phase in (first, *others)} == {"fp32"}
-    assert [steps_left(phases_of(run, replicate)) for replicate in run.replicates()] == [6 + 8] * 3
+    assert [steps_left(run.phases_of(replicate)) for replicate in run.replicates()] == [6 + 8] * 3
     rows = others[0].path / "curve.jsonl"
     rows.write_text(rows.read_text().replace("train_loss", "trained"))
     assert [phase.checkpoint() is None for phase in (first, *others)] == [False, True, False], "its curve is damaged"

@@ -99,6 +99,19 @@ def tasks_of(arms: Sequence[Arm]) -> list[Task]:
     return [Task(arm, tuple(map(arm.run.replicate, block))) for arm in arms for block in arm.config.blocks]
 
 
+def share_of(arms: Sequence[Arm], process: ProcessInfo) -> list[Task]:
+    """The blocks that a rank trains, in order: all of them if the ranks train each block together.
+
+    Other ranks are dealt the lowest replicates of all arms first. So they share what is left where a launch is repeated
+    with more replicates, and agree on it without knowing what is finished.
+    """
+    tasks = tasks_of(arms)
+    if arms[0].config.parallelism == "data":
+        return tasks
+    mine = process.shard(sorted(tasks, key=lambda task: task.replicates[0].index))
+    return [task for task in tasks if task in mine]
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
     """Names of files in the output: without folder and suffix if they then differ; empty for a single file."""
     if len(paths) == 1:

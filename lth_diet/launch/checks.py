@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lth_diet.config.blocks import blocks, fills_blocks, largest_stack
+from lth_diet.config.instability import LoadedInstability
 from lth_diet.config.loading import Loaded
 from lth_diet.config.run_ids import OUTSIDE_IDENTITY, flatten, run_identity, run_name, scores_identity
 from lth_diet.config.schema import Config
@@ -51,24 +52,24 @@ def check_imp(files: Sequence[Loaded], process: ProcessInfo) -> None:
         return
     ranks, configs = process.world_size, [loaded.config for loaded in files]
     replicates = sum(len(config.replicates) for config in configs)
-    number = sum(len(config.blocks) for config in configs)
-    if ranks <= number:
-        return
-    what, remedies = f"{replicates} replicates", ["more replicates"]
     stacks = sorted({config.stack for config in configs})
+    remedies = ["more replicates"]
     if stacks != [1]:
-        what += f" in {number} block{'s' * (number > 1)} (stack = {' and '.join(map(str, stacks))})"
         fitting = largest_stack([config.replicates for config in configs], ranks, stacks[-1] - 1)
         remedies += [f"stack={fitting}"] if replicates // fitting >= ranks else []
-    elif len(files) == 1:
+    elif len(files) == 1 and not isinstance(files[0], LoadedInstability):
         remedies += ["parallelism=data"]
-    raise UserError(f"command line: {ranks} ranks for {what}; use composer -n {number} or fewer, {_either(remedies)}")
+    _check_ranks(ranks, sum(len(config.blocks) for config in configs), f"{replicates} replicates", stacks, remedies)
 
 
-def _either(remedies: Sequence[str]) -> str:
-    """Such as `or a`, or `a, or b`."""
-    *others, last = remedies
-    return "".join(f"{other}, " for other in others) + f"or {last}"
+def _check_ranks(ranks: int, number: int, what: str, stacks: Sequence[int], remedies: Sequence[str]) -> None:
+    """Check that each rank has one of a number of blocks."""
+    if ranks <= number:
+        return
+    if stacks != [1]:
+        what += f" in {number} block{'s' * (number > 1)} (stack = {' and '.join(map(str, stacks))})"
+    *others, last = [f"use composer -n {number} or fewer", *remedies]
+    raise UserError(f"command line: {ranks} ranks for {what}; {', '.join(others)}, or {last}")
 
 
 def check_together(files: Sequence[Loaded]) -> None:
@@ -107,19 +108,14 @@ def check_scoring(config: Config, process: ProcessInfo) -> None:
     """
     if config.scores.file is not None:
         raise UserError(f"scores.file = {config.scores.file!r}: must be unset to compute scores")
-    ranks, networks, number = process.world_size, config.scores.networks, len(config.scoring_blocks)
-    if ranks <= number:
-        return
-    what, remedies = f"{networks} networks", ["more scores.networks"]
-    if config.stack > 1:
-        what += f" in {number} block{'s' * (number > 1)} (stack = {config.stack})"
-        fitting = [
-            stack
-            for stack in range(1, config.stack)
-            if len(blocks(range(networks), stack)) >= ranks and fills_blocks(config.replicates, stack)
-        ]
-        remedies += [f"stack={fitting[-1]}"] if fitting else []
-    raise UserError(f"command line: {ranks} ranks for {what}; use composer -n {number} or fewer, {_either(remedies)}")
+    ranks, networks = process.world_size, config.scores.networks
+    fitting = [
+        stack
+        for stack in range(1, config.stack)
+        if len(blocks(range(networks), stack)) >= ranks and fills_blocks(config.replicates, stack)
+    ]
+    remedies = ["more scores.networks", *(f"stack={stack}" for stack in fitting[-1:])]
+    _check_ranks(ranks, len(config.scoring_blocks), f"{networks} networks", [config.stack], remedies)
 
 
 def check_environment(files: Sequence[Loaded], process: ProcessInfo) -> None:

@@ -23,7 +23,7 @@ from lth_diet.config.schema import Config
 from lth_diet.config.yaml_files import quote
 from lth_diet.errors import HOW_TO_RESUME, DeviceError, Parser, UserError, print_warnings
 from lth_diet.launch import checks, instability, plan, results, screen
-from lth_diet.launch.arms import Arm, open_arms, scores_of, tasks_of
+from lth_diet.launch.arms import Arm, open_arms, scores_of, share_of
 from lth_diet.launch.processes import ProcessInfo, report_invalid_input
 from lth_diet.launch.status_board import StatusBoard
 from lth_diet.launch.text import describe_devices
@@ -106,8 +106,7 @@ def launch_imp(
     except Exception as error:
         return _report_error(error)
     together = files[0].config.parallelism == "data"
-    tasks = tasks_of(arms) if together else process.shard(tasks_of(arms))
-    tasks = [task for task in tasks if not task.arm.read_only]
+    tasks = [task for task in share_of(arms, process) if not task.arm.read_only]
     with _screen(board, arms):
         if not together:
             process.detach()

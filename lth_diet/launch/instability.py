@@ -9,7 +9,7 @@ from lth_diet.config.instability import LoadedInstability
 from lth_diet.errors import UserError
 from lth_diet.launch.checks import describe_unused
 from lth_diet.runs.instability_directory import InstabilityDirectory, mask_path
-from lth_diet.runs.work_left import resume_step, steps_left
+from lth_diet.runs.work_left import describe_state, replicate_steps_left
 
 
 def check_instability(files: Sequence[LoadedInstability]) -> None:
@@ -52,11 +52,12 @@ def plan_instability(run: InstabilityDirectory) -> str:
         f"{keys.copies} copies from each step, which train as one network",
     ]
     for replicate in run.replicates():
-        lines.append(f"replicate {replicate.index}: {steps_left(run.phases_of(replicate)):,} steps to train")
+        lines.append(f"replicate {replicate.index}: {replicate_steps_left(run, replicate):,} steps to train")
+        if replicate.given_up:
+            lines[-1] += f" ({replicate.describe_failure()})"
         for phase, first, last in run.phases_of(replicate):
             name = "copies" if phase.name.startswith("copy_") else "pretrain"
-            step = resume_step(phase, first)
-            state = "done" if phase.done else f"resumes at step {step}" if step > first else "to do"
+            state = describe_state(phase, first)
             if name == "copies" and phase.done and not replicate.barrier(first).done:
                 state = "done, barrier to do"
             lines.append(f"  {name:<9} steps {first} to {last}  {state}")

@@ -12,10 +12,9 @@ from lth_diet.launch import instability, stacks
 from lth_diet.launch.arms import Arm
 from lth_diet.launch.text import humanize
 from lth_diet.runs.instability_directory import InstabilityDirectory
-from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
-from lth_diet.runs.work_left import phases_of, replicate_steps_left, resume_step, scoring_phases, steps_left
+from lth_diet.runs.work_left import describe_state, replicate_steps_left, scoring_phases, steps_left
 
 
 def plan_scores(folder: ScoresDirectory) -> str:
@@ -27,7 +26,7 @@ def plan_scores(folder: ScoresDirectory) -> str:
     if folder.done:
         return f"{lines[0]}  done"
     for network, first, last in phases:
-        lines.append(f"  {humanize(network.name):<10} steps {first} to {last}  {_state(network, first)}")
+        lines.append(f"  {humanize(network.name):<10} steps {first} to {last}  {describe_state(network, first)}")
     return "\n".join([*lines, f"scores: {steps_left(phases):,} steps to train"])
 
 
@@ -35,11 +34,6 @@ def _in_epochs(config: Config, steps: int) -> str:
     """Such as `62,400 steps (160 epochs)`."""
     batches = catalog.info(config.dataset.name, config.dataset.root).train_size // config.train.batch_size
     return f"{steps:,} steps ({round(steps / batches, 2):,g} epochs)"
-
-
-def _state(phase: PhaseDirectory, first: int) -> str:
-    step = resume_step(phase, first)
-    return "done" if phase.done else f"resumes at step {step}" if step > first else "to do"
 
 
 def plan_arms(arms: Sequence[Arm], ranks: int = 1) -> str:
@@ -84,13 +78,13 @@ def plan(run: RunDirectory | InstabilityDirectory, scores: ScoresDirectory | Non
         lines[-1] += f", pre-training of {_in_epochs(run.config, run.config.rewind_step)}"
     remaining = remaining_weights(run.config)
     for replicate in run.replicates():
-        phases = phases_of(run, replicate)
+        phases = run.phases_of(replicate)
         lines.append(f"replicate {replicate.index}: {replicate_steps_left(run, replicate):,} steps to train")
         if replicate.given_up:
             lines[-1] += f" ({replicate.describe_failure()})"
         for number, (phase, first, last) in enumerate(phases):
             weights = 100 * remaining[max(number - 1, 0)] / remaining[0]
-            state = _state(phase, first)
+            state = describe_state(phase, first)
             lines.append(f"  {humanize(phase.name):<9} {weights:>5.1f} % of weights  steps {first} to {last}  {state}")
     return "\n".join([*lines, f"total: {total_steps(run, scores):,} steps to train"])
 

@@ -17,7 +17,17 @@ from typing import Any
 from lth_diet import __version__
 
 PACKAGE = Path(__file__).parents[1]
-_COMPUTES = ("networks", "algorithms", "masks", "data", "scores/el2n.py", "training", "imp.py", "scoring.py")
+_COMPUTES = (
+    "networks",
+    "algorithms",
+    "masks",
+    "data",
+    "scores/el2n.py",
+    "training",
+    "imp.py",
+    "scoring.py",
+    "instability.py",
+)
 KEYS = ("device", "capability", "precision", "torch", "composer", "code")
 """What changes results beyond the configuration, in the order of messages."""
 

@@ -78,6 +78,11 @@ class InstabilityDirectory(ConfigDirectory):
         end = self.config.train.steps
         return pretraining + [(copy, step, end) for copy, step in zip(first_left, self.keys.steps, strict=True)]
 
+    def _merge(self, existing: dict[str, Any] | None) -> dict[str, Any]:
+        if existing and self.config.experiment is not None:
+            return {**existing, "experiment": self.config.experiment}
+        return super()._merge(existing)
+
 
 class InstabilityReplicate(ReplicateDirectory):
     """The directory of one replicate of an instability analysis.
@@ -108,9 +113,12 @@ class InstabilityReplicate(ReplicateDirectory):
 
     def pretraining_with(self, step: int) -> PhaseDirectory | None:
         """A finished pre-training that has the network at a step."""
-        phases = map(self._phase, sorted(self.path.glob("pretrain_*")))
-        found = (phase for phase in phases if phase.done and str(step) in phase.name.partition("_")[2].split("-"))
+        started = self.pretrainings()
+        found = (phase for phase in started if phase.done and str(step) in phase.name.partition("_")[2].split("-"))
         return next(found, None)
+
+    def pretrainings(self) -> list[PhaseDirectory]:
+        return [self._phase(path) for path in sorted(self.path.glob("pretrain_*"))]
 
     def copy(self, step: int, number: int) -> PhaseDirectory:
         """The training of a copy from a step."""
@@ -122,8 +130,8 @@ class InstabilityReplicate(ReplicateDirectory):
 
     def phases(self) -> list[PhaseDirectory]:
         """All phases that have started, in order; each depends on some of those before it."""
-        paths = [*sorted(self.path.glob("pretrain_*")), *sorted(self.path.glob("step_*/copy_*"))]
-        return [self._phase(path) for path in [*paths, *sorted(self.path.glob("step_*/barrier"))]]
+        paths = [*sorted(self.path.glob("step_*/copy_*")), *sorted(self.path.glob("step_*/barrier"))]
+        return [*self.pretrainings(), *map(self._phase, paths)]
 
     def computed_from(self, phase: PhaseDirectory) -> list[Path]:
         """Directories to delete if a file of a phase is damaged: its own, and those that depend on it."""
@@ -159,11 +167,14 @@ def mask_path(arm_config: Config, replicate: int, step: int, level: int) -> Path
     pretrain = arm_config.pretrain.model_copy(update={"steps": step})
     update: dict[str, Any] = {"pretrain": pretrain} if step else {"arm": "init"}
     run = RunDirectory(arm_config.model_copy(update=update))
-    phase = run.replicate(replicate).level(level)
+    directory = run.replicate(replicate)
+    phase = directory.level(level)
     if not phase.done:
         settings = f"pretrain.steps={step}" if step else "arm=init"
         raise UserError(
             f"level = {level}: {phase.path} is not finished; find the mask first, with recipes/imp.py and the same "
             f"settings, {settings} and prune.levels={level} or more"
         )
+    if not (phase.path / "mask.safetensors").exists():
+        directory.store.pull()  # another node has found it
     return phase.verified("mask.safetensors")

@@ -132,6 +132,10 @@ class ReplicateDirectory:
     def pretrain(self) -> PhaseDirectory:
         return PhaseDirectory(self.path / "pretrain", self.store.upload)
 
+    def pretrainings(self) -> list[PhaseDirectory]:
+        """All pre-trainings that may have started."""
+        return [self.pretrain]
+
     def level(self, number: int) -> PhaseDirectory:
         return PhaseDirectory(self.path / f"level_{number}", self.store.upload)
 

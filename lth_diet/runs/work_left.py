@@ -9,11 +9,6 @@ Phases = list[tuple[PhaseDirectory, int, int]]
 """Phases with their start steps and end steps."""
 
 
-def phases_of(run: RunDirectory | InstabilityDirectory, replicate: ReplicateDirectory) -> Phases:
-    """List every phase of a replicate."""
-    return run.phases_of(replicate)
-
-
 def scoring_phases(folder: ScoresDirectory) -> Phases:
     """List the trainings of the scoring networks."""
     return [(network, 0, folder.config.scores.steps) for network in folder.networks()]
@@ -25,9 +20,15 @@ def resume_step(phase: PhaseDirectory, start: int) -> int:
     return checkpoint[1] if checkpoint else start
 
 
-def replicate_steps_left(run: RunDirectory, replicate: ReplicateDirectory) -> int:
+def describe_state(phase: PhaseDirectory, start: int) -> str:
+    """Whether a phase is done, would resume, or is to do."""
+    step = resume_step(phase, start)
+    return "done" if phase.done else f"resumes at step {step}" if step > start else "to do"
+
+
+def replicate_steps_left(run: RunDirectory | InstabilityDirectory, replicate: ReplicateDirectory) -> int:
     """Number of steps that a replicate has left to train; none if it has given up."""
-    return 0 if replicate.given_up else steps_left(phases_of(run, replicate))
+    return 0 if replicate.given_up else steps_left(run.phases_of(replicate))
 
 
 def steps_left(phases: Phases) -> int:

@@ -300,7 +300,7 @@ class Sweep:
                 settings = [text for text in point.arguments if not text.startswith("replicates=")]
                 arguments = (*settings, f"replicates=[{','.join(map(str, block))}]")
                 replicates = map(run.replicate, block)
-                parts = tuple(Part(replicate, work_left.phases_of(run, replicate)) for replicate in replicates)
+                parts = tuple(Part(replicate, run.phases_of(replicate)) for replicate in replicates)
                 blocks.setdefault(name, Work(name, "imp", arguments, parts, run.config, needs))
         return [*scores.values(), *blocks.values()]
 

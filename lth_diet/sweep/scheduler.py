@@ -33,7 +33,6 @@ from lth_diet.training import devices
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL = 0.5  # seconds
 _STOP_TIMEOUT = 15.0  # seconds for canceled tasks to end
-_DEVICES = "CUDA_VISIBLE_DEVICES"
 _OBJECT_STORE_BYTES = 80 << 20  # bytes of shared memory for Ray, which stores almost nothing here
 
 
@@ -251,10 +250,12 @@ class Scheduler:
         job.logs[-1].touch()
         job.state = "running"
         environment = {key: value for key, value in os.environ.items() if key.startswith(("LTH_DIET_", "MLFLOW_"))}
+        environment |= {"OMP_NUM_THREADS": str(job.work.config.threads)}
+        environment |= {} if self.gpus else {devices.VISIBLE: ""}
         task = self._attempt.options(num_cpus=self.cpus, num_gpus=self.gpus, name=job.name).remote(
             ["-n", "1", str((self.recipes / f"{job.work.recipe}.py").resolve()), *job.work.arguments],
             str(Path.cwd()),
-            environment | {"OMP_NUM_THREADS": str(job.work.config.threads)} | ({} if self.gpus else {_DEVICES: ""}),
+            environment,
             logs.resolve(),
             job.logs[-1].name,
         )
@@ -300,8 +301,8 @@ def _run_attempt(arguments: list[str], folder: str, environment: dict[str, str],
     raylet, began = os.getppid(), time.monotonic()
     logs.path.mkdir(parents=True, exist_ok=True)
     with open(logs.path / log, "w") as file:
-        devices = (os.environ | environment).get(_DEVICES)
-        print(f"{socket.gethostname()}, GPU {devices or 'none'}: {shlex.join(command)}", file=file, flush=True)
+        gpus = (os.environ | environment).get(devices.VISIBLE)
+        print(f"{socket.gethostname()}, GPU {gpus or 'none'}: {shlex.join(command)}", file=file, flush=True)
         process = subprocess.Popen(
             command,
             cwd=folder,
@@ -326,7 +327,9 @@ def _run_attempt(arguments: list[str], folder: str, environment: dict[str, str],
     with contextlib.suppress(OSError):
         logs.upload_file(log)
     status = process.returncode
-    return status - 256 if status > 128 else status  # the launcher turns its rank's -9 into 247
+    if status > 192:  # the launcher turns its rank's -9 into 247
+        return status - 256
+    return 128 - status if status > 128 else status  # Composer's handler of SIGTERM exits with 143
 
 
 def _crash(job: Job, status: int) -> str:
@@ -335,8 +338,8 @@ def _crash(job: Job, status: int) -> str:
         return f"killed by signal {-status}"
     if status == DEVICE_FAULT:
         return _reason(job, status).removesuffix(HOW_TO_RESUME)
-    unexplained = job.work.recipe == "imp" and not job.work.failed
-    return "ended without an error" if status == 1 and unexplained else ""
+    unrecorded = job.work.recipe == "imp" and not job.work.failed
+    return _reason(job, status) if status == 1 and unrecorded else ""
 
 
 def _reason(job: Job, status: int) -> str:

@@ -19,6 +19,8 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from lth_diet.errors import UserError
 
 _ARTIFACTS = "mlartifacts"
+LOCK_TIMEOUT = 60.0
+"""Seconds to wait for another process that writes a local store."""
 _MAX_FOLDER_NAME = 60  # characters, of up to four bytes each
 _MAX_REASON = 400  # characters
 _HAS_ARTIFACTS = "tags.phase = 'all' and attributes.status = 'FINISHED'"
@@ -131,10 +133,14 @@ def failure_reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def lock_store() -> Iterator[None]:
-    """Lock a local store, and create it if it is missing: SQLite allows only one process to create or write it."""
+    """Lock a local store, and create it if it is missing: SQLite allows only one process to create or write it.
+
+    Raises:
+        Timeout: If another process, which may be suspended, holds the lock for `LOCK_TIMEOUT`.
+    """
     _check_uri(tracking_uri())
     database = _sqlite_path(tracking_uri())
-    with FileLock(f"{database}.lock") if database else contextlib.nullcontext():
+    with FileLock(f"{database}.lock", timeout=LOCK_TIMEOUT) if database else contextlib.nullcontext():
         if database and not database.exists():
             _create_sqlite(database)
         yield

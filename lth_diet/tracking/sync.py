@@ -229,6 +229,13 @@ class _Sync:
         history = [self.client.get_metric_history(run.info.run_id, key) for key in run.data.metrics]
         return {(point.key, point.step, point.value) for points in history for point in points}
 
+    def _set_status(self, run: MlflowRun, status: str, results: list[dict[str, Any]]) -> None:
+        """Set the status of a run; a finished one ended with the last of its results."""
+        if status == "FINISHED":
+            self.client.set_terminated(run.info.run_id, status, max(result["timestamp"] for result in results))
+        else:
+            self.client.update_run(run.info.run_id, status=status)
+
     def _log_metrics(self, run: MlflowRun, metrics: list[Metric]) -> None:
         for start in range(0, len(metrics), _MAX_METRICS):
             self.client.log_batch(run.info.run_id, metrics=metrics[start : start + _MAX_METRICS])
@@ -262,28 +269,25 @@ class _ReplicateSync(_Sync):
         if parent.info.status != status:
             if results and status != "RUNNING":
                 self._draw(parent, results)
-            if finished:
-                self.client.set_terminated(parent.info.run_id, "FINISHED", results[-1]["timestamp"])
-            else:
-                self.client.update_run(parent.info.run_id, status=status)
+            self._set_status(parent, status, results)
 
     def _draw(self, parent: MlflowRun, results: list[dict[str, Any]]) -> None:
         frame = (
             pd.DataFrame(results).rename(columns={"test_accuracy_percent": "mean"}).assign(std=float("nan"), count=1)
         )
         title = f"{self.config['dataset']}, {self.config['model']}, replicate {self.replicate.index}"
-        figure = accuracy_curves({_describe_arm(self.config): frame}, title)
+        figure = accuracy_curves({self.tags["arm_description"]: frame}, title)
         self.client.log_figure(parent.info.run_id, figure, "accuracy.png")
 
     def _description(self) -> str:
         config, fraction = self.config, self.config["identity"]["prune.fraction"]
         least = 100 * (1 - fraction) ** config["planned_levels"]
         return (
-            f"**{config['dataset']}, {config['model']}, {_describe_arm(config)}**, replicate {self.replicate.index}. "
-            f"Iterative magnitude pruning to level {config['planned_levels']} ({least:.1f} % of weights): each level "
-            f"trains from step {config['rewind_steps']} to {config['train_steps']}, then {100 * fraction:g} % of the "
-            f"weights that are left are pruned and the rest rewound. Metrics: step = level. "
-            f"Directory: `{self.replicate.path}`."
+            f"**{config['dataset']}, {config['model']}, {self.tags['arm_description']}**, replicate "
+            f"{self.replicate.index}. Iterative magnitude pruning to level {config['planned_levels']} ({least:.1f} % "
+            f"of weights): each level trains from step {config['rewind_steps']} to {config['train_steps']}, then "
+            f"{100 * fraction:g} % of the weights that are left are pruned and the rest rewound. "
+            f"Metrics: step = level. Directory: `{self.replicate.path}`."
         )
 
 
@@ -309,10 +313,12 @@ class _InstabilitySync(_Sync):
         if missing := self._missing(parent, rows):
             self._tag_environment(parent, results)
             self._log_metrics(parent, missing)
-        finished = results and len(results) == len(list(self.replicate.path.glob("step_*")))
+        planned = {f"step_{step}" for step in self.replicate.keys.steps}
+        planned |= {path.name for path in self.replicate.path.glob("step_*")}
+        finished = results and len(results) == len(planned)
         status = "FAILED" if self.replicate.failed else "FINISHED" if finished else "RUNNING"
         if parent.info.status != status:
-            self.client.update_run(parent.info.run_id, status=status)
+            self._set_status(parent, status, results)
 
     def _description(self) -> str:
         config = self.config
@@ -375,14 +381,6 @@ def _levels_table(results: Sequence[dict[str, Any]]) -> str:
 
 def _child_of(parent: MlflowRun) -> dict[str, str]:
     return {"mlflow.parentRunId": parent.info.run_id}
-
-
-def _describe_arm(config: dict[str, Any]) -> str:
-    if config["arm"] == "init":
-        return "no pre-training"
-    examples = "all examples" if config["arm"] == "all" else f"the {config['subset_size']} {config['arm']} examples"
-    noise = f" with {100 * config['label_noise']:g} % label noise" if config["label_noise"] else ""
-    return f"pre-trained on {examples}{noise} for {config['rewind_steps']} steps"
 
 
 def updates(folder: Path, scored: bool) -> list[tuple[Path, Callable[[], None]]]:

@@ -14,7 +14,7 @@ from composer.models import ComposerModel
 from composer.utils import checkpoint, dist
 
 from lth_diet.algorithms.bare_network import bare_network
-from lth_diet.config.schema import Intervals
+from lth_diet.config.schema import Config
 from lth_diet.data.loader import Loader, StackedLoader
 from lth_diet.errors import TrainingError, add_path_to_errors
 from lth_diet.files import partial_path, replace
@@ -59,19 +59,25 @@ class _Recorder(Callback):
         block: BlockPhase,
         model: ComposerModel,
         loader: Loader | StackedLoader,
-        intervals: Intervals,
+        config: Config,
         progress: Progress,
     ):
         self.block = block
         self.model = model
         self.loaders = loader.loaders if isinstance(loader, StackedLoader) else (loader,)
-        self.intervals = intervals
+        self.config = config
         self.progress = progress
         self.curves: dict[int, BinaryIO] = {}
         self.unread: list[tuple[int, float, torch.Tensor]] = []
         self.losses = [0.0] * len(block)
         self.batches = 0
         self.lr = 0.0
+        self.began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Time that the training has taken, without what was trained again after a kill."""
+        return time.monotonic() - self.began
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         self.lr = state.optimizers[0].param_groups[0]["lr"]
@@ -80,7 +86,7 @@ class _Recorder(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
-        if step % self.intervals.log == 0:
+        if step % self.config.intervals.log == 0:
             self.read_losses()
             for member in self.block.training:
                 mean = self.losses[member] / self.batches
@@ -135,9 +141,10 @@ class _Recorder(Callback):
     def _fail(self, member: int, reason: str) -> None:
         reason = f"{self.block.phases[member].path}: {reason}"
         if devices.is_gpu() and len(self.block) > 1:  # kernels for groups of few channels multiply the next one by zero
+            remedy = ", or stack=1" if self.config.stack > 1 else ""
             raise TrainingError(
-                f"{reason}, or stack=1: on a GPU, numbers that are not finite can reach the other replicates of a "
-                "stack, so this ends all of them"
+                f"{reason}{remedy}: on a GPU, numbers that are not finite can reach the other networks of a stack, so "
+                "this ends all of them"
             )
         if not self.block.can_go_on_without(member, reason):
             raise TrainingError(reason)
@@ -153,12 +160,13 @@ class _Recorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         losses = self.losses if len(self.block) > 1 else self.losses[0]
-        return {"losses": losses, "batches": self.batches}
+        return {"losses": losses, "batches": self.batches, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         losses = state["losses"]
         self.losses = losses if isinstance(losses, list) else [losses]
         self.batches = state["batches"]
+        self.began -= state.get("seconds", 0.0)  # earlier versions did not save it
 
 
 class _Checkpointer(Callback):

@@ -68,7 +68,7 @@ def train(
         sync: Called after a checkpoint, at most once in `SYNC_SECONDS`.
 
     Returns:
-        By member that has trained: test_accuracy_percent, test_loss, steps, seconds (of this attempt, divided by the
+        By member that has trained: test_accuracy_percent, test_loss, steps, seconds (of all steps, divided by the
         number of members), timestamp (ms since 1970), environment.
 
     Raises:
@@ -86,8 +86,7 @@ def train(
     )
     # PyTorch's scheduler acts on the milestone itself; Composer's schedulers act one batch later
     scheduler = MultiStepLR(optimizer, list(schedule.milestones), config.train.gamma)
-    recorder = _Recorder(block, model, loader, config.intervals, progress)
-    began = time.monotonic()
+    recorder = _Recorder(block, model, loader, config, progress)
     with _plain_path(resume) as load_path, _restore_errors(block, [optimizer, scheduler, recorder, *algorithms]):
         trainer = composer_internals.LeanTrainer(
             model=model,
@@ -126,7 +125,7 @@ def train(
                 trainer.fit()
         common = {
             "steps": schedule.end_step - schedule.start_step,
-            "seconds": round((time.monotonic() - began) / len(block), 3),
+            "seconds": round(recorder.seconds / len(block), 3),
             "timestamp": time.time_ns() // 1_000_000,
             "environment": environment,
         }

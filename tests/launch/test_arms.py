@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import MEASURED, run, start
+from helpers import MEASURED, ROOT, run, start
 from safetensors.numpy import load_file
 
 from lth_diet.config import loading
 from lth_diet.launch import command_line
-from lth_diet.launch.arms import open_arms, tasks_of
+from lth_diet.launch.arms import open_arms, share_of, tasks_of
 from lth_diet.launch.processes import ProcessInfo
 from recipes import imp
 
@@ -134,13 +134,28 @@ def test_each_block_of_replicates_is_one_task_dealt_to_one_rank(tiny):
     assert rows == [[("a", f"replicate_{index}") for index in block] for block in ([4, 5, 6, 7], [0, 1, 2, 3])] + [
         [("b", "replicate_0")]
     ]
-    shares = [ProcessInfo(rank, 2, rank, "", 0).shard(tasks_of(arms)) for rank in (0, 1)]
-    assert [[task.rows for task in share] for share in shares] == [[rows[0], rows[2]], [rows[1]]]
-    assert [task.steps_left() for task in shares[0]] == [4 * 3 * 12, 4 + 3 * 8]
+    shares = [share_of(arms, ProcessInfo(rank, 2, rank, "", 0)) for rank in (0, 1)]
+    assert [[task.rows for task in share] for share in shares] == [rows[:2], rows[2:]]
+    assert [task.steps_left() for share in shares for task in share] == [4 * 3 * 12, 4 * 3 * 12, 4 + 3 * 8]
     phase = shares[0][0].replicates[2].level(0)
     phase.write("curve.jsonl", b"")
     phase.finish(MEASURED)
     assert shares[0][0].steps_left() == 4 * 3 * 12 - 12, "each replicate has its own steps left"
+
+
+@pytest.mark.parametrize(
+    ("arms", "stack", "before", "after", "ranks"), [(6, 4, 4, 8, 2), (1, 1, 8, 12, 3), (5, 1, 2, 3, 4)]
+)
+def test_ranks_share_the_replicates_that_a_repeated_launch_adds(arms, stack, before, after, ranks):
+    names = ("init", "all", "all_half", "random", "easy", "hard")[:arms]
+    overrides = [f"replicates={after}", f"stack={stack}"]
+    opened = open_arms(
+        [loading.load(ROOT / f"yamls/digits_{name}.yaml", overrides) for name in names], ProcessInfo(0, ranks, 0, "", 0)
+    )
+    shares = [share_of(opened, ProcessInfo(rank, ranks, rank, "", 0)) for rank in range(ranks)]
+    assert sum(map(len, shares)) == arms * after // stack
+    new = [sum(task.replicates[0].index >= before for task in share) for share in shares]
+    assert sum(new) == arms * (after - before) // stack and max(new) - min(new) <= 1
 
 
 def test_files_of_one_name_in_two_folders_are_told_apart(tiny, place):

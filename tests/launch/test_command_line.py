@@ -18,7 +18,7 @@ from lth_diet.launch.processes import ProcessInfo
 from lth_diet.runs import work_left
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.scores import artifact
-from recipes import imp, score
+from recipes import imp, instability, score
 
 
 @pytest.fixture(autouse=True)
@@ -105,8 +105,11 @@ def test_a_run_directory_of_another_configuration_is_rejected(tiny, capsys):
 def test_more_ranks_than_replicates_are_rejected(tiny, environment, capsys):
     environment.setenv("WORLD_SIZE", "3")
     environment.setenv("MASTER_PORT", "1")
-    assert imp.main(["-f", str(tiny()), "replicates=2"]) == 2
-    assert "3 ranks for 2 replicates; use composer -n 2 or fewer" in capsys.readouterr().err
+    command, sentence = ["-f", str(tiny()), "replicates=2"], "3 ranks for 2 replicates; use composer -n 2 or fewer"
+    assert imp.main(command) == 2
+    assert f"{sentence}, more replicates, or parallelism=data\n" in capsys.readouterr().err
+    assert instability.main([*command, "steps=[0,4]"]) == 2
+    assert f"{sentence}, or more replicates\n" in capsys.readouterr().err
 
 
 def test_a_batch_size_that_ranks_cannot_share_is_rejected(tiny, environment, capsys):
@@ -265,7 +268,7 @@ def test_the_plan_counts_steps_from_finished_phases_and_checkpoints(tiny):
     level.write("curve.jsonl", b"")
     level.checkpoint_path(9).write_text("state")
     level.commit_checkpoint(9)
-    assert work_left.steps_left(work_left.phases_of(run, replicate)) == 3 + 8 + 8
+    assert work_left.steps_left(run.phases_of(replicate)) == 3 + 8 + 8
     assert "pretrain  100.0 % of weights  steps 0 to 4  done" in plan.plan(run)
     assert "level 0   100.0 % of weights  steps 4 to 12  resumes at step 9" in plan.plan(run)
 

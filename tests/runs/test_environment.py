@@ -65,6 +65,7 @@ def test_the_hash_is_of_what_computes_results(package):
     before = environment.code_hash(package)
     assert after("networks/resnet.py", "F.relu", "F.tanh") != before
     assert after("imp.py", "range(levels)", "range(levels + 1)") != before
+    assert after("instability.py", "POINTS = 11", "POINTS = 12") != before
     assert after("launch/screen.py", "import", "import os\nimport") == before
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from faults.runs import bits
+from helpers import MEASURED
 
 from lth_diet import files as file_locks
 from lth_diet.config import loading
@@ -16,6 +17,7 @@ from lth_diet.files import LockedError
 from lth_diet.imp import IMP
 from lth_diet.runs import object_store, run_store, store_lease
 from lth_diet.runs.block import lock_replicates
+from lth_diet.runs.instability_directory import mask_path
 from lth_diet.runs.phase_directory import PhaseDirectory
 from lth_diet.runs.run_directory import RunDirectory
 from lth_diet.runs.scores_directory import ScoresDirectory
@@ -182,6 +184,20 @@ def exits(monkeypatch):
 
     monkeypatch.setattr(file_locks, "exit_without_lock", exit_without_lock)
     return folders
+
+
+def test_masks_that_another_node_found_are_downloaded(node, tiny):
+    node("one")
+    config = loading.load_config(tiny("init"), [f"runs={URL}", *SMALL])
+    run = RunDirectory(config)
+    run.create()
+    replicate = run.replicate(0)
+    with lock_replicates([replicate]):
+        level = replicate.level(1)
+        level.write("mask.safetensors", b"mask")
+        level.finish(MEASURED)
+    node("two")
+    assert mask_path(config, replicate=0, step=0, level=1).read_bytes() == b"mask"
 
 
 def lock_without_renewal(folder, monkeypatch):

@@ -64,7 +64,14 @@ def trainers(place):
 
 @pytest.mark.parametrize(
     ("script", "status"),
-    [("exit 0", 0), ("exit 75", scheduler.DEVICE_FAULT), ("exit 2", 2), ("exit 247", -9), ("kill -TERM $$", -15)],
+    [
+        ("exit 0", 0),
+        ("exit 75", scheduler.DEVICE_FAULT),
+        ("exit 2", 2),
+        ("exit 247", -9),
+        ("exit 143", -15),
+        ("kill -TERM $$", -15),
+    ],
 )
 def test_an_attempt_returns_the_exit_status_or_the_signal_that_killed_the_launcher_or_its_rank(
     launcher, place, script, status
@@ -156,16 +163,18 @@ def test_scores_start_first_with_one_job_per_network_and_then_the_longest(grid):
     assert [job.name for job in scheduler.jobs_from(work[:1], 1)] == [work[0].name]
 
 
-def test_a_failure_that_another_attempt_would_repeat_is_not_a_crash(jobs):
+def test_a_failure_that_another_attempt_would_repeat_is_not_a_crash(jobs, place):
     score, replicate = jobs[0], jobs[1]
+    replicate.logs.append(place / "log")
+    (place / "log").write_text("error: replicate 0: another process trains it\n")
     assert scheduler._crash(replicate, -9) == "killed by signal 9"
     assert scheduler._crash(replicate, 2) == "" and scheduler._crash(replicate, 0) == ""
-    assert scheduler._crash(replicate, 1), "no failed.json: locked by another process, or it failed earlier"
+    assert scheduler._crash(replicate, 1) == "replicate 0: another process trains it", "there is no failed.json"
     replicate.work.parts[0].folder.record_failure("the loss is nan")
     assert scheduler._crash(replicate, 1) == "" and scheduler._crash(score, 1) == ""
 
 
-def test_a_block_is_one_job_with_its_replicates_and_the_failure_of_one_of_them_is_final(grid):
+def test_a_block_is_one_job_with_its_replicates_and_the_failure_of_one_of_them_is_final(grid, place):
     overrides = ["replicates=4", "stack=2", "scores.networks=5"]
     work = Sweep(grid(), overrides).work()
     jobs = scheduler.jobs_from(work, 8)
@@ -177,7 +186,9 @@ def test_a_block_is_one_job_with_its_replicates_and_the_failure_of_one_of_them_i
     assert "replicates=[2,3]" in block.work.arguments
     _, path, *arguments = block.work.arguments
     assert loading.load_config(path, arguments).blocks == ((2, 3),)
-    assert scheduler._crash(block, 1) == "ended without an error"
+    block.logs.append(place / "log")
+    (place / "log").write_text("")
+    assert scheduler._crash(block, 1) == "exit status 1"
     block.work.parts[1].folder.record_failure("the loss is nan")
     assert scheduler._crash(block, 1) == ""
 

@@ -203,9 +203,7 @@ def test_versions_are_tags_and_the_description_is_readable(run):
     assert tags["version.composer"] == metadata.version("mosaicml")
     assert {"version.python", "version.lth_diet"} <= set(tags)
     note = tags["mlflow.note.content"]
-    assert note.startswith(
-        "**digits, ResNet-8 width 2, pre-trained on the 128 random examples for 4 steps**, replicate 0"
-    )
+    assert note.startswith("**digits, ResNet-8 width 2, random 128, t_r = 4**, replicate 0")
     assert "to level 1 (80.0 % of weights): each level trains from step 4 to 12, then 20 %" in note
 
 
@@ -492,10 +490,13 @@ def test_an_experiment_that_another_process_has_just_created_is_used(run, monkey
     assert len(stored()) == 2
 
 
-def test_two_processes_do_not_sync_one_replicate_concurrently(run, monkeypatch):
+@pytest.mark.parametrize("lock", ["{replicate}/.mlflow.lock", "{store}.lock"])
+def test_a_process_does_not_wait_without_end_for_another_one_that_writes_to_mlflow(run, monkeypatch, lock):
     finish(run.replicate(0).level(0), 0, level=0)
     monkeypatch.setattr(sync, "_LOCK_TIMEOUT", 0.1)
-    with FileLock(run.replicate(0).path / ".mlflow.lock"), pytest.raises(Timeout):
+    monkeypatch.setattr(mlflow_store, "LOCK_TIMEOUT", 0.1)
+    store = mlflow_store.tracking_uri().removeprefix("sqlite:///")
+    with FileLock(lock.format(replicate=run.replicate(0).path, store=store)), pytest.raises(Timeout):
         sync.sync_replicate(run.replicate(0))
     sync.sync_replicate(run.replicate(0))
     assert len(stored()) == 2

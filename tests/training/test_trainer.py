@@ -296,8 +296,36 @@ def test_a_checkpoint_is_due_at_multiples_and_not_sooner_than_ten_seconds_after_
     monkeypatch.setattr(callbacks, "CHECKPOINT_SECONDS", seconds)
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(type(phase), "commit_checkpoint", lambda phase, step, *rest: saved.append(step))
-    train(trainer.Schedule(0, 8, 0.1), [Late()], ["intervals.checkpoint=2"])
+    result = train(trainer.Schedule(0, 8, 0.1), [Late()], ["intervals.checkpoint=2"])
     assert saved == steps
+    assert result["seconds"] == 24
+
+
+def test_the_time_of_a_resumed_training_is_that_of_all_attempts(train, phase, monkeypatch):
+    clock = [0.0]
+
+    class Slow(Algorithm):
+        """One second passes in every batch."""
+
+        def match(self, event, state):
+            return event == Event.BEFORE_FORWARD
+
+        def apply(self, event, state, logger):
+            clock[0] += 1
+
+    class Killed(Exception):
+        pass
+
+    def die():
+        raise Killed
+
+    monkeypatch.setattr(callbacks, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(callbacks, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
+    with pytest.raises(Killed):
+        train(trainer.Schedule(0, 8, 0.1), [Slow()], ["intervals.checkpoint=5"], sync=die)
+    clock[0] += 3600
+    assert train(trainer.Schedule(0, 8, 0.1), [Slow()], ["intervals.checkpoint=5"])["seconds"] == 8
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
