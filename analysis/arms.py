@@ -113,8 +113,13 @@ class Curve:
 
     @property
     def finished_levels(self) -> list[int]:
-        """Levels that at least half of the replicates have finished; one that is ahead of the others adds none."""
-        return self.summary.index[2 * self.summary.n >= self.summary.n.max()].tolist()
+        """Levels that more than half of the replicates have finished; one that is ahead of the others adds none."""
+        return self.summary.index[2 * self.summary.n > self.summary.n.max()].tolist()
+
+    @property
+    def finished(self) -> "Curve":
+        """The curve without levels that only a few replicates, which are ahead of the others, have finished."""
+        return dataclasses.replace(self, summary=self.summary.loc[self.finished_levels])
 
 
 def curves_by_arm(frame: pd.DataFrame) -> dict[Arm, Curve]:

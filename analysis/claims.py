@@ -17,7 +17,7 @@ import pandas as pd
 from lth_diet.errors import Parser, UserError
 from lth_diet.program import run_program
 
-from . import arms, collect, difference, dominance, paper
+from . import arms, collect, dominance, paper
 from .arms import Arm, Curve
 from .dominance import Comparison, compare
 from .paper import Family
@@ -92,14 +92,24 @@ class Finding:
     def outcome(self) -> str:
         """One of holds, contradicted, undecided or not tested.
 
-        A claim is contradicted if the simultaneous interval of the worst level excludes it.
+        A claim is contradicted if the simultaneous interval of the worst level excludes it, or the bounds of all do.
         """
         if self.comparison is None:
             return "not tested"
         statement = self.comparison.statements["pooled"]
         if statement.verdict in ("dominates", self.claim.verdict):
             return "holds"
-        return "contradicted" if statement.worst["upper"] < self._bound else "undecided"
+        upper = statement.levels.upper
+        return "contradicted" if min(statement.worst["upper"], upper.max()) < self._bound else "undecided"
+
+    @property
+    def reverse_matches(self) -> str:
+        """Outcome of the claim that the reference weakly dominates the challenger: holds, contradicted or undecided."""
+        statement = self.comparison.statements["pooled"]
+        if (statement.levels.upper < self.comparison.margin).all():
+            return "holds"
+        lower = statement.simultaneous(self.comparison.confidence)[0]
+        return "contradicted" if lower.max() > self.comparison.margin else "undecided"
 
     @property
     def _bound(self) -> float:
@@ -147,10 +157,7 @@ class Finding:
             return f"{text}; {self.too_few}"
         if found.improvement:
             text += f"; better in {_percent(found.improvement)} of replicates"
-        counts = f"n = {found.n[0]}" if found.n[0] == found.n[1] else f"n = {found.n[0]} and {found.n[1]}"
-        if self.outcome == "undecided":
-            return f"{text}; {counts}, {self._outlook}"
-        return f"{text}; {counts}"
+        return f"{text}; {found.size}" + (f", {self._outlook}" if self.outcome == "undecided" else "")
 
     @property
     def _outlook(self) -> str:
@@ -168,13 +175,12 @@ class Finding:
         """A sentence for a paper."""
         found, (low, high, row) = self.comparison, interval_at_last_level(self.comparison)
         pairing = "paired" if found.paired else "unpaired"
-        size = f"n = {found.n[0]}" if found.n[0] == found.n[1] else f"n = {found.n[0]} and {found.n[1]}"
         interval = f" ({100 * found.confidence:g} % confidence interval {low:.2f} to {high:.2f})" if low == low else ""
         levels = found.statements["pooled"].levels
         return (
             f"On {self.family}, {found.challenger} differs from {found.reference} by {row.difference:+.2f} percentage "
             f"points in test accuracy{interval} at {_short(row.weights_remaining_percent)} % of weights ({pairing} "
-            f"replicates, {size}); over {_short(levels.weights_remaining_percent.max())} to "
+            f"replicates, {found.size}); over {_short(levels.weights_remaining_percent.max())} to "
             f"{_short(levels.weights_remaining_percent.min())} % of weights, the claim that {self.claim.text} "
             f"{_OUTCOMES[self.outcome]} (moderated t test at each level, margin {found.margin:g} points)."
         )
@@ -183,8 +189,7 @@ class Finding:
 def interval_at_last_level(comparison: Comparison) -> tuple[float, float, Any]:
     """Two-sided interval of the difference at the last level, by the pooled test, and the level's row."""
     statement = comparison.statements["pooled"]
-    found = statement.difference
-    low, high = difference.bounds(found.mean, found.variance, found.df, (1 + comparison.confidence) / 2)
+    low, high = statement.interval(comparison.confidence)
     return float(low[-1]), float(high[-1]), list(statement.levels.itertuples())[-1]
 
 
@@ -201,7 +206,8 @@ def _percent(improvement: tuple[float, float, float]) -> str:
 def headline(family: Family, findings: Sequence[Finding]) -> str:
     """What the verdicts of a family say about pre-training, in two or three sentences."""
     mine = [finding for finding in findings if finding.family == family and finding.claim in CLAIMS]
-    found = {(finding.claim.challenger, finding.claim.reference): finding for finding in mine if finding.comparison}
+    found = {(each.claim.challenger, each.claim.reference): each for each in reversed(mine) if each.comparison}
+    found |= {(each.claim.challenger, each.claim.reference): each for each in mine if each.outcome == "holds"}
     full = found.get(("full", "init"))
     steps = f"{family.t_star} steps before pruning"
     if full is None:
@@ -223,13 +229,7 @@ def headline(family: Family, findings: Sequence[Finding]) -> str:
             sentences = [makes + no]
     half, easy = found.get(("full", "half")), found.get(("easy", "full"))
     if half:
-        fewer = -interval_at_last_level(half.comparison)[2].difference
-        sentences.append(
-            {
-                "holds": f"Half the steps do not suffice: {abs(fewer):.1f} points fewer.",
-                "contradicted": "All the steps are not better than half of them at every level.",
-            }.get(half.outcome, "Whether half the steps suffice is undecided.")
-        )
+        sentences.append(_describe_half(half))
     if easy:
         those = f"half the steps on the {family.size:,} easiest examples"
         verb = "are better than" if easy.claim.strict else "match"
@@ -240,6 +240,18 @@ def headline(family: Family, findings: Sequence[Finding]) -> str:
             }.get(easy.outcome, f"Whether {those} {verb} all examples is undecided.")
         )
     return " ".join(sentences)
+
+
+def _describe_half(finding: Finding) -> str:
+    """Says whether half the steps suffice, which is that they match all of them."""
+    fewer = abs(interval_at_last_level(finding.comparison)[2].difference)
+    if finding.reverse_matches == "holds":
+        return "Half the steps suffice."
+    if finding.reverse_matches == "contradicted":
+        return f"Half the steps do not suffice: {fewer:.1f} points fewer."
+    if finding.outcome == "holds":
+        return f"Half the steps make them {fewer:.1f} points worse."
+    return "Whether half the steps suffice is undecided."
 
 
 def summarize(family: Family, findings: Sequence[Finding]) -> list[str]:
@@ -335,8 +347,11 @@ def dense_accuracy_kept(
         raise UserError(arms.describe_missing(wanted, curves))
     if 0 not in curves[arm].levels or max(curves[arm].levels) == 0:
         raise UserError(f"{arm} has no level 0 or no pruned level")
+    if curves[arm].summary.n[0] == 1:
+        raise UserError(f"{arm} has one replicate, so the spread is unknown")
     curve, unpruned = curves[arm], Arm("dense")
     first = curve.summary.loc[[0] * len(curve.levels)].set_index(curve.summary.index)
+    first = first.assign(weights_remaining_percent=curve.summary.weights_remaining_percent)
     values = curve.values
     if values is not None:
         values = pd.DataFrame(dict.fromkeys(values.columns, values[0]))
@@ -382,15 +397,16 @@ def _row(finding: Finding) -> list[str]:
     start = [finding.claim.text, str(finding.family)]
     if finding.comparison is None:
         return [*start, f"not tested: {finding.reason}", *[""] * 6]
-    statement = finding.comparison.statements["pooled"]
-    worst, (area,) = statement.worst, finding.comparison.statements["mean"].levels.itertuples()
+    statement, mean = (finding.comparison.statements[name] for name in ("pooled", "mean"))
+    worst, (area,) = statement.worst, mean.difference.mean
+    (low,), (high,) = mean.interval(finding.comparison.confidence)
     row = [
         *start,
         f"**{finding.outcome}**{finding.comparison.also}",
         f"{worst['difference']:+.2f}",
         f"{worst['weights_remaining_percent']:.1f}",
     ]
-    row += [f"{area.difference:+.2f}", dominance.interval(area.lower, area.upper)]
+    row += [f"{area:+.2f}", dominance.interval(low, high)]
     if finding.outcome == "holds":
         return [*row, "", ""]
     if np.isnan(statement.holds_at_margin):

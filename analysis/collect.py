@@ -71,17 +71,21 @@ def collect(tracking_uri: str, experiment: str | None = None) -> pd.DataFrame:
     Returns:
         One row per replicate and level, with `COLUMNS`. `attrs["left_out"]` has a sentence for each part of a run that
         was left out, because a value is invalid or because another experiment has the same replicate with another
-        result.
+        result; `attrs["unfinished"]` has one for each replicate without a finished level.
 
     Raises:
         UserError: If the store or experiment does not exist, or no level is finished.
     """
     client, experiments = open_store(tracking_uri, experiment)
     names = {entry.experiment_id: entry.name for entry in client.search_experiments()}
-    rows = []
+    rows, unfinished = [], []
     for run in search_runs(client, experiments, "tags.phase = 'all'"):
         source = f"run {run.info.run_name} of experiment {names.get(run.info.experiment_id)!r}"
-        rows += [row | {"mlflow_run": run.info.run_id, "source": source} for row in _levels(client, run)]
+        levels = [row | {"mlflow_run": run.info.run_id, "source": source} for row in _levels(client, run)]
+        rows += levels
+        if not levels:
+            failed = "; it failed" if run.info.status == "FAILED" else ""
+            unfinished.append(f"{run.info.run_name}: no level is finished{failed}")
     if not rows:
         where = f"experiment {experiment!r}" if experiment else "any experiment"
         raise UserError(f"no level is finished yet in {where} of the MLflow store")
@@ -96,6 +100,7 @@ def collect(tracking_uri: str, experiment: str | None = None) -> pd.DataFrame:
     merged, conflicts = _merge_experiments(typed.join(table[["mlflow_run", "source"]]))
     result = _sorted(merged[list(COLUMNS)], "the MLflow store")
     result.attrs["left_out"] = left_out + conflicts
+    result.attrs["unfinished"] = unfinished
     invalid = table[problems != ""]
     result.attrs["invalid"] = [f"{row.run_id} {row.replicate} {row.level}" for row in invalid.itertuples()]
     return result
@@ -375,7 +380,7 @@ def select_one(frame: pd.DataFrame, dataset: str | None, model: str | None) -> p
 
 def describe_incomplete(frame: pd.DataFrame) -> list[str]:
     """Describes each replicate that lacks planned levels, or levels that others have."""
-    sentences = []
+    sentences = list(frame.attrs.get("unfinished", ()))
     if "replicate" not in frame:
         return sentences
     core = ["arm", "subset_size", "rewind_steps", "label_noise"]

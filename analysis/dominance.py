@@ -19,8 +19,8 @@ pooled      The spread follows a smooth trend over the levels with scatter aroun
 mean        Tests the mean difference over the levels, the area between the curves. It assumes nothing if the replicates
             are known, and makes no claim about any single level.
 
-Replicates are paired by seed and number, if at least half of those of the smaller arm have a partner. Levels that fewer
-than half of an arm's replicates have finished are not tested. The published curves have no individual replicates: they
+Replicates are paired by seed and number, if at least half of those of the smaller arm have a partner. Levels that half
+of an arm's replicates or fewer have finished are not tested. The published curves have no individual replicates: they
 are compared with Welch's test, assuming perfect correlation between the levels of a replicate where it matters, which
 is the conservative case.
 """
@@ -56,6 +56,9 @@ from .difference import (
 MARGIN, LEVELS = paper.MARGIN, paper.LEVELS
 CONFIDENCE = 0.95
 
+_SAME_WEIGHTS = 0.02
+"""Relative difference of the weights remaining at a level up to which two arms are compared; counts are rounded."""
+
 ASSUMPTIONS = {
     "per_level": "each level has its own spread between replicates",
     "pooled": "the spread between replicates follows a smooth trend over the levels, with scatter around it",
@@ -90,6 +93,16 @@ class Statement:
     worst: dict[str, float]
     holds_at_margin: float
     difference: Difference
+
+    def interval(self, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+        """Two-sided interval of the difference at each level, not simultaneous."""
+        found = self.difference
+        return bounds(found.mean, found.variance, found.df, (1 + confidence) / 2)
+
+    def simultaneous(self, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+        """Two-sided intervals of the differences that hold for all levels at once."""
+        found = self.difference
+        return bounds(found.mean, found.variance, found.df, _simultaneous(confidence, len(self.levels)))
 
     def replicates(self, margin: float, confidence: float) -> dict[str, int | None]:
         """Number of replicates per arm needed for each verdict; see `difference.replicates_needed`."""
@@ -142,6 +155,11 @@ class Comparison:
     def also(self) -> str:
         """The notes, to follow a verdict in its line; empty if there are none."""
         return "".join(f"; {note}" for note in self.notes)
+
+    @property
+    def size(self) -> str:
+        """Number of replicates, such as `n = 8` or `n = 8 and 7`."""
+        return f"n = {self.n[0]}" if self.n[0] == self.n[1] else f"n = {self.n[0]} and {self.n[1]}"
 
     @property
     def verdict(self) -> str:
@@ -228,7 +246,13 @@ def compare(
     difference, notes, improvement = _difference(ours, theirs, common, confidence)
     if numerical:
         notes.append(f"the arms also differ in {numerical}")
-    weights = ours.summary.weights_remaining_percent.loc[common].to_numpy()
+    weights, others = (curve.summary.weights_remaining_percent.loc[common].to_numpy() for curve in (ours, theirs))
+    if (far := np.abs(weights / others - 1) > _SAME_WEIGHTS).any():
+        at = int(far.argmax())
+        raise UserError(
+            f"{challenger} and {reference} cannot be compared: at level {common[at]} they have {weights[at]:.3g} and "
+            f"{others[at]:.3g} % of their weights"
+        )
     caveat = _PERFECT_CORRELATION if ours.values is None or theirs.values is None else ""
     average = dataclasses.replace(
         difference, mean=difference.average[0], variance=difference.average[1], df=difference.average[2]
@@ -335,19 +359,19 @@ def describe(comparison: Comparison, wanted: str | None = None) -> str:
         comparison: The comparison to describe.
         wanted: The verdict to aim for, dominates or weakly dominates; None for the one that needs fewest replicates.
     """
-    statement, n, found = comparison.statements["pooled"], comparison.n, comparison.verdict
+    statement, found = comparison.statements["pooled"], comparison.verdict
     verb = {"dominated": "is dominated by", "undecided": "against"}.get(found, found)
     worst = statement.worst
     text = (
         f"{comparison.challenger} {verb} {comparison.reference}{': undecided' * (found == 'undecided')} "
-        f"(margin {comparison.margin:g} points, {100 * comparison.confidence:g} % confidence, n = {n[0]} and {n[1]}, "
+        f"(margin {comparison.margin:g} points, {100 * comparison.confidence:g} % confidence, {comparison.size}, "
         f"{'paired' if comparison.paired else 'unpaired'}); worst at level {worst['level']} "
         f"({worst['weights_remaining_percent']:.1f} % of weights): {worst['difference']:+.2f} points, "
         f"simultaneous interval {interval(worst['lower'], worst['upper'])}"
     )
     if found in ("dominates", "dominated", wanted) or (found != "undecided" and wanted is None):
         return text
-    if min(n) == 1:
+    if min(comparison.n) == 1:
         return text + "; needs at least two replicates per arm to estimate the spread"
     needed = {name: count for name, count in comparison.replicates.items() if count and wanted in (name, None)}
     if not needed:
@@ -468,6 +492,29 @@ def load_results(arguments: argparse.Namespace) -> pd.DataFrame:
     return frame
 
 
+def _print_all_pairs(
+    curves: dict[Arm, Curve], about: dict[str, str], notes: list[str], arguments: argparse.Namespace
+) -> None:
+    """Prints a matrix for each setup, whose families may have other margins and levels."""
+    found = {}
+    for setup, mine in arms.by_setup(curves).items():
+        margin, levels = paper.test_range(about["dataset"], mine, None, arguments.margin, arguments.levels)
+        cells = matrix(mine, margin, levels, arguments.confidence)
+        if not (cells == "").all(axis=None):
+            title = paper.title(about["dataset"], setup)
+            found[f"{title}, {about['model']}: levels {levels[0]} to {levels[1]}, margin {margin:g} points"] = cells
+            notes = [*notes, *_describe_missing_levels(mine, levels)]
+    if not found:
+        raise UserError(f"levels {levels[0]} to {levels[1]}: no two arms can be compared")
+    if arguments.json:
+        verdicts = {name: row for cells in found.values() for name, row in cells.T.to_dict().items()}
+        print(json.dumps(about | {"verdicts": verdicts, "notes": notes}, indent=2))
+        return
+    print(*(f"note: {note}" for note in notes), sep="\n", end="\n" * bool(notes))
+    for title, cells in found.items():
+        print(title, to_symbols(cells), sep="\n")
+
+
 @collect.catch_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
@@ -491,17 +538,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {"dataset": dataset, "model": model}
     about_arms = [*arms.describe_differences(curves), *paper.describe_other_settings(dataset, curves)]
     if arguments.all_pairs:
-        margin, levels = paper.test_range(dataset, curves, None, arguments.margin, arguments.levels)
-        cells = matrix(curves, margin, levels, arguments.confidence)
-        if (cells == "").all(axis=None):
-            raise UserError(f"levels {levels[0]} to {levels[1]}: no two arms can be compared")
-        about_arms += _describe_missing_levels(curves, levels)
-        if arguments.json:
-            print(json.dumps(about | {"verdicts": cells.T.to_dict(), "notes": about_arms}, indent=2))
-        else:
-            first, last = levels
-            print(f"{about['dataset']}, {about['model']}: levels {first} to {last}, margin {margin:g} points")
-            print(*(f"note: {note}" for note in about_arms), to_symbols(cells), sep="\n")
+        _print_all_pairs(curves, about, about_arms, arguments)
         return 0
     challenger, reference = (arms.find(spec, curves) for spec in (arguments.challenger, arguments.reference))
     if challenger == reference:

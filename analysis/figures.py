@@ -414,10 +414,10 @@ def headline_figure(panel: Panel, curves: dict[Arm, Curve]) -> Figure:
     names = {"half": "all, t*/2", "full": "all, t*"} | {name: f"{name}, t*/2" for name in _SUBSETS}
     drawn = Figure(figsize=(5.4, 4), layout="constrained")  # in inches; its text is readable on a phone
     axes = drawn.subplots()
-    lines, _ = _lines(panel, curves)
+    lines, _ = _lines(panel, {arm: curve.finished for arm, curve in curves.items()})
     for line in lines.values():
         style = _style(line.role, panel.others)
-        axes.errorbar(line.x, line.mean, np.nan_to_num(line.sd), elinewidth=0.8, capsize=2, **style)
+        axes.errorbar(line.x, line.mean, line.sd, elinewidth=0.8, capsize=2, **style)
     axes.set_title(f"{panel.family}: test accuracy (%)", fontsize=11, loc="left")
     axes.tick_params(labelsize=9)
     axes.grid(alpha=0.25, linewidth=0.5)

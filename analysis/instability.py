@@ -103,15 +103,16 @@ class Prediction:
 
 def collect_analyses(client: MlflowClient, experiments: list[str]) -> list[Analysis]:
     """Collects the barriers of dense networks from MLflow; two analyses differ in more than seed and replicate."""
-    found: dict[tuple[str, Identity], dict[int, list[float]]] = {}
+    found: dict[tuple[str, Identity], dict[int, dict[tuple, float]]] = {}
     for run in collect.search_runs(client, experiments, "tags.phase = 'instability' and tags.level = '0'"):
         params = {key: text for key, text in run.data.params.items() if not key.startswith("instability.")}
         identity = identities.normalize(identities.from_params(params, None))
         steps = found.setdefault((_label(identity), tuple(sorted(identity.items()))), {})
+        replicate = run.data.tags.get("instability_id"), run.data.tags.get("replicate")  # may be in two experiments
         for metric in client.get_metric_history(run.info.run_id, "test_error_barrier"):
-            steps.setdefault(metric.step, []).append(metric.value)
+            steps.setdefault(metric.step, {}).setdefault(replicate, metric.value)
     analyses = [
-        Analysis(label, dict(identity), tuple(Barriers(step, values) for step, values in sorted(steps.items())))
+        Analysis(label, dict(identity), tuple(Barriers(k, [*values.values()]) for k, values in sorted(steps.items())))
         for (label, identity), steps in found.items()
         if steps
     ]

@@ -126,7 +126,8 @@ def describe(found: Match) -> str:
         return start + f"none of {tested} arms is shown to be a matching initialization{untested}"
     count = sum(entry.matching for entry in found.entries)
     are = "are matching initializations; the cheapest is" if count > 1 else "is a matching initialization:"
-    return f"{start}{count} of {tested} arms {are} {cheapest.arm} ({cheapest.cost:,.0f} examples × steps){untested}"
+    cost = "unknown" if math.isnan(cheapest.cost) else f"{cheapest.cost:,.0f}"
+    return f"{start}{count} of {tested} arms {are} {cheapest.arm} ({cost} examples × steps){untested}"
 
 
 def heat_map(axes: Axes, found: Match) -> None:

@@ -499,7 +499,7 @@ def _runs(parents: list[Run]) -> list[dict[str, str]]:
     for run_id, runs in sorted(replicates.items(), key=lambda item: item[1][0].info.run_name):
         tags = runs[0].data.tags
         name = f"{tags.get('dataset')}_{tags.get('arm')}-{run_id}"
-        indices = sorted(int(run.data.tags.get("replicate", 0)) for run in runs)
+        indices = sorted({int(run.data.tags.get("replicate", 0)) for run in runs})
         tree: dict[str, Any] = {}
         for key, text in runs[0].data.params.items():
             if key in DEFAULTS and text != "None":  # skips parameters that are not keys of a configuration
@@ -509,7 +509,7 @@ def _runs(parents: list[Run]) -> list[dict[str, str]]:
                     node = node.setdefault(section, {})
                 node[last] = identities.parse(text)
         command = (
-            f"composer -n {len(runs)} recipes/imp.py -f {name}.yaml "
+            f"composer -n {len(indices)} recipes/imp.py -f {name}.yaml "
             f"replicates={shlex.quote(str(indices).replace(' ', ''))} prune.levels={tags.get('planned_levels')}"
         )
         text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=80)

@@ -70,6 +70,63 @@ def test_claim_is_contradicted_if_the_interval_excludes_it():
     assert found["all at t*/2 dominates init"] == "contradicted"
 
 
+def curves_with(family, spread=0.05, **accuracy):
+    """Curves of eight replicates whose accuracy (%) is about the same at all levels, by challenger or reference."""
+    random, rows = np.random.default_rng(0), []
+    names = {"full": ("all", family.t_star), "half": ("all", family.half), "init": ("init", 0)}
+    for name, mean in accuracy.items():
+        arm, steps = names.get(name, (name, family.half))
+        size = family.size if name == "easy" else None
+        rows += [
+            [arm, size, steps, family.label_noise * (arm != "init"), r, level, value + 0.01 * random.standard_normal()]
+            for r, value in enumerate(mean + spread * random.standard_normal(8))
+            for level in range(13)
+        ]
+    columns = ["arm", "subset_size", "rewind_steps", "label_noise", "replicate", "level", "test_accuracy_percent"]
+    frame = pd.DataFrame(rows, columns=columns).assign(model="m", seed=1, run_id="a", weights_remaining_percent=50.0)
+    return arms.curves_by_arm(frame)
+
+
+@pytest.mark.parametrize(
+    ("half", "sentence"),
+    [
+        (90.0, "Half the steps suffice."),
+        (89.85, "Half the steps suffice."),
+        (91.0, "Half the steps suffice."),
+        (89.7, "Half the steps make them 0.3 points worse."),
+        (88.0, "Half the steps do not suffice: 2.0 points fewer."),
+    ],
+)
+def test_half_the_steps_suffice_if_they_match_and_not_if_they_are_worse_by_more_than_the_margin(half, sentence):
+    curves = curves_with(paper.CIFAR10, full=90.0, half=half, init=85.0)
+    text = claims.headline(paper.CIFAR10, claims.evaluate(paper.CIFAR10, curves, *SETTINGS))
+    assert text.endswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("easy", "sentence"),
+    [(92.0, "are better than all examples."), (90.0, "match all examples."), (88.0, "fall short of all examples.")],
+)
+def test_under_noise_the_headline_says_the_most_that_is_shown_of_the_easiest_examples(easy, sentence):
+    curves = curves_with(paper.NOISE_50, full=90.0, easy=easy, init=85.0)
+    text = claims.headline(paper.NOISE_50, claims.evaluate(paper.NOISE_50, curves, *SETTINGS))
+    assert text.endswith(f"Half the steps on the 3,200 easiest examples {sentence}")
+
+
+def test_a_claim_of_dominance_is_contradicted_if_the_arm_is_worse_at_every_level():
+    curves = curves_with(paper.CIFAR10, full=89.93, half=90.0, spread=0.08)
+    (found,) = (each for each in claims.evaluate(paper.CIFAR10, curves, *SETTINGS) if each.comparison)
+    pooled = found.comparison.statements["pooled"]
+    assert pooled.levels.upper.max() < 0 < pooled.worst["upper"] and found.outcome == "contradicted"
+
+
+def test_the_interval_of_the_area_is_two_sided():
+    found = find(paper.NOISE_50, "all at t*/2 dominates init")
+    (row,) = found.comparison.statements["mean"].levels.itertuples()
+    assert row.lower > 0, "shown by a one-sided test"
+    assert claims._row(found)[6].startswith("[-")
+
+
 def test_claim_with_missing_arms_is_not_tested():
     frame = collect.published()
     curves = arms.curves_by_arm(frame[(frame.dataset == "cifar10") & (frame.arm != "hard")])

@@ -344,6 +344,16 @@ def test_probability_of_improvement_counts_pairs_or_all_combinations_and_ties_ha
     ours, theirs = np.array([[2.0], [4.0]]), np.array([[1.0], [4.0]])
     assert difference.probability_of_improvement(ours, theirs, True)[0] == 0.75
     assert difference.probability_of_improvement(ours, theirs, False)[0] == (1 + 0 + 1 + 0.5) / 4
-    low, high = difference.probability_of_improvement(ours, theirs, True)[1:]
-    assert (low, high) == (0.5, 1.0)
     assert np.isnan(difference.probability_of_improvement(ours[:1], theirs[:1], True)[1:]).all()
+    for pairs in (True, False):
+        found, low, high = difference.probability_of_improvement(np.ones((8, 3)), np.zeros((8, 3)), pairs)
+        assert (found, high) == (1, 1) and low == pytest.approx(8 / (8 + stats.norm.ppf(0.975) ** 2))
+
+
+def test_the_interval_of_the_probability_of_improvement_contains_it_in_at_least_95_of_100_experiments():
+    random = np.random.default_rng(0)
+    noise = np.sqrt(0.5) * (random.standard_normal((1000, 8, 1)) + random.standard_normal((1000, 8, 5)))
+    for probability in (0.5, 0.92, 0.97):
+        shift = stats.norm.ppf(probability)
+        found = [difference.probability_of_improvement(each, np.zeros((8, 5)), True) for each in noise + shift]
+        assert np.mean([low <= probability <= high for _, low, high in found]) >= 0.95

@@ -134,6 +134,20 @@ def test_a_replicate_that_is_ahead_of_the_others_changes_no_verdict():
     assert found.statements["pooled"].worst == before.statements["pooled"].worst
 
 
+def test_of_two_replicates_the_one_that_is_ahead_adds_no_level():
+    values = noise(2)
+    values[1, -2:] = np.nan
+    assert curve(values).finished_levels == list(LEVELS)[:-2]
+    assert curve(values[:1]).finished_levels == list(LEVELS), "a single one is not ahead"
+
+
+def test_arms_with_other_weights_at_a_level_are_not_compared():
+    other = curve(noise(4, seed=1))
+    other.summary["weights_remaining_percent"] **= 1.1
+    with pytest.raises(UserError, match=r"cannot be compared: at level 3 they have 51.2 and 75.9 % of their weights"):
+        compare(curve(noise(4)), other)
+
+
 def test_arms_with_few_common_replicates_are_compared_without_pairs():
     found = compare(curve(noise(8)), curve(noise(10, seed=1), first=6))
     assert not found.paired and found.n == (8, 10)

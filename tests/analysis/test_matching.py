@@ -52,6 +52,11 @@ def test_an_arm_without_a_common_level_is_named(cifar10):
 def test_unknown_cost_is_nan_and_sorts_last(cifar10):
     for dataset in ("image_folder", "mine"):
         found = matching.match(dataclasses.replace(paper.CIFAR10, dataset=dataset), cifar10, 1.0, *SETTINGS)
+        alone = dataclasses.replace(found, entries=[found.entries[-1]])
+        alone.entries[0].comparison.statements["pooled"] = dataclasses.replace(
+            alone.entries[0].comparison.statements["pooled"], verdict="dominates"
+        )
+        assert matching.describe(alone).endswith("all, t_r = 200 (unknown examples × steps)")
         assert (
             [entry.arm.name for entry in found.entries if math.isnan(entry.cost)]
             == ["all"]

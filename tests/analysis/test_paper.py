@@ -111,6 +111,12 @@ def test_an_image_folder_is_of_a_family_only_with_the_images_of_the_family():
         assert paper.describe_other_settings(name, curves) == [], "other images are not compared with CIFAR-10"
 
 
+def test_results_without_recorded_steps_are_of_one_family():
+    ((arm, curve),) = curves_of(("cifar10_all_half", *SMALL)).items()
+    unknown = {key: value for key, value in curve.identity.items() if key != "train.steps"} | {identities.UNKNOWN: ""}
+    assert paper.families("cifar10", {arm: dataclasses.replace(curve, identity=unknown)}) == [paper.CIFAR10_SMALL]
+
+
 def test_margin_and_levels_are_those_of_the_family_unless_they_are_given():
     small = curves_of(("cifar10_all_half", *SMALL))
     (arm,) = small

@@ -53,6 +53,10 @@ def write(output="report.html"):
 
 
 def test_page_has_verdicts_untested_claims_and_incomplete_replicates(experiment, place, capsys):
+    client = MlflowClient(mlflow_store.tracking_uri())
+    where = client.get_experiment_by_name("<b>tiny</b>").experiment_id
+    failed = client.create_run(where, tags={"phase": "all"}, run_name="digits_hard-1/replicate_0")
+    client.set_terminated(failed.info.run_id, "FAILED")
     written = write()
     headline, *lines = written.verdicts
     assert re.fullmatch(
@@ -60,13 +64,14 @@ def test_page_has_verdicts_untested_claims_and_incomplete_replicates(experiment,
         r"than none \(95 % interval [\d.]+ to [\d.]+, n = 3\)\.",
         headline,
     )
-    claim = "holds: all at t* dominates init: +5.0 points at worst, at 41 % of weights; better in 100 % (100 to 100) of"
+    claim = "holds: all at t* dominates init: +5.0 points at worst, at 41 % of weights; better in 100 % (44 to 100) of"
     assert f"  {claim} replicates; n = 3; tested at levels 3, 4 of 3 to 12 only" in lines
     assert any("not tested: 6 claims (missing all, t_r = 4" in line for line in lines)
     page = written.path.read_text()
     assert page.index(headline) < page.index("<img") < page.index("all at t* dominates init") < page.index("<details")
     assert page.index("<details") < page.index("Details of the tests") < page.index("Test accuracy by level")
     assert "digits, random 128, t_r = 4, replicate 2: levels 1 to 4 of 4 not finished" in page
+    assert "digits_hard-1/replicate_0: no level is finished; it failed" in page
     assert "1 of 3 replicates of the challenger excluded because they lack some levels" in page
     assert re.search(r"version|torch</td><td>\d", page) and "composer -n 3 recipes/imp.py" in page
     assert report.main(["--experiment", "<b>tiny</b>", "-o", "page.html"]) == 0
@@ -156,7 +161,8 @@ def test_experiments_with_other_settings_are_neither_pooled_nor_compared_and_the
         and f"missing init, {other} (not compared: init," in verdicts
     )
     assert "\nnote: digits: several setups, whose arms are not compared with each other:" in verdicts
-    assert "missing all, t_r = 8" not in verdicts and "all at t* = 8 stays within" in Path("report.html").read_text()
+    page = Path("report.html").read_text()
+    assert "missing all, t_r = 8" not in verdicts and "all at t* = 8 stays within" in page
 
 
 def test_numerical_settings_are_not_pooled_but_compared_with_a_note(record, place):
@@ -263,6 +269,7 @@ def test_a_subset_that_lacks_classes_is_a_line_of_the_report(record, content, re
 def test_a_report_that_exists_is_updated_after_an_instability_analysis(record, tiny, capsys):
     record("init", {0: [89.0, 88.0], 1: [90.0, 89.0]})
     analysis = InstabilityDirectory(load_instability(tiny("all"), ["steps=[0]", "experiment=tiny"]))
+    analysis.create()
     path = Path("runs/tiny.html")
     report.update_run_reports([analysis])
     assert not path.exists() and capsys.readouterr().out == ""
