@@ -122,6 +122,10 @@ class Curve:
         return dataclasses.replace(self, summary=self.summary.loc[self.finished_levels])
 
 
+Results = dict[str, dict[Arm, Curve]]
+"""Curves by name of the data set and arm."""
+
+
 def curves_by_arm(frame: pd.DataFrame) -> dict[Arm, Curve]:
     """Groups the results of one data set by arm.
 

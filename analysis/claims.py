@@ -371,15 +371,13 @@ def dense_accuracy_kept(
 def table(frame: pd.DataFrame, margin: float | None, levels: tuple[int, int] | None, confidence: float) -> str:
     """Formats two Markdown tables: one row per claim and family, and the dense accuracy by family."""
     findings, dense = [], {}
-    for dataset, rows in frame.groupby(collect.dataset_names(frame), sort=False):
-        curves = arms.curves_by_arm(rows)
-        for family in paper.families(dataset, curves):
-            findings += evaluate(family, curves, margin, levels, confidence)
-            try:
-                kept = dense_accuracy_kept(family, curves, margin, levels, confidence)
-                dense[family] = ["-" if weights is None else f"to {weights:.1f} %" for weights in kept]
-            except UserError as error:
-                dense[family] = [f"not tested: {error}", ""]
+    for family, curves in paper.families_of_all(collect.results_by_dataset(frame)):
+        findings += evaluate(family, curves, margin, levels, confidence)
+        try:
+            kept = dense_accuracy_kept(family, curves, margin, levels, confidence)
+            dense[family] = ["-" if weights is None else f"to {weights:.1f} %" for weights in kept]
+        except UserError as error:
+            dense[family] = [f"not tested: {error}", ""]
     if not findings:
         raise UserError("these results have no arm with pre-training, so there is no claim to test")
     order = [family for family in paper.FAMILIES if family in dense]
@@ -433,8 +431,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     frame = collect.select(dominance.load_results(arguments), arguments.dataset, arguments.model)
     settings = arguments.margin, arguments.levels, arguments.confidence
     if arguments.latex:
-        results = {name: arms.curves_by_arm(rows) for name, rows in frame.groupby(collect.dataset_names(frame))}
-        pairs = [(family, curves) for name, curves in results.items() for family in paper.families(name, curves)]
+        pairs = paper.families_of_all(collect.results_by_dataset(frame))
         print(latex([finding for family, curves in pairs for finding in evaluate(family, curves, *settings)]))
     else:
         print(table(frame, *settings))

@@ -26,7 +26,7 @@ from lth_diet.program import run_program
 from lth_diet.tracking.mlflow_store import DATABRICKS, describe_move, failure_reason, tracking_uri, without_secrets
 
 from . import identities
-from .arms import Arm
+from .arms import Arm, Results, curves_by_arm
 
 COLUMNS = {
     "dataset": str,
@@ -324,6 +324,11 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "planned_levels": (0, MAX_LEVELS, f"0 to {MAX_LEVELS}"),
     "n": (1, float("inf"), "1 or more"),
 }
+
+
+def results_by_dataset(frame: pd.DataFrame) -> Results:
+    """Groups results by data set and arm."""
+    return {name: curves_by_arm(rows) for name, rows in frame.groupby(dataset_names(frame))}
 
 
 def dataset_names(frame: pd.DataFrame) -> pd.Series:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,7 +23,7 @@ from lth_diet.program import run_program
 from lth_diet.tracking.figures import STYLES
 
 from . import arms, collect, paper
-from .arms import Arm, Curve
+from .arms import Arm, Curve, Results
 from .paper import Family
 
 NUMBERS = (2, 3, 4, 5, 6, 7)
@@ -44,9 +43,6 @@ _MARKERS = {"init": "D", "all": "s", "random": "o", "easy": "^", "hard": "X"}
 _DENSE = {"color": "#777777", "linestyle": (0, (3, 3)), "linewidth": 1}
 _SUBSETS = ("random", "easy", "hard")
 _MAX_OTHERS = len(STYLES)
-
-Results = dict[str, dict[Arm, Curve]]
-"""Curves by data set and arm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +70,9 @@ class Panel:
         return f"{self.family}" + (f", {self.size:,} examples" if self.size else "")
 
 
-def results_by_dataset(frame: pd.DataFrame) -> Results:
-    """Groups results by data set and arm."""
-    return {name: arms.curves_by_arm(rows) for name, rows in frame.groupby(collect.dataset_names(frame))}
-
-
 def panels(number: int, results: Results) -> list[list[Panel]]:
     """Panels of a figure, row by row, for the families that have results."""
-    found = [family for name, curves in results.items() for family in paper.families(name, curves)]
+    found = [family for family, _ in paper.families_of_all(results)]
     order = {family: index for index, family in enumerate(paper.FAMILIES)}
     found.sort(key=lambda family: order.get(family.without_setup, len(order)))
     clean = [family for family in found if not family.label_noise]
@@ -490,8 +481,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("give a CSV file written by python -m analysis.collect, --published, or both")
     frame = collect.published() if arguments.results is None else collect.load(arguments.results)
     collect.print_incomplete(frame)
-    results = results_by_dataset(collect.select(frame, arguments.dataset, arguments.model))
-    published = results_by_dataset(collect.published()) if arguments.published and arguments.results else None
+    results = collect.results_by_dataset(collect.select(frame, arguments.dataset, arguments.model))
+    published = collect.results_by_dataset(collect.published()) if arguments.published and arguments.results else None
     for note in describe_unpublished(results) if published else ():
         print(f"note: {note}", file=sys.stderr)
     numbers = [arguments.figure] if arguments.figure else _distinct_figures(results)

@@ -23,8 +23,7 @@ from lth_diet.program import run_program
 from lth_diet.tracking.figures import barrier_curves
 
 from . import arms, collect, dominance, figures, identities, matching
-from .arms import Arm, Curve
-from .figures import Results
+from .arms import Arm, Curve, Results
 from .identities import Identity
 from .matching import Match
 
@@ -193,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not analyses:
         raise UserError("no error barrier of dense networks is measured yet; see docs/instability.md")
     print(table(analyses))
-    results = figures.results_by_dataset(collect.collect(arguments.tracking_uri, arguments.experiment))
+    results = collect.results_by_dataset(collect.collect(arguments.tracking_uri, arguments.experiment))
     matches = matching.match_all(results, arguments.margin, arguments.levels, arguments.confidence)
     predictions = predict_all(matches, results, analyses)
     print("\n".join(map(str, predictions)))

@@ -26,10 +26,9 @@ from lth_diet.data import catalog
 from lth_diet.errors import Parser, UserError
 from lth_diet.program import run_program
 
-from . import arms, collect, dominance, figures, paper
-from .arms import Arm, Curve
+from . import arms, collect, dominance, paper
+from .arms import Arm, Curve, Results
 from .dominance import Comparison
-from .figures import Results
 from .paper import Family
 
 
@@ -176,11 +175,7 @@ def figure(matches: Sequence[Match]) -> Figure:
 
 def match_all(results: Results, margin: float | None, levels: tuple[int, int] | None, confidence: float) -> list[Match]:
     """Calls `match` for every family in the results."""
-    return [
-        match(family, curves, margin, levels, confidence)
-        for dataset, curves in results.items()
-        for family in paper.families(dataset, curves)
-    ]
+    return [match(*each, margin, levels, confidence) for each in paper.families_of_all(results)]
 
 
 @collect.catch_user_errors
@@ -194,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     dominance.check_test_arguments(arguments)
     frame = collect.select(dominance.load_results(arguments), arguments.dataset, arguments.model)
-    found = match_all(figures.results_by_dataset(frame), arguments.margin, arguments.levels, arguments.confidence)
+    found = match_all(collect.results_by_dataset(frame), arguments.margin, arguments.levels, arguments.confidence)
     if not found:
         raise UserError("these results have no arm with pre-training, so there is nothing to test")
     drawable = [entry for entry in found if _rows(entry)]

@@ -13,7 +13,7 @@ from lth_diet.config.loading import load_config
 from lth_diet.config.run_ids import run_identity
 
 from . import identities
-from .arms import ORDER, Arm, Curve, Settings, describe_settings
+from .arms import ORDER, Arm, Curve, Results, Settings, describe_settings
 from .identities import Identity
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cinic10": "CINIC-10"}
@@ -214,6 +214,11 @@ def families(dataset: str, curves: Mapping[Arm, Curve] | Iterable[Arm]) -> list[
         sizes = {a.subset_size for a in mine if a.subset_size is not None and a.rewind_steps == t_star // 2}
         found.append(Family(dataset, t_star, noise, max(sizes, default=None), tuple(sorted(sizes)), setup=setup))
     return found
+
+
+def families_of_all(results: Results) -> list[tuple[Family, dict[Arm, Curve]]]:
+    """Returns the families of all data sets, each with the curves of its data set."""
+    return [(family, curves) for name, curves in results.items() for family in families(name, curves)]
 
 
 def test_range(

@@ -42,9 +42,9 @@ from lth_diet.tracking.mlflow_store import failure_reason
 from lth_diet.tracking.mlflow_store import tracking_uri as default_tracking_uri
 
 from . import arms, claims, collect, dominance, figures, identities, instability, matching, paper
-from .arms import Arm, Curve
+from .arms import Arm, Curve, Results
 from .claims import Claim, Finding
-from .figures import Panel, Results
+from .figures import Panel
 
 _MAX_MATRIX_ARMS = 10  # a larger matrix does not fit on a phone
 _MAX_VERDICT_ARMS = 6  # with more arms in a family, only the claims of the paper and matching arms get a verdict each
@@ -206,15 +206,15 @@ def _write(
     levels: tuple[int, int] | None = None,
     confidence: float = dominance.CONFIDENCE,
 ) -> Report:
-    results = figures.results_by_dataset(frame)
+    results = collect.results_by_dataset(frame)
     settings = margin, levels, confidence
-    families = [(family, curves) for name, curves in results.items() for family in paper.families(name, curves)]
+    families = paper.families_of_all(results)
     findings = [finding for family, curves in families for finding in claims.evaluate(family, curves, *settings)]
     matches = matching.match_all(results, *settings)
     findings += _other_arms(findings, matches)
     about_matching = [f"{matching.describe(match)}." for match in matches]
     about_dense = [_describe_dense(family, curves, *settings) for family, curves in families]
-    published = {} if "mean" in frame else figures.results_by_dataset(collect.published())
+    published = {} if "mean" in frame else collect.results_by_dataset(collect.published())
     remarks = [*frame.attrs.get("left_out", ()), *frame.attrs.get("remarks", ())]
     for name, curves in results.items():
         remarks += [f"{paper.NAMES.get(name, name)}: {sentence}" for sentence in arms.describe_differences(curves)]

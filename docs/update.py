@@ -67,7 +67,7 @@ def run_quickstart(clone: Path) -> None:
 
 def picture(tracking_uri: str, experiment: str, path: Path) -> None:
     """Draw the large figure of a report, of the results without label noise."""
-    ((dataset, curves),) = figures.results_by_dataset(collect.collect(tracking_uri, experiment)).items()
+    ((dataset, curves),) = collect.results_by_dataset(collect.collect(tracking_uri, experiment)).items()
     family = next(family for family in paper.families(dataset, curves) if not family.label_noise)
     figures.headline_figure(figures.Panel(family, family.size), curves).savefig(path, dpi=150)
 

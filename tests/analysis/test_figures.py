@@ -12,7 +12,7 @@ from analysis.figures import Panel
 
 @pytest.fixture(scope="module")
 def published():
-    return figures.results_by_dataset(collect.published())
+    return collect.results_by_dataset(collect.published())
 
 
 def results(tmp_path, rows):
@@ -28,7 +28,7 @@ def ours(place):
     frame = collect.published()
     some = frame[(frame.dataset == "cifar10") & (frame.label_noise == 0) & frame.arm.isin(["init", "all", "random"])]
     results(place, some[some.subset_size.isna() | some.subset_size.isin([2048, 12800])])
-    return figures.results_by_dataset(collect.load("results.csv"))
+    return collect.results_by_dataset(collect.load("results.csv"))
 
 
 def text_of(figure):
@@ -115,9 +115,9 @@ def test_thin_published_lines_are_left_out_with_a_note_if_the_settings_are_not_t
         "not compared with the published curves (" in (err := capsys.readouterr().err)
         and "train.lr = 0.2 and 0.1" in err
     )
-    results = figures.results_by_dataset(collect.load("results.csv"))
+    results = collect.results_by_dataset(collect.load("results.csv"))
     axes = Figure().subplots()
-    published = figures.results_by_dataset(collect.published())
+    published = collect.results_by_dataset(collect.published())
     figures.draw(axes, figures.panels(2, results)[0][0], results["cifar10"], published["cifar10"])
     assert not [line for line in axes.lines if line.get_linewidth() == 0.7]
 
@@ -136,7 +136,7 @@ def digits(*rows):
     frame = pd.DataFrame([(*row, level) for row in rows for level in (0, 1)], columns=columns)
     fixed = {"dataset": "digits", "model": "m", "replicate": 0, "run_id": "a", "weights_remaining_percent": 80}
     frame.assign(**fixed, test_accuracy_percent=90 - frame.level).to_csv("digits.csv", index=False)
-    return figures.results_by_dataset(collect.load("digits.csv"))
+    return collect.results_by_dataset(collect.load("digits.csv"))
 
 
 @pytest.mark.parametrize(
@@ -184,4 +184,4 @@ def test_a_single_replicate_is_drawn(place, published):
     rows = rows.rename(columns={"mean": "test_accuracy_percent"}).drop(columns=["sd", "n"])
     one = pd.concat([rows, rows.assign(arm="all", rewind_steps=400, run_id="b")])
     one.to_csv("one.csv", index=False)
-    assert "n = 1" in text_of(figures.figure(2, figures.results_by_dataset(collect.load("one.csv"))))
+    assert "n = 1" in text_of(figures.figure(2, collect.results_by_dataset(collect.load("one.csv"))))

@@ -136,12 +136,12 @@ def test_results_are_compared_with_the_published_curves(place):
     rows["test_accuracy_percent"] = rows["mean"] - 1 + rows.sd * random.standard_normal(len(rows))
     rows.drop(columns=["mean", "sd", "n"]).to_csv("rows.csv", index=False)
     mine = report.collect.load("rows.csv")
-    published = report.figures.results_by_dataset(report.collect.published())
-    results = report.figures.results_by_dataset(mine)
+    published = report.collect.results_by_dataset(report.collect.published())
+    results = report.collect.results_by_dataset(mine)
     deviations = report._deviations(results, published, 0.3, (3, 12), 0.95)
     assert [row[0] for row in deviations] == ["CIFAR-10: init", "CIFAR-10: all, t_r = 200", "CIFAR-10: all, t_r = 400"]
     assert all(-1.4 < float(row[1].partition(" ")[0]) < -0.6 for row in deviations)
-    other = report.figures.results_by_dataset(mine.assign(model="another"))
+    other = report.collect.results_by_dataset(mine.assign(model="another"))
     assert report._deviations(other, published, 0.3, (3, 12), 0.95) == []
 
 
