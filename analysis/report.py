@@ -108,15 +108,20 @@ def write(
     run_ids = set(frame.run_id)
     parents = collect.search_runs(client, experiments, "tags.phase = 'all'")
     parents = [run for run in parents if run.data.tags.get("run_id") in run_ids]
+    pretrained: dict[str, Run] = {}  # of one replicate per run
+    for run in collect.search_runs(client, experiments, "tags.phase = 'pretrain'"):
+        pretrained.setdefault(run.data.tags.get("run_id", run.info.run_id), run)
+    scored = collect.search_runs(client, experiments, "tags.phase = 'scores'")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     frame.attrs["analyses"] = instability.collect_analyses(client, experiments)
     option = f" --experiment {shlex.quote(experiment)}" if experiment else ""
     frame.attrs["remarks"] = [
         *_mixtures(client, experiments, run_ids),
-        *_imbalances(client, experiments, run_ids),
+        *_imbalances(client, {run_id: run for run_id, run in pretrained.items() if run_id in run_ids}),
     ]
     about = {
         "title": f"Lottery tickets on a data diet: {experiment or 'all experiments'}",
-        "examples": _examples(client, experiments),
+        "examples": _examples(client, [*scored, *pretrained.values()]),
         "versions": _versions(parents),
         "runs": _runs(parents),
         "commands": [
@@ -406,22 +411,16 @@ def _deviations(
     return rows
 
 
-def _examples(client: MlflowClient, experiments: list[str]) -> list[Picture]:
-    """Logged pictures of subsets, from one replicate per arm, and of scores."""
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    scored = collect.search_runs(client, experiments, "tags.phase = 'scores'")
-    first: dict[str, Run] = {}
-    for run in collect.search_runs(client, experiments, "tags.phase = 'pretrain'"):
-        first.setdefault(run.data.tags.get("run_id", run.info.run_id), run)
+def _examples(client: MlflowClient, runs: list[Run]) -> list[Picture]:
+    """Logged pictures of the scores and subsets of some runs."""
     pictures = []
-    for run in [*scored, *first.values()]:
+    for run in runs:
         paths = {entry.path for entry in client.list_artifacts(run.info.run_id)}
         if "examples" in paths:
             paths |= {entry.path for entry in client.list_artifacts(run.info.run_id, "examples")}
         for name, caption in _EXAMPLES.items():
             if name in paths:
-                with tempfile.TemporaryDirectory() as folder:  # MLflow does not delete its own download folder
-                    content = Path(client.download_artifacts(run.info.run_id, name, folder)).read_bytes()
+                content = _download(client, run, name)
                 if content.startswith(b"\x89PNG") and len(content) <= _MAX_PICTURE_BYTES:
                     source = "data:image/png;base64," + base64.b64encode(content).decode()
                     pictures.append(Picture(source, f"{run.info.run_name}: {caption}"))
@@ -456,14 +455,10 @@ def _mixtures(client: MlflowClient, experiments: list[str], run_ids: set[str]) -
     return sentences
 
 
-def _imbalances(client: MlflowClient, experiments: list[str], run_ids: set[str]) -> list[str]:
-    """A sentence for each run whose subset lacks classes or has very few examples of them; of one replicate each."""
-    first: dict[str, Run] = {}
-    for run in collect.search_runs(client, experiments, "tags.phase = 'pretrain'"):
-        if run.data.tags.get("arm") in ("random", "easy", "hard") and run.data.tags.get("run_id") in run_ids:
-            first.setdefault(run.data.tags["run_id"], run)
+def _imbalances(client: MlflowClient, pretrained: dict[str, Run]) -> list[str]:
+    """A sentence for each run, by run id, whose subset lacks classes or has very few examples of them."""
     sentences = []
-    for run_id, run in sorted(first.items()):
+    for run_id, run in sorted(pretrained.items()):
         tags, counts = run.data.tags, _subset_classes(client, run)
         if counts and (found := subsets.describe_imbalance(counts, tags["arm"])):
             sentences.append(f"{tags.get('dataset')}_{tags['arm']}-{run_id}: {found}")
@@ -472,17 +467,21 @@ def _imbalances(client: MlflowClient, experiments: list[str], run_ids: set[str])
 
 def _subset_classes(client: MlflowClient, run: Run) -> dict[str, int]:
     """Number of examples of the subset by class; empty if MLflow has no valid subset.json."""
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if "subset.json" not in {entry.path for entry in client.list_artifacts(run.info.run_id)}:
         return {}
-    with tempfile.TemporaryDirectory() as folder:  # MLflow does not delete its own download folder
-        try:
-            content = json.loads(Path(client.download_artifacts(run.info.run_id, "subset.json", folder)).read_text())
-        except (ValueError, RecursionError):
-            return {}
+    try:
+        content = json.loads(_download(client, run, "subset.json"))
+    except (ValueError, RecursionError):
+        return {}
     counts = content.get("classes") if isinstance(content, dict) else None
     is_valid = isinstance(counts, dict) and all(isinstance(count, int) and count >= 0 for count in counts.values())
     return counts if is_valid else {}
+
+
+def _download(client: MlflowClient, run: Run, name: str) -> bytes:
+    """Content of an artifact."""
+    with tempfile.TemporaryDirectory() as folder:  # MLflow does not delete its own download folder
+        return Path(client.download_artifacts(run.info.run_id, name, folder)).read_bytes()
 
 
 def _natural(name: str) -> list[int | str]:
