@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -259,6 +260,16 @@ def test_all_pairs_compares_arms_of_every_size_and_rewind_step(capsys):
     assert verdicts["all:steps=800"]["all:steps=400"] == "dominates"
     assert verdicts["all:steps=400"]["all:steps=800"] == "dominated"
     assert verdicts["easy:size=12800,steps=400"]["easy:size=12800,steps=200"] != "dominated"
+
+
+def test_all_pairs_of_several_setups_have_a_matrix_each_with_its_margin_and_levels(place, capsys):
+    tables = [collect.load(ROOT / f"analysis/results/cifar10_{name}.csv.gz") for name in ("small", "overnight")]
+    frame = pd.concat(tables)
+    frame[frame.arm.isin(["init", "easy"]) & (frame.label_noise == 0)].to_csv("two.csv", index=False)
+    assert dominance.main(["two.csv", "--all-pairs"]) == 0
+    out = capsys.readouterr().out
+    assert out.count(": levels 2 to 6, margin 0.5 points") == 2
+    assert "train.steps = 6000, ResNet-20 width 8" in out and "train.steps = 1500, ResNet-20 width 8" in out
 
 
 def test_symbol_matrix_has_numbered_columns():
