@@ -1,7 +1,7 @@
 # make quickstart   run the arms of the paper's Figure 2 on the digits data set, a few minutes on two CPU cores
 # make quickstart-noise  those of Figure 3, with half of the labels resampled
 # make test         run the tests
-# make faults       kill and resume runs at 200 points; the results must be bit-identical
+# make faults       kill and resume runs, stacks, ranks and sweeps 260 times; the results must be bit-identical
 # make integration  run the tests that are slow or need a server
 # make lint         check style
 # make image-test build the Docker image without an engine and train in it (root on Debian, with buildah)

@@ -68,6 +68,7 @@ RUNS = {
     "composer -n 4 recipes/score.py -f yamls/cifar10_noise10_easy.yaml": f"{DIGITS} {SUBSET} scores.networks=4 scores.steps=5",
     "composer -n 2 recipes/score.py -f yamls/cifar10_noise10_easy.yaml dataset.name=image_folder dataset.root=data/mine scores.networks=4 scores.steps=800": f"{SMALL} {SUBSET} {SCORES} scores.networks=2",
     "python -m analysis.examples runs/scores/<id> --root data --arm hard --size 3200 -o examples": None,  # below
+    "python -m analysis.examples runs/scores/<id> --root data/mine --arm easy --size 3200 -o examples": None,  # as above
     "composer -n 4 recipes/imp.py -f yamls/cinic10_random.yaml parallelism=data": f"{DIGITS} {SUBSET} replicates=1",
     "python recipes/imp.py -f yamls/digits_all.yaml replicates=16 stack=8 --plan": "",
     "composer -n 2 recipes/imp.py -f yamls/digits_all.yaml replicates=16 stack=8": f"{SMALL} {PRETRAIN} replicates=4 stack=2 runs=stacked",
@@ -96,8 +97,8 @@ RUNS = {
     "python -m analysis.instability --experiment digits -o figures": "",
     "composer -n 2 recipes/instability.py -f yamls/digits_all.yaml -f yamls/digits_random.yaml -f yamls/digits_easy.yaml -f yamls/digits_hard.yaml steps=[0,10,20,40,80]": None,  # as with two files
     "python -m analysis.report --published -o published.html": "",
-    "python -m lth_diet show runs/digits_all-*/replicate_0 7": None,  # below
-    "python -m lth_diet export runs/digits_all-*/replicate_0 7 -o ticket": None,  # below
+    "python -m lth_diet show runs/digits_all-5c9a828fce/replicate_0 7": None,  # below
+    "python -m lth_diet export runs/digits_all-5c9a828fce/replicate_0 7 -o ticket": None,  # below
     "python benchmarks/scheduling.py": None,  # test_benchmarks.py
     "python benchmarks/stacking.py": None,  # test_benchmarks.py
     "python benchmarks/step_time.py": "--depth 8 --batch-size 8 --warmup 1 --steps 2 --repeats 1",
