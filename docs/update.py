@@ -34,7 +34,7 @@ def pages() -> dict[Path, str]:
         "sweeps": [keys.table(Settings)],
         "statistics": claims.table(collect.published(), MARGIN, LEVELS, CONFIDENCE).split("\n\n"),
     }
-    for name in ("digits", "cifar10_small"):
+    for name in ("digits", "cifar10_small", "cifar10_overnight"):
         results = collect.load(RESULTS / f"{name}.csv.gz")
         tables[name] = claims.table(results, None, None, CONFIDENCE).split("\n\n")[:1]
     texts = {}

@@ -90,10 +90,11 @@ RUNS = {
     "python -m analysis.claims analysis/results/digits.csv.gz": "",
     "python -m analysis.claims analysis/results/cifar10_small.csv.gz": "",
     "python -m analysis.matching analysis/results/cifar10_small.csv.gz": "",
-    "python -m analysis.dominance analysis/results/cifar10_overnight.csv.gz --challenger easy:size=6400,steps=75,balanced=true --reference init --margin 0.5 --levels 2 6": "",
+    "python -m analysis.claims analysis/results/cifar10_overnight.csv.gz": "",
     "python recipes/sweep.py -f yamls/sweeps/cifar10_small.yaml --plan": "",
     "python recipes/sweep.py -f yamls/sweeps/cifar10_small.yaml": None,  # hours
-    "python recipes/sweep.py -f yamls/sweeps/cifar10_overnight.yaml": None,  # hours
+    "python recipes/sweep.py -f yamls/sweeps/cifar10_overnight.yaml replicates=4 --plan": "",
+    "python recipes/sweep.py -f yamls/sweeps/cifar10_overnight.yaml replicates=4": None,  # hours
     "python -m analysis.instability --experiment digits -o figures": "",
     "composer -n 2 recipes/instability.py -f yamls/digits_all.yaml -f yamls/digits_random.yaml -f yamls/digits_easy.yaml -f yamls/digits_hard.yaml steps=[0,10,20,40,80]": None,  # as with two files
     "python -m analysis.report --published -o published.html": "",
