@@ -316,8 +316,9 @@ def test_subsets_of_different_scores_are_not_mixed_in_one_analysis(launch, tiny)
     assert status == 1 and "pretrain_0-4: its subset was selected by scores other than" in message
 
 
-def test_the_plan_of_a_failed_replicate_has_its_reason_and_no_steps(launch):
-    run, _, _ = launch("replicates=2", "stack=2", steps="[4]")
+def test_the_plan_of_a_failed_replicate_has_its_reason_and_no_steps(tiny):
+    run = InstabilityDirectory(load_instability(tiny("random"), ["steps=[4]", "replicates=2"]))
+    run.replicate(0).path.mkdir(parents=True)
     write_json(run.replicate(0).path / "failed.json", {"reason": "the loss is nan", "final": True})
     planned = results.plan_instability(run)
     assert "replicate 0: 0 steps to train (" in planned and "the loss is nan" in planned

@@ -39,7 +39,7 @@ def accuracies(*means):
 
 
 @pytest.fixture
-def experiment(record, measure, tiny):
+def experiment(record, measure):
     """Four arms whose accuracy falls with their barrier; t* = 8."""
     init, half, full, random = accuracies(80.0, 90.0, 95.0, 93.0)
     record("init", init)
@@ -48,10 +48,6 @@ def experiment(record, measure, tiny):
     record("random", random, "pretrain.steps=4")
     measure("all", {0: [20.0, 30.0, 40.0], 4: [5.0, 6.0, 7.0], 8: [1.0, 1.0, 1.0]})
     measure("random", {0: [20.0, 30.0, 40.0], 4: [2.0, 3.0, 4.0]})
-    again = InstabilityDirectory(load_instability(tiny("all"), ["replicates=3", "steps=[0,4,8]", "experiment=other"]))
-    again.create()
-    for replicate in again.replicates():
-        sync.sync_replicate(replicate)
     return mlflow_store.tracking_uri()
 
 
@@ -62,11 +58,14 @@ def predictions(uri, *settings):
     return analyses, [instability.predict(each, curves, analyses) for each in found]
 
 
-def test_an_arm_is_predicted_by_the_barrier_of_its_settings_at_its_rewind_step(experiment):
+def test_an_arm_is_predicted_by_the_barrier_of_its_settings_at_its_rewind_step(experiment, tiny):
     analyses, (found,) = predictions(experiment)
     assert [each.label for each in analyses] == ["all", "random 128"]
+    again = InstabilityDirectory(load_instability(tiny("all"), ["replicates=3", "steps=[0,4,8]", "experiment=other"]))
+    again.create()
+    sync.sync_replicate(again.replicate(0))
     twice, _ = instability.collect_analyses(*collect.open_store(experiment, None))
-    assert {len(each.test) for each in twice.barriers} == {3}, "replicates in two experiments count once"
+    assert {len(each.test) for each in twice.barriers} == {3}, "a replicate in two experiments counts once"
     measured = {(arm.name, arm.rewind_steps): value for arm, value in found.barriers.items()}
     assert measured == {("init", 0): 30.0, ("all", 4): 6.0, ("all", 8): 1.0, ("random", 4): 3.0}
     differences = {(arm.name, arm.rewind_steps): value for arm, value in found.differences.items()}
