@@ -56,8 +56,8 @@ from .difference import (
 MARGIN, LEVELS = paper.MARGIN, paper.LEVELS
 CONFIDENCE = 0.95
 
-_SAME_WEIGHTS = 0.02
-"""Relative difference of the weights remaining at a level up to which two arms are compared; counts are rounded."""
+_SAME_WEIGHTS = 0.05
+"""Relative difference of the weights remaining at a level up to which two arms are compared; tables may be rounded."""
 
 ASSUMPTIONS = {
     "per_level": "each level has its own spread between replicates",
