@@ -52,6 +52,11 @@ class Entry:
         return self.comparison.verdict in ("dominates", "weakly dominates")
 
     @property
+    def cost_text(self) -> str:
+        """The cost in words."""
+        return "unknown" if math.isnan(self.cost) else f"{self.cost:,.0f}"
+
+    @property
     def worst(self) -> dict[str, float]:
         """Level with the smallest difference."""
         return self.comparison.statements["pooled"].worst
@@ -125,8 +130,7 @@ def describe(found: Match) -> str:
         return start + f"none of {tested} arms is shown to be a matching initialization{untested}"
     count = sum(entry.matching for entry in found.entries)
     are = "are matching initializations; the cheapest is" if count > 1 else "is a matching initialization:"
-    cost = "unknown" if math.isnan(cheapest.cost) else f"{cheapest.cost:,.0f}"
-    return f"{start}{count} of {tested} arms {are} {cheapest.arm} ({cost} examples × steps){untested}"
+    return f"{start}{count} of {tested} arms {are} {cheapest.arm} ({cheapest.cost_text} examples × steps){untested}"
 
 
 def heat_map(axes: Axes, found: Match) -> None:
@@ -205,8 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe(family))
         for entry in family.entries:
             worst = f"worst {entry.worst['difference']:+.2f} at level {entry.worst['level']}"
-            cost = "unknown" if math.isnan(entry.cost) else f"{entry.cost:,.0f}"
-            print(f"  {entry.arm!s:{width}}  {cost:>13}  {entry.comparison.verdict:16}  {worst}{entry.comparison.also}")
+            start = f"  {entry.arm!s:{width}}  {entry.cost_text:>13}"
+            print(f"{start}  {entry.comparison.verdict:16}  {worst}{entry.comparison.also}")
     for path in paths:
         print(path)
     return 0
