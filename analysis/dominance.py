@@ -101,8 +101,7 @@ class Statement:
 
     def simultaneous(self, confidence: float) -> tuple[np.ndarray, np.ndarray]:
         """Two-sided intervals of the differences that hold for all levels at once."""
-        found = self.difference
-        return bounds(found.mean, found.variance, found.df, _simultaneous(confidence, len(self.levels)))
+        return _simultaneous_bounds(self.difference, confidence)
 
     def replicates(self, margin: float, confidence: float) -> dict[str, int | None]:
         """Number of replicates per arm needed for each verdict; see `difference.replicates_needed`."""
@@ -328,7 +327,7 @@ def _statement(
             "verdict": by_level,
         }
     )
-    simultaneous = bounds(difference.mean, difference.variance, difference.df, _simultaneous(confidence, len(table)))
+    simultaneous = _simultaneous_bounds(difference, confidence)
     worst = int(difference.mean.argmin())
     row = {key: table[key].iloc[worst] for key in ("level", "weights_remaining_percent", "difference")}
     return Statement(
@@ -340,6 +339,11 @@ def _statement(
         float(np.maximum(-lower, 0).max()),
         difference,
     )
+
+
+def _simultaneous_bounds(difference: Difference, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    each = _simultaneous(confidence, difference.mean.shape[-1])
+    return bounds(difference.mean, difference.variance, difference.df, each)
 
 
 def _simultaneous(confidence: float, levels: int) -> float:
