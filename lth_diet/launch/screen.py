@@ -73,7 +73,7 @@ class Screen:
             self._live.update(self._table(list(statuses.values())), refresh=True)
         else:
             for status in statuses.values():
-                for _, rows in itertools.groupby(status["rows"], self._progress_of):
+                for _, rows in itertools.groupby(status["finished"] + status["rows"], self._progress_of):
                     self._print(list(rows), duration(status["left"], status["rate"]))
 
     def _progress_of(self, row: Status) -> tuple:

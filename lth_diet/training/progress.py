@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 Status = dict[str, Any]
-"""Status of one rank, `{"rows", "messages", "left", "rate"}`, or one of its rows: a replicate or scoring network.
+"""Status of one rank, `{"rows", "finished", "messages", "left", "rate"}`, or one of its rows: a replicate or network.
 
 The rate of a row counts its own steps. The rate of the rank is the sum over its rows in training. `left` counts all.
+`finished` has the rows of earlier parts of the work.
 """
 _INTERVAL = 0.5  # seconds between two publications during a phase, at least
 _WARM_UP = 5  # steps at the start of a phase without rate: they include CUDA initialization and compilation
@@ -31,6 +32,7 @@ class Progress:
     def __init__(self, names: Sequence[str], steps: int, publish: Callable[[Status], None] = lambda status: None):
         self.arm = ""
         self.rows: dict[str, Status] = {}
+        self.finished: list[Status] = []
         self.messages: list[str] = []
         self._publish = publish
         self._published = 0.0
@@ -41,13 +43,14 @@ class Progress:
         self.begin([("", name) for name in names], steps)
 
     def begin(self, replicates: Iterable[tuple[str, str]], steps: int) -> None:
-        """Start a part of the work. Messages and what has failed are kept.
+        """Start a part of the work. Messages, results and what has failed are kept.
 
         Args:
             replicates: Names of arm and replicate of all that is to be trained.
             steps: Number of steps left in this part.
         """
         failed = {key: row for key, row in self.rows.items() if row["state"] == "failed"}
+        self.finished += [row for key, row in self.rows.items() if key not in failed and row.get("results")]
         rows = {_key(arm, name): {"arm": arm, "name": name, "state": "waiting"} for arm, name in replicates}
         self.rows, self.left = rows | failed, steps
         self._rate: float | None = None
@@ -146,8 +149,8 @@ class Progress:
         """Publish the current status."""
         self._published = time.monotonic()
         rates = [row["rate"] for row in self.rows.values() if row["state"] == "training" and row["rate"]]
-        status = {"rows": list(self.rows.values()), "messages": self.messages, "left": self.left}
-        self._publish(status | {"rate": sum(rates) or None})
+        status = {"rows": list(self.rows.values()), "finished": self.finished, "messages": self.messages}
+        self._publish(status | {"left": self.left, "rate": sum(rates) or None})
 
 
 def _key(arm: str, name: str) -> str:

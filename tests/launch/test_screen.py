@@ -142,6 +142,19 @@ def test_each_part_of_the_work_has_its_rows_and_keeps_messages_and_failures():
     assert (progress.messages, progress.left) == (["warning"], 20)
 
 
+def test_a_result_is_printed_although_the_next_part_of_the_work_begins_before_the_next_refresh():
+    statuses = {}
+    progress = Progress([], 10, lambda status: statuses.update({0: status}))
+    out, shown = screen(statuses)
+    progress.start_phase(["network_0"], "scoring")
+    progress.report_accuracy("network_0", "scoring", 91.0)
+    for _ in range(2):
+        progress.begin([("", "replicate_0")], 20)
+        shown.refresh()
+    assert out.getvalue() == "network 0  scoring   100.0 % of weights  test accuracy 91.00 %\n"
+    assert [row["name"] for row in statuses[0]["rows"]] == ["replicate_0"]
+
+
 def test_messages_of_all_ranks_are_printed_once_to_stderr(clock, capsys):
     statuses, first, second = two_ranks(clock)
     second.log("warning: from rank 1")
