@@ -22,8 +22,11 @@ GIB = 2**30
 def train(tiny, monkeypatch):
     """Runs the work of a rank whose training raises an error: scores for two replicates, or the replicates."""
 
+    left = []
+
     def run(error, what="replicates"):
         def fail(*arguments):
+            left.append(progress.left)
             raise error
 
         file = loading.load(tiny("easy"), ["replicates=2"] + ["arm=all"] * (what == "replicates"))
@@ -40,6 +43,7 @@ def train(tiny, monkeypatch):
         reasons = [json.loads(file.read_text())["reason"] for file in files if file.exists()]
         return status, reasons, board.read()[0]["messages"]
 
+    run.left = left
     return run
 
 
@@ -72,3 +76,9 @@ def test_an_error_of_the_code_is_recorded_for_each_replicate_with_its_traceback(
     status, reasons, messages = train(RuntimeError("shapes cannot be multiplied"))
     assert (status, reasons) == (1, ["RuntimeError: shapes cannot be multiplied"] * 2)
     assert all("Traceback" in message for message in messages)
+
+
+def test_the_steps_left_are_those_of_the_replicates_that_are_not_yet_trained(train):
+    train(RuntimeError("shapes cannot be multiplied"))
+    first, second = train.left
+    assert first == 2 * second > 0
