@@ -20,7 +20,7 @@ from matplotlib.ticker import NullLocator
 
 from lth_diet.errors import Parser, UserError
 from lth_diet.program import run_program
-from lth_diet.tracking.figures import STYLES
+from lth_diet.tracking.figures import ARM_STYLES, STYLES
 
 from . import arms, collect, paper
 from .arms import Arm, Curve, Results
@@ -30,18 +30,14 @@ NUMBERS = (2, 3, 4, 5, 6, 7)
 LEVELS_DRAWN = (8, 10, 12)
 """Levels of Figure 4: 16.8, 10.7 and 6.9 % of weights remaining."""
 
-# Okabe-Ito colors close to those of the paper, yellow darkened. Markers and dashes distinguish the lines in grayscale.
-_STYLES = {
-    "init": {"color": "#8A7F00", "linestyle": (0, (1, 1.5)), "linewidth": 2},
-    "half": {"color": "#E69F00", "linestyle": (0, (5, 1.5, 1, 1.5)), "linewidth": 1.8},
-    "full": {"color": "#0072B2", "linestyle": (0, (6, 2)), "linewidth": 1.8},
-    "random": {"color": "#009E73", "marker": "o"},
-    "easy": {"color": "#D55E00", "marker": "^"},
-    "hard": {"color": "#CC79A7", "marker": "X"},
-}
-_MARKERS = {"init": "D", "all": "s", "random": "o", "easy": "^", "hard": "X"}
-_DENSE = {"color": "#777777", "linestyle": (0, (3, 3)), "linewidth": 1}
 _SUBSETS = ("random", "easy", "hard")
+# Colors close to those of the paper. Markers and dashes distinguish the lines in grayscale.
+_STYLES = {
+    "init": {"color": ARM_STYLES["init"][0], "linestyle": (0, (1, 1.5)), "linewidth": 2},
+    "half": {"color": "#E69F00", "linestyle": (0, (5, 1.5, 1, 1.5)), "linewidth": 1.8},
+    "full": {"color": ARM_STYLES["all"][0], "linestyle": (0, (6, 2)), "linewidth": 1.8},
+} | {name: dict(zip(("color", "marker"), ARM_STYLES[name], strict=True)) for name in _SUBSETS}
+_DENSE = {"color": "#777777", "linestyle": (0, (3, 3)), "linewidth": 1}
 _MAX_OTHERS = len(STYLES)
 
 
@@ -266,12 +262,6 @@ def _against_size(panel: Panel, curves: dict[Arm, Curve]) -> tuple[dict[str, _Li
 
 def _subset_sizes(available: Iterable[Arm]) -> set[int]:
     return {arm.subset_size for arm in available if arm.subset_size is not None}
-
-
-def arm_style(arm: Arm) -> tuple[str, str]:
-    """Color and marker of an arm among points."""
-    role = "full" if arm.name == "all" else arm.name
-    return _STYLES.get(role, _DENSE)["color"], _MARKERS.get(arm.name, ".")
 
 
 def _style(role: str, others: tuple[Arm, ...] = ()) -> dict:

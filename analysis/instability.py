@@ -20,9 +20,9 @@ from scipy.stats import spearmanr
 from lth_diet.config.schema import describe_arm
 from lth_diet.errors import Parser, UserError
 from lth_diet.program import run_program
-from lth_diet.tracking.figures import barrier_curves
+from lth_diet.tracking.figures import ARM_STYLES, STYLES, barrier_curves
 
-from . import arms, collect, dominance, figures, identities, matching
+from . import arms, collect, dominance, identities, matching
 from .arms import Arm, Curve, Results
 from .identities import Identity
 from .matching import Match
@@ -159,7 +159,7 @@ def figure(prediction: Prediction) -> Figure:
     not_matching = {entry.arm for entry in prediction.match.entries if not entry.matching}
     differences = prediction.differences
     for arm, difference in differences.items():
-        color, marker = figures.arm_style(arm)
+        color, marker = ARM_STYLES.get(arm.name, STYLES[-1])
         barrier, face = prediction.barriers[arm], "none" if arm in not_matching else color
         axes.plot(barrier, difference, marker, markersize=7, color=color, markerfacecolor=face)
         label = arm.name if arm.name == "init" else f"{arm.name} {arm.rewind_steps}"

@@ -37,7 +37,10 @@ def draw(runs: "Sequence[InstabilityDirectory]", command: str, ranks: int) -> No
     from lth_diet.tracking.figures import barrier_curves  # slow (matplotlib): imported after the input is validated
 
     labels = [run.arm_label for run in runs]
-    names = [label if labels.count(label) == 1 else run.path.name for label, run in zip(labels, runs, strict=True)]
+    names = [
+        label if labels.count(label) == 1 else f"{label} ({run.path.name})"
+        for label, run in zip(labels, runs, strict=True)
+    ]
     curves = {name: measured for name, run in zip(names, runs, strict=True) if (measured := barriers(run))}
     if curves:
         level = runs[0].keys.level

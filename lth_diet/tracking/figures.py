@@ -1,7 +1,9 @@
 """Accuracy against weights remaining, and error barriers against steps, as matplotlib figures."""
 
 import math
+import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -9,8 +11,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-# Okabe and Ito's colors with markers: distinguishable by color-blind readers and in grayscale
-STYLES = [("#E69F00", "D"), ("#0072B2", "s"), ("#009E73", "o"), ("#D55E00", "^"), ("#CC79A7", "X"), ("#000000", "v")]
+# Okabe and Ito's colors, yellow darkened, with markers: distinguishable by color-blind readers and in grayscale
+ARM_STYLES = {
+    "init": ("#8A7F00", "D"),
+    "all": ("#0072B2", "s"),
+    "random": ("#009E73", "o"),
+    "easy": ("#D55E00", "^"),
+    "hard": ("#CC79A7", "X"),
+}
+"""Color and marker of each arm."""
+STYLES = [("#E69F00", "D"), *(ARM_STYLES[arm] for arm in ("all", "random", "easy", "hard")), ("#000000", "v")]
+"""Colors and markers of curves that are told apart by their labels only."""
+_LINES = ("-", "--", ":", "-.")
 
 
 def accuracy_curves(curves: dict[str, pd.DataFrame], title: str) -> Figure:
@@ -51,19 +63,23 @@ def barrier_curves(curves: Mapping[str, Sequence[Barriers]], title: str) -> Figu
     """Plot barriers of the test error against the step k of pre-training; bars are ± one standard deviation.
 
     Args:
-        curves: For each arm, by its label, the barriers of its replicates (percentage points) at each step.
+        curves: For each arm, by a label that begins with its name, the barriers of its replicates (percentage points)
+            at each step.
         title: Title of the figure.
     """
     figure = Figure(figsize=(5.4, 4), layout="constrained", dpi=180)
     axes = figure.subplots()
-    for index, (label, points) in enumerate(curves.items()):
-        color, marker = STYLES[index % len(STYLES)]
+    drawn: Counter[str] = Counter()  # curves by the name of their arm
+    for label, points in curves.items():
+        arm = re.split(r"\W", label)[0]
+        color, marker = ARM_STYLES.get(arm, STYLES[-1])
+        line = _LINES[drawn[arm] % len(_LINES)]
+        drawn[arm] += 1
         steps, means = [each.step for each in points], [statistics.fmean(each.test) for each in points]
         sd = [statistics.stdev(each.test) if len(each.test) > 1 else 0.0 for each in points]
         counts = "–".join(map(str, sorted({len(each.test) for each in points})))
-        axes.errorbar(
-            steps, means, sd, color=color, marker=marker, markersize=5, capsize=3, label=f"{label} (n = {counts})"
-        )
+        style = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 3}
+        axes.errorbar(steps, means, sd, **style, label=f"{label} (n = {counts})")
     axes.set_xticks(sorted({each.step for points in curves.values() for each in points}))
     axes.set_ylim(bottom=0)
     axes.set(xlabel="Step k of pre-training", ylabel="Error barrier (points of test error)", title=title)
