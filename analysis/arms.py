@@ -21,6 +21,8 @@ from . import identities
 from .identities import Identity
 
 ORDER = ("init", "all", "random", "easy", "hard")
+SAME_WEIGHTS = 0.05
+"""Relative difference of the weights remaining at a level up to which they count as equal; tables may be rounded."""
 _FIELDS = {"size": "subset_size", "steps": "rewind_steps", "noise": "label_noise", "run_id": "run_id"}
 _SHORT = {"pretrain.subset.class_balanced": "balanced", "pretrain.subset.offset": "offset"}
 _EXAMPLE = "easy:size=12800,steps=200,noise=0.1"
@@ -113,8 +115,9 @@ class Curve:
 
     @property
     def finished_levels(self) -> list[int]:
-        """Levels that more than half of the replicates have finished; one that is ahead of the others adds none."""
-        return self.summary.index[2 * self.summary.n > self.summary.n.max()].tolist()
+        """Levels that half of the replicates have finished; one that is ahead of the others adds none."""
+        n, most = self.summary.n, self.summary.n.max()
+        return self.summary.index[(2 * n >= most) & (n >= min(2, most))].tolist()
 
     @property
     def finished(self) -> "Curve":
@@ -182,13 +185,20 @@ def _curves(arm: Arm, identity: Identity, rows: pd.DataFrame) -> dict[Arm, Curve
         columns = ["weights_remaining_percent", "mean", "sd", "n"]
         return {arm: Curve(rows.set_index("level").sort_index()[columns], None, identity)}
     if not rows.duplicated(["seed", "replicate", "level"]).any():
-        return {arm: _curve(rows, identity)}
-    parts = rows.groupby("run_id")
-    return {dataclasses.replace(arm, run_id=run_id): _curve(part, identity) for run_id, part in parts}
+        return {arm: _curve(arm, rows, identity)}
+    parts = {dataclasses.replace(arm, run_id=run_id): part for run_id, part in rows.groupby("run_id")}
+    return {each: _curve(each, part, identity) for each, part in parts.items()}
 
 
-def _curve(rows: pd.DataFrame, identity: Identity) -> Curve:
+def _curve(arm: Arm, rows: pd.DataFrame, identity: Identity) -> Curve:
     groups = rows.groupby("level")
+    least, most = groups.weights_remaining_percent.min(), groups.weights_remaining_percent.max()
+    if (far := most / least - 1 > SAME_WEIGHTS).any():
+        at = far.idxmax()
+        raise UserError(
+            f"{arm}: its replicates have {least[at]:.3g} to {most[at]:.3g} % of their weights at level {at}; expected "
+            "runs of one prune.fraction"
+        )
     summary = groups.test_accuracy_percent.agg(["mean", "std", "count"]).set_axis(["mean", "sd", "n"], axis=1)
     summary.insert(0, "weights_remaining_percent", groups.weights_remaining_percent.mean())
     values = rows.assign(seed=rows.seed.fillna(-1).astype(int))  # without seeds, replicates pair by number

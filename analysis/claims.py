@@ -69,6 +69,7 @@ CLAIMS = (
 
 MIN_REPLICATES = 3
 """With fewer replicates per arm, intervals are too wide to be of use."""
+_NO_CLAIM = "these results have no arm with pre-training, so there is no claim to test"
 _OUTCOMES = {"holds": "holds", "contradicted": "is contradicted", "undecided": "is undecided"}
 
 
@@ -182,7 +183,7 @@ class Finding:
             f"points in test accuracy{interval} at {_short(row.weights_remaining_percent)} % of weights ({pairing} "
             f"replicates, {found.size}); over {_short(levels.weights_remaining_percent.max())} to "
             f"{_short(levels.weights_remaining_percent.min())} % of weights, the claim that {self.claim.text} "
-            f"{_OUTCOMES[self.outcome]} (moderated t test at each level, margin {found.margin:g} points)."
+            f"{_OUTCOMES[self.outcome]} (moderated t test at each level, margin {found.margin:g} points{found.also})."
         )
 
 
@@ -216,6 +217,7 @@ def headline(family: Family, findings: Sequence[Finding]) -> str:
         low, high, row = interval_at_last_level(full.comparison)
         n = min(full.comparison.n)
         better = f"{abs(row.difference):.1f} points {'better' if row.difference >= 0 else 'worse'}"
+        low, high = (low, high) if row.difference >= 0 else (-high, -low)
         networks = f"networks with {_short(row.weights_remaining_percent)} % of their weights"
         interval = f"{100 * full.comparison.confidence:g} % interval {low:.1f} to {high:.1f}, "
         spread = f"({interval if n >= MIN_REPLICATES else ''}n = {n})"
@@ -244,13 +246,16 @@ def headline(family: Family, findings: Sequence[Finding]) -> str:
 
 def _describe_half(finding: Finding) -> str:
     """Says whether half the steps suffice, which is that they match all of them."""
-    fewer = abs(interval_at_last_level(finding.comparison)[2].difference)
     if finding.reverse_matches == "holds":
         return "Half the steps suffice."
     if finding.reverse_matches == "contradicted":
-        return f"Half the steps do not suffice: {fewer:.1f} points fewer."
+        statement = finding.comparison.statements["pooled"]
+        at = int(statement.simultaneous(finding.comparison.confidence)[0].argmax())  # the level that contradicts it
+        row = statement.levels.iloc[at]
+        where = f"{row.difference:.1f} points fewer at {_short(row.weights_remaining_percent)} % of weights"
+        return f"Half the steps do not suffice: {where}."
     if finding.outcome == "holds":
-        return f"Half the steps make them {fewer:.1f} points worse."
+        return f"Half the steps make them {interval_at_last_level(finding.comparison)[2].difference:.1f} points worse."
     return "Whether half the steps suffice is undecided."
 
 
@@ -281,8 +286,16 @@ def affordable_replicates(findings: Sequence[Finding]) -> tuple[int, int] | None
 
 
 def latex(findings: Sequence[Finding]) -> str:
-    """Formats a LaTeX table of tested claims, for the package booktabs, with their sentences as comments."""
+    """Formats a LaTeX table of tested claims, for the package booktabs, with their sentences as comments.
+
+    Raises:
+        UserError: If no claim was tested.
+    """
     tested = [finding for finding in findings if finding.comparison]
+    untested = [finding for finding in findings if not finding.comparison]
+    if not tested:
+        reasons = "; ".join(dict.fromkeys(finding.reason for finding in untested))
+        raise UserError(f"no claim can be tested: {reasons}" if untested else _NO_CLAIM)
     lines = [r"\begin{tabular}{llrrrl}", r"\toprule"]
     lines += [r"Claim & Data & Worst (points) & Weights (\%) & $n$ & Verdict \\", r"\midrule"]
     for finding in tested:
@@ -290,7 +303,9 @@ def latex(findings: Sequence[Finding]) -> str:
         cells = [_escape(finding.claim.text), _escape(str(finding.family)), f"${worst['difference']:+.2f}$"]
         cells += [f"{worst['weights_remaining_percent']:.1f}", str(n), finding.outcome]
         lines.append(" & ".join(cells) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {_escape(finding.sentence)}" for finding in tested)]
+    sentences = [finding.sentence for finding in tested]
+    sentences += [f"{each.family}: {each.claim.text}: not tested: {each.reason}" for each in untested]
+    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {_escape(sentence)}" for sentence in sentences)]
     return "\n".join(lines)
 
 
@@ -329,24 +344,26 @@ def dense_accuracy_kept(
 ) -> tuple[float | None, float | None]:
     """Finds how far all examples at t* can be pruned and stay within the margin of their own level 0.
 
-    Levels are tested in order from level 1 until one fails; a fixed sequence of tests needs no correction. Each
-    replicate is paired with itself. Published curves treat level 0 and the others as independent, which is conservative
-    if they are positively correlated.
+    Levels are tested in order from level 1 until one fails or is missing; a fixed sequence of tests needs no
+    correction. Each replicate is paired with itself. Published curves treat level 0 and the others as independent,
+    which is conservative if they are positively correlated.
 
     Returns:
         Percentage of weights remaining at the last level that passes, by the pooled test and by the means alone; an
         entry is None if level 1 fails.
 
     Raises:
-        UserError: If the arm or its level 0 or a pruned level is missing, or several arms are all examples at t*.
+        UserError: If the arm or its level 0 or 1 is missing, or several arms are all examples at t*.
     """
     margin, levels = family.test_range(margin, levels)
     wanted = family.arm("all", family.t_star)
     arm = arms.lookup(wanted, curves)
     if arm is None:
         raise UserError(arms.describe_missing(wanted, curves))
-    if 0 not in curves[arm].levels or max(curves[arm].levels) == 0:
-        raise UserError(f"{arm} has no level 0 or no pruned level")
+    if 0 not in curves[arm].levels or 1 not in curves[arm].levels:
+        raise UserError(f"{arm} has no level {0 if 0 not in curves[arm].levels else 1}")
+    if levels[1] == 0:
+        raise UserError("levels 0 to 0: no pruned level")
     if curves[arm].summary.n[0] == 1:
         raise UserError(f"{arm} has one replicate, so the spread is unknown")
     curve, unpruned = curves[arm], Arm("dense")
@@ -359,6 +376,7 @@ def dense_accuracy_kept(
         {arm: curve, unpruned: Curve(first, values, curve.identity)}, arm, unpruned, margin, (1, levels[1]), confidence
     )
     table = comparison.statements["pooled"].levels
+    table = table[table.level == np.arange(1, len(table) + 1)]  # up to a missing level
     weights = table.weights_remaining_percent
 
     def down_to(stays: pd.Series) -> float | None:
@@ -373,28 +391,30 @@ def table(frame: pd.DataFrame, margin: float | None, levels: tuple[int, int] | N
     findings, dense = [], {}
     for family, curves in paper.families_of_all(collect.results_by_dataset(frame)):
         findings += evaluate(family, curves, margin, levels, confidence)
+        used, (first, last) = family.test_range(margin, levels)
+        dense[family] = [f"{used:g}", f"{first} to {last}"]
         try:
             kept = dense_accuracy_kept(family, curves, margin, levels, confidence)
-            dense[family] = ["-" if weights is None else f"to {weights:.1f} %" for weights in kept]
+            dense[family] += ["-" if weights is None else f"to {weights:.1f} %" for weights in kept]
         except UserError as error:
-            dense[family] = [f"not tested: {error}", ""]
+            dense[family] += [f"not tested: {error}", ""]
     if not findings:
-        raise UserError("these results have no arm with pre-training, so there is no claim to test")
+        raise UserError(_NO_CLAIM)
     order = [family for family in paper.FAMILIES if family in dense]
     order += [family for family in dense if family not in order]
     findings.sort(key=lambda finding: (CLAIMS.index(finding.claim), order.index(finding.family)))
     head = ["claim", "data", "verdict", "worst level", "at weights, %", "area"]
-    head += [f"{100 * confidence:g} % interval", "margin", "n"]
+    head += [f"{100 * confidence:g} % interval", "n", "margin needed", "n needed"]
     claims = _markdown(head, [_row(finding) for finding in findings], text_columns=3)
-    head = ["data", "all at t* keeps the dense accuracy, by the test", "by the means"]
-    return claims + "\n\n" + _markdown(head, [[str(family), *dense[family]] for family in order], text_columns=3)
+    head = ["data", "margin", "levels", "all at t* keeps the dense accuracy, by the test", "by the means"]
+    return claims + "\n\n" + _markdown(head, [[str(family), *dense[family]] for family in order], text_columns=5)
 
 
 def _row(finding: Finding) -> list[str]:
-    """Claim, data, outcome, worst level, area between the curves, and margin and n at which the claim would hold."""
+    """Claim, data, outcome, worst level, area between the curves, n, and margin and n at which the claim would hold."""
     start = [finding.claim.text, str(finding.family)]
     if finding.comparison is None:
-        return [*start, f"not tested: {finding.reason}", *[""] * 6]
+        return [*start, f"not tested: {finding.reason}", *[""] * 7]
     statement, mean = (finding.comparison.statements[name] for name in ("pooled", "mean"))
     worst, (area,) = statement.worst, mean.difference.mean
     (low,), (high,) = mean.interval(finding.comparison.confidence)
@@ -404,7 +424,7 @@ def _row(finding: Finding) -> list[str]:
         f"{worst['difference']:+.2f}",
         f"{worst['weights_remaining_percent']:.1f}",
     ]
-    row += [f"{area:+.2f}", dominance.interval(low, high)]
+    row += [f"{area:+.2f}", dominance.interval(low, high), finding.comparison.size.removeprefix("n = ")]
     if finding.outcome == "holds":
         return [*row, "", ""]
     if np.isnan(statement.holds_at_margin):
@@ -430,8 +450,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     dominance.check_test_arguments(arguments)
     frame = collect.select(dominance.load_results(arguments), arguments.dataset, arguments.model)
     settings = arguments.margin, arguments.levels, arguments.confidence
+    results = collect.results_by_dataset(frame)
+    dominance.print_settings(results)
     if arguments.latex:
-        pairs = paper.families_of_all(collect.results_by_dataset(frame))
+        pairs = paper.families_of_all(results)
         print(latex([finding for family, curves in pairs for finding in evaluate(family, curves, *settings)]))
     else:
         print(table(frame, *settings))

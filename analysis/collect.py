@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from lth_diet.config.fields import MAX_LEVELS
-from lth_diet.errors import Parser, UserError, print_error
+from lth_diet.errors import Parser, UserError, print_error, printable
 from lth_diet.program import run_program
 from lth_diet.tracking.mlflow_store import DATABRICKS, describe_move, failure_reason, tracking_uri, without_secrets
 
 from . import identities
-from .arms import Arm, Results, curves_by_arm
+from .arms import SAME_WEIGHTS, Arm, Results, curves_by_arm
 
 COLUMNS = {
     "dataset": str,
@@ -49,6 +50,9 @@ COLUMNS = {
 
 identity is a JSON object: the keys of the configuration that change the result and differ from their defaults.
 """
+
+_FIRST_ROW = 2
+"""Number of the first row below the header, as an editor or a spreadsheet shows it."""
 
 OPTIONAL = ("seed", "planned_levels", "train_steps", "identity")
 """Columns that a CSV file may lack. Without seeds, replicates are identified by their number."""
@@ -109,7 +113,8 @@ def collect(tracking_uri: str, experiment: str | None = None) -> pd.DataFrame:
 def _merge_experiments(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Merges replicates that several experiments have, and leaves out those with another result than the first."""
     kept, conflicts = [], []
-    for (run_id, _, _, replicate), rows in frame.groupby(["run_id", "seed", "identity", "replicate"], dropna=False):
+    keys = [_normalized(frame)[key] for key in ("run_id", "seed", "identity", "replicate")]
+    for (run_id, _, _, replicate), rows in frame.groupby(keys, dropna=False):
         merged, *others = (part for _, part in rows.groupby("mlflow_run", sort=False))
         for part in others:
             pairs = merged.merge(part, on="level", suffixes=("", "_other"))
@@ -187,7 +192,14 @@ def load(path: str | Path) -> pd.DataFrame:
     """
     try:
         _reject_delimiter(path, pd.read_csv(path, nrows=0).columns)
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=["", "nan", "NaN", "NA"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            missing = ["", "nan", "NaN", "NA"]
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=missing, index_col=False)
+    except pd.errors.ParserWarning:
+        raise UserError(
+            f"{path}: the rows have more fields than the header; expected a comma between fields only"
+        ) from None
     except (OSError, EOFError, ValueError) as error:  # pandas raises ValueErrors for malformed text
         raise UserError(
             f"{path} cannot be read: {_reason(error)}; expected a CSV file written by python -m analysis.collect"
@@ -202,8 +214,9 @@ def load(path: str | Path) -> pd.DataFrame:
     typed, problems = _convert(frame.reindex(columns=list(columns)), columns)
     if (problems != "").any():
         row = int((problems != "").idxmax())
-        raise UserError(f"{path}: row {row + 1}: {problems[row]}")
+        raise UserError(f"{path}: row {row + _FIRST_ROW}: {problems[row]}")
     _reject_fractions(path, typed)
+    _reject_weights(path, typed)
     return _sorted(typed, str(path))
 
 
@@ -228,17 +241,42 @@ def _reject_fractions(path: str | Path, frame: pd.DataFrame) -> None:
     if "identity" in frame and frame.identity.notna().any():
         return
     dense = frame[frame.level == 0].weights_remaining_percent  # 100 by definition
-    for column in ("test_accuracy_percent", "mean"):
-        values = frame[column] if column in frame else pd.Series(dtype=float)
-        if len(values) and values.max() <= 1 and (values.between(0, 1, "neither").any() or (dense <= 1).any()):
+    column = "mean" if "mean" in frame else "test_accuracy_percent"
+    keys = [
+        name for name in ("arm", "subset_size", "rewind_steps", "label_noise", "run_id", "replicate") if name in frame
+    ]
+    for _, rows in frame.groupby(keys, dropna=False, sort=False):
+        values = rows[column]
+        if values.max() <= 1 and (values.between(0, 1, "neither").any() or (dense <= 1).any()):
+            which = f"replicate {rows.replicate.iloc[0]} of " if "replicate" in rows else ""
             raise UserError(
-                f"{path}: {column} is at most {values.max():g}, which looks like fractions of 1; expected percent, "
-                "0 to 100"
+                f"{path}: row {rows.index[0] + _FIRST_ROW}: {column} of {which}arm {rows.arm.iloc[0]} is at most "
+                f"{values.max():g}, which looks like fractions of 1; expected percent, 0 to 100"
             )
     if len(dense) and (dense <= 1).all():
         raise UserError(
             f"{path}: weights_remaining_percent is {dense.iloc[0]:g} at level 0, which looks like fractions of 1; "
             "expected percent, 100 at level 0"
+        )
+
+
+def _reject_weights(path: str | Path, frame: pd.DataFrame) -> None:
+    """Rejects a column of weights remaining that cannot be one, such as that of weights pruned."""
+    weights = frame.weights_remaining_percent
+    bad = (frame.level == 0) & (weights < 100 * (1 - SAME_WEIGHTS))
+    if bad.any():
+        row = int(bad.idxmax())
+        raise UserError(
+            f"{path}: row {row + _FIRST_ROW}: weights_remaining_percent = {weights[row]:g}: must be 100 at level 0"
+        )
+    ordered = frame.sort_values("level", kind="stable")
+    keys = [name for name in (*_ORDER, "run_id", "seed", "replicate") if name in frame]
+    grows = ordered.groupby(keys, dropna=False).weights_remaining_percent.diff() > 0
+    if grows.any():
+        row = int(grows.idxmax())
+        raise UserError(
+            f"{path}: row {row + _FIRST_ROW}: weights_remaining_percent = {weights[row]:g} at level "
+            f"{frame.level[row]}: must be at most that of the level before"
         )
 
 
@@ -275,7 +313,8 @@ def _convert(frame: pd.DataFrame, columns: dict) -> tuple[pd.DataFrame, pd.Serie
             typed[column] = values.astype(str)
             continue
         numbers = pd.to_numeric(values, errors="coerce").astype(float)
-        numbers = numbers.where(numbers.abs() < 1e15)  # excludes infinity
+        reject(numbers.abs() >= 1e15, column, "a number below 1e15")
+        numbers = numbers.where(numbers.abs() < 1e15)
         if column in ("label_noise", "rewind_steps"):
             numbers = numbers.where(frame.arm != "init", 0.0)  # no pre-training
         empty_allowed = values.isna() & (no_subset if column == "subset_size" else column in OPTIONAL)
@@ -303,16 +342,39 @@ def _sorted(frame: pd.DataFrame, source: str = "") -> pd.DataFrame:
     """Sorts the rows, and rejects a second row of the same replicate and level."""
     keys = [name for name in (*_ORDER, "run_id", "seed", "replicate", "level") if name in frame]
     keys += [name for name in ("identity",) if name in frame]
-    duplicated = frame.duplicated(keys)
+    same_run = _normalized(frame)
+    if "seed" in frame:
+        without_seed = same_run.seed.isna().groupby([same_run[key] for key in ("run_id", "replicate", "level")])
+        mixed = without_seed.transform("nunique") > 1
+        if mixed.any():
+            row = frame[mixed].iloc[0]
+            raise UserError(
+                f"{source}: replicate {row.replicate} of run id {row.run_id} has rows with and without a seed; "
+                "expected its seed in all of them, and each level once"
+            )
+    duplicated = same_run.duplicated(keys)
     if duplicated.any():
-        row = frame[duplicated].iloc[0]
-        same = frame.index[(frame[keys].astype(str) == row[keys].astype(str)).all(axis=1)]
+        row = same_run[duplicated].iloc[0]
+        same = frame[(same_run[keys].astype(str) == row[keys].astype(str)).all(axis=1)]
+        values = same["mean" if "mean" in frame else "test_accuracy_percent"]
         which = f", replicate {row.replicate} of run id {row.run_id}" if "run_id" in frame else ""
         raise UserError(
-            f"{source}: {row.arm}, level {row.level}: two rows for the same replicate and level: rows {same[0] + 1} "
-            f"and {same[1] + 1}{which}"
+            f"{source}: {row.arm}, level {row.level}: two rows for the same replicate and level: rows "
+            f"{same.index[0] + _FIRST_ROW} and {same.index[1] + _FIRST_ROW}{which}, with {values.iloc[0]:g} and "
+            f"{values.iloc[1]:g} %; expected one"
         )
     return frame.sort_values(keys, ignore_index=True)
+
+
+def _normalized(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows with equal texts for equal identities; what the identity says too is not compared."""
+    if "identity" not in frame:
+        return frame
+    texts = {
+        text: json.dumps(identities.normalize(json.loads(text)), sort_keys=True)
+        for text in frame.identity.dropna().unique()
+    }
+    return frame.assign(identity=frame.identity.map(texts), model=frame.model.where(frame.identity.isna(), ""))
 
 
 _RANGES: dict[str, tuple[float, float, str]] = {
@@ -446,7 +508,7 @@ def print_incomplete(frame: pd.DataFrame) -> None:
     for sentence in frame.attrs.get("left_out", ()):
         print(f"warning: {sentence}", file=sys.stderr)
     for sentence in describe_incomplete(frame):
-        print(f"incomplete: {sentence}", file=sys.stderr)
+        print(f"incomplete: {printable(sentence)}", file=sys.stderr)
 
 
 def print_moves(tracking_uri: str, experiment: str | None) -> None:

@@ -19,27 +19,30 @@ pooled      The spread follows a smooth trend over the levels with scatter aroun
 mean        Tests the mean difference over the levels, the area between the curves. It assumes nothing if the replicates
             are known, and makes no claim about any single level.
 
-Replicates are paired by seed and number, if at least half of those of the smaller arm have a partner. Levels that half
-of an arm's replicates or fewer have finished are not tested. The published curves have no individual replicates: they
-are compared with Welch's test, assuming perfect correlation between the levels of a replicate where it matters, which
-is the conservative case.
+Replicates are paired by seed and number, if at least half of those of the smaller arm have a partner. Levels that less
+than half of an arm's replicates, or one of several, have finished are not tested. The published curves have no
+individual replicates: they are compared with Welch's test, assuming perfect correlation between the levels of a
+replicate where it matters, which is the conservative case.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from lth_diet.config.fields import MAX_LEVELS
 from lth_diet.errors import Parser, UserError
 from lth_diet.program import run_program
 
 from . import arms, collect, identities, paper
-from .arms import Arm, Curve
+from .arms import Arm, Curve, Results
 from .difference import (
     MAX_REPLICATES,
     Difference,
@@ -55,9 +58,6 @@ from .difference import (
 
 MARGIN, LEVELS = paper.MARGIN, paper.LEVELS
 CONFIDENCE = 0.95
-
-_SAME_WEIGHTS = 0.05
-"""Relative difference of the weights remaining at a level up to which two arms are compared; tables may be rounded."""
 
 ASSUMPTIONS = {
     "per_level": "each level has its own spread between replicates",
@@ -236,17 +236,18 @@ def compare(
         raise UserError(f"{challenger} and {reference} cannot be compared: they differ in {forbidden}")
     first, last = levels
     common = [level for level in ours.finished_levels if level in theirs.finished_levels and first <= level <= last]
+    both = {challenger: ours, reference: theirs}
     if not common:
-        available = " and ".join(
-            f"{collect.format_levels(c.finished_levels)} ({arm})"
-            for arm, c in ((challenger, ours), (reference, theirs))
+        available = " and ".join(f"{collect.format_levels(each.levels)} ({arm})" for arm, each in both.items())
+        raise UserError(
+            f"levels {first} to {last}: the arms have none in common; the results have levels {available}"
+            + "".join(f"; {sentence}" for arm, each in both.items() for sentence in _describe_unfinished(arm, each))
         )
-        raise UserError(f"levels {first} to {last}: the arms have none in common; the results have levels {available}")
-    difference, notes, improvement = _difference(ours, theirs, common, confidence)
+    difference, notes, improvement = _difference(both, common, confidence)
     if numerical:
         notes.append(f"the arms also differ in {numerical}")
     weights, others = (curve.summary.weights_remaining_percent.loc[common].to_numpy() for curve in (ours, theirs))
-    if (far := np.abs(weights / others - 1) > _SAME_WEIGHTS).any():
+    if (far := np.abs(weights / others - 1) > arms.SAME_WEIGHTS).any():
         at = int(far.argmax())
         raise UserError(
             f"{challenger} and {reference} cannot be compared: at level {common[at]} they have {weights[at]:.3g} and "
@@ -281,35 +282,44 @@ def compare(
     )
 
 
+def _describe_unfinished(arm: Arm, curve: Curve) -> list[str]:
+    """Says which levels are not tested because few replicates have finished them."""
+    n = curve.summary.n
+    few = [level for level in curve.levels if level not in curve.finished_levels]
+    return [f"{arm}: {n[few[0]]} of {n.max()} replicates have finished {collect.name_levels(few)}"] if few else []
+
+
 def _difference(
-    ours: Curve, theirs: Curve, levels: list[int], confidence: float
+    both: dict[Arm, Curve], levels: list[int], confidence: float
 ) -> tuple[Difference, list[str], tuple[float, float, float] | None]:
     """Paired if two or more replicates, and half of those of the smaller arm, have a partner.
 
     Replicates that lack a level are excluded, and so are those without a partner if the others are paired.
     """
-    if ours.values is None or theirs.values is None:
-        rows = [curve.summary.loc[levels] for curve in (ours, theirs)]
+    curves = list(both.values())
+    if any(curve.values is None for curve in curves):
+        rows = [curve.summary.loc[levels] for curve in curves]
         n = tuple(int(part.n.min()) for part in rows)
         return from_summaries(*(tuple(p[name].to_numpy() for p in rows) for name in ("mean", "sd")), n), [], None
-    complete = [curve.values[levels].dropna() for curve in (ours, theirs)]
+    complete = [curve.values[levels].dropna() for curve in curves]
     notes = [
-        f"{len(curve.values) - len(part)} of {len(curve.values)} replicates of the {role} excluded because they lack "
-        "some levels"
-        for role, curve, part in zip(("challenger", "reference"), (ours, theirs), complete, strict=True)
+        f"{len(curve.values) - len(part)} of {len(curve.values)} replicates of {arm} excluded because they lack some "
+        "levels"
+        for (arm, curve), part in zip(both.items(), complete, strict=True)
         if len(part) < len(curve.values)
     ]
     pairs = complete[0].index.intersection(complete[1].index)
     if len(pairs) > 1 and 2 * len(pairs) >= min(map(len, complete)):
         unpaired = len(complete[0]) + len(complete[1]) - 2 * len(pairs)
         if unpaired:
-            notes.append(f"{unpaired} replicates excluded because they have no partner with the same seed and number")
-        both = [part.loc[pairs].to_numpy() for part in complete]
-        return paired(*both), notes, probability_of_improvement(*both, True, confidence)
+            replicates = f"{unpaired} replicate{'s' * (unpaired > 1)}"
+            notes.append(f"{replicates} excluded because no partner has the same seed and number")
+        values = [part.loc[pairs].to_numpy() for part in complete]
+        return paired(*values), notes, probability_of_improvement(*values, True, confidence)
     if any(part.empty for part in complete):
         raise UserError(f"levels {collect.format_levels(levels)}: no replicate has all of them; choose a smaller range")
-    both = [part.to_numpy() for part in complete]
-    return welch(*both), notes, probability_of_improvement(*both, False, confidence)
+    values = [part.to_numpy() for part in complete]
+    return welch(*values), notes, probability_of_improvement(*values, False, confidence)
 
 
 def _statement(
@@ -382,11 +392,16 @@ def describe(comparison: Comparison, wanted: str | None = None) -> str:
         goal = "decide" if wanted is None else f"show that it {wanted}"
         return (
             f"{text}; up to {MAX_REPLICATES:,} replicates per arm would not {goal} if these differences are the true "
-            f"ones; weakly dominates at a margin of {statement.holds_at_margin:.2f} points"
+            f"ones; weakly dominates at {_margin(statement)}"
         )
     name = min(needed, key=needed.get)
     is_ = "is " * (name == "dominated")
     return f"{text}; needs about {needed[name]} replicates per arm to show that it {is_}{name}"
+
+
+def _margin(statement: Statement) -> str:
+    margin = statement.holds_at_margin
+    return "an unknown margin" if np.isnan(margin) else f"a margin of {margin:.2f} points"
 
 
 def table(comparison: Comparison) -> str:
@@ -407,18 +422,32 @@ def table(comparison: Comparison) -> str:
 
 
 def matrix(curves: dict[Arm, Curve], margin: float, levels: tuple[int, int], confidence: float) -> pd.DataFrame:
-    """Verdict of every arm (rows) against every other (columns); empty if two arms cannot be compared."""
+    """Verdict of every arm (rows) against every other (columns); empty if two arms cannot be compared.
+
+    `attrs["notes"]` names the pairs that are compared without some of their replicates, or unpaired.
+    """
     names = [arm.spec for arm in curves]
     cells = pd.DataFrame("", index=names, columns=names)
-    for challenger in curves:
-        for reference in curves:
-            if challenger != reference:
-                try:
-                    found = compare(curves, challenger, reference, margin, levels, confidence).verdict
-                except UserError:
-                    continue
-                cells.loc[challenger.spec, reference.spec] = found
+    notes = []
+    for challenger, reference in itertools.permutations(curves, 2):
+        try:
+            found = compare(curves, challenger, reference, margin, levels, confidence)
+        except UserError:
+            continue
+        cells.loc[challenger.spec, reference.spec] = found.verdict
+        if cells.loc[reference.spec, challenger.spec] == "":  # once per pair
+            notes += _describe_replicates(found, [curves[challenger], curves[reference]])
+    cells.attrs["notes"] = notes
     return cells
+
+
+def _describe_replicates(found: Comparison, curves: list[Curve]) -> list[str]:
+    if any(curve.values is None for curve in curves):
+        return []
+    fewer = any(n < len(curve.values) for n, curve in zip(found.n, curves, strict=True))
+    unpaired = ", unpaired" * (not found.paired and min(found.n) > 1)
+    of = f" of {' and '.join(str(len(curve.values)) for curve in curves)}" * fewer
+    return [f"{found.challenger} against {found.reference}: {found.size}{of}{unpaired}"] if fewer or unpaired else []
 
 
 def _describe_missing_levels(curves: dict[Arm, Curve], levels: tuple[int, int]) -> list[str]:
@@ -479,8 +508,14 @@ def check_test_arguments(arguments: argparse.Namespace) -> None:
     if arguments.levels is None:
         return
     first, last = arguments.levels = tuple(arguments.levels)
-    if not 0 <= first <= last:
-        raise UserError(f"--levels = {first} {last}: must be 0 or more, the first at most the last")
+    if not 0 <= first <= last <= MAX_LEVELS:
+        raise UserError(f"--levels = {first} {last}: must be 0 to {MAX_LEVELS}, the first at most the last")
+
+
+def print_settings(results: Results) -> None:
+    """Prints what a reader of a comparison should know about the settings of the arms on standard error."""
+    for sentence in paper.describe_settings_of(results):
+        print(f"note: {sentence}", file=sys.stderr)
 
 
 def load_results(arguments: argparse.Namespace) -> pd.DataFrame:
@@ -507,7 +542,7 @@ def _print_all_pairs(
         if not (cells == "").all(axis=None):
             title = paper.title(about["dataset"], setup)
             found[f"{title}, {about['model']}: levels {levels[0]} to {levels[1]}, margin {margin:g} points"] = cells
-            notes = [*notes, *_describe_missing_levels(mine, levels)]
+            notes = [*notes, *_describe_missing_levels(mine, levels), *cells.attrs["notes"]]
     if not found:
         raise UserError(f"levels {levels[0]} to {levels[1]}: no two arms can be compared")
     if arguments.json:
@@ -540,7 +575,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset, model = str(arguments.dataset or frame.dataset.iloc[0]), str(frame.model.iloc[0])
     curves = arms.curves_by_arm(frame)
     about = {"dataset": dataset, "model": model}
-    about_arms = [*arms.describe_differences(curves), *paper.describe_other_settings(dataset, curves)]
+    about_arms = paper.describe_settings_of({dataset: curves})
     if arguments.all_pairs:
         _print_all_pairs(curves, about, about_arms, arguments)
         return 0
@@ -553,14 +588,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(about | comparison.as_dict(), indent=2))
         return 0
     print(f"{about['dataset']}, {about['model']}: {describe(comparison)}")
-    for note in comparison.notes:
+    for note in [*about_arms, *comparison.notes]:
         print(f"note: {note}")
     print(f"\nPercentage points, with one-sided {100 * comparison.confidence:g} % bounds:\n\n{table(comparison)}\n")
     for name, statement in comparison.statements.items():
-        print(
-            f"{name}: {statement.verdict}; weakly dominates at a margin of {statement.holds_at_margin:.2f} points "
-            f"({statement.assumption})"
-        )
+        print(f"{name}: {statement.verdict}; weakly dominates at {_margin(statement)} ({statement.assumption})")
     return 0
 
 

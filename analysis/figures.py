@@ -62,7 +62,10 @@ class Panel:
         if self.others:
             return f"{dataclasses.replace(self.family, label_noise=0.0)}: other arms"
         if self.level is not None:
-            return f"{self.family}, {100 * 0.8**self.level:.1f} % of weights"
+            fraction = dict(self.family.settings).get("prune.fraction")
+            if not fraction:
+                return f"{self.family}, level {self.level}"
+            return f"{self.family}, {100 * (1 - float(fraction)) ** self.level:.1f} % of weights"
         return f"{self.family}" + (f", {self.size:,} examples" if self.size else "")
 
 
@@ -227,7 +230,8 @@ def _against_weights(panel: Panel, curves: dict[Arm, Curve]) -> tuple[dict[str, 
     for role, wanted in _roles(panel).items():
         arm = arms.lookup(wanted, curves)
         if arm is not None:
-            summary = curves[arm].summary.loc[: panel.family.last_level]
+            curve = curves[arm]
+            summary = curve.summary.loc[: panel.family.last_level] if curve.values is None else curve.summary
             columns = ("weights_remaining_percent", "mean", "sd")
             lines[role] = _Line(role, *(summary[name].to_numpy() for name in columns))
         elif not panel.others:
@@ -305,14 +309,14 @@ def _x_axis(axes: Axes, panel: Panel, lines: dict[str, _Line]) -> None:
 
 
 def _set_y_range(axes: Axes, lines: dict[str, _Line]) -> list[str]:
-    """Fits the y axis to the better arms, as in the paper; returns the roles that lie entirely below it."""
+    """Fits the lower end of the y axis to the better arms, as in the paper; returns the roles entirely below it."""
     better = [line for role, line in lines.items() if role in ("half", "full", "random", "easy")] or lines.values()
     means = np.concatenate([[], *(np.atleast_1d(line.mean) for line in better)])
     if not means.size:
         return []
     span = max(means.max() - means.min(), 1.0)
     bottom = means.min() - 0.2 * span
-    axes.set_ylim(bottom, means.max() + 0.12 * span)
+    axes.set_ylim(bottom, max(np.max(line.mean) for line in lines.values()) + 0.12 * span)
     return [role for role, line in lines.items() if np.max(line.mean) < bottom]
 
 

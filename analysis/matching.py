@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -30,6 +31,8 @@ from . import arms, collect, dominance, paper
 from .arms import Arm, Curve, Results
 from .dominance import Comparison
 from .paper import Family
+
+rcParams["text.parse_math"] = False  # a name may contain $
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,15 +125,19 @@ def describe(found: Match) -> str:
     start = f"{found.family}: "
     if found.missing:
         return start + f"matching initializations not tested: {found.missing}"
-    cheapest, tested = found.cheapest, len(found.entries)
+    cheapest, tested = found.cheapest, f"{len(found.entries)} arm{'s' * (len(found.entries) > 1)}"
     untested = f"; not tested: {'; '.join(found.untested)}" if found.untested else ""
     if not found.entries:
         return start + "matching initializations not tested: " + ("; ".join(found.untested) or "no other arm")
     if cheapest is None:
-        return start + f"none of {tested} arms is shown to be a matching initialization{untested}"
-    count = sum(entry.matching for entry in found.entries)
-    are = "are matching initializations; the cheapest is" if count > 1 else "is a matching initialization:"
-    return f"{start}{count} of {tested} arms {are} {cheapest.arm} ({cheapest.cost_text} examples × steps){untested}"
+        return start + f"none of {tested} is shown to be a matching initialization{untested}"
+    matching = [entry for entry in found.entries if entry.matching]
+    unknown = [str(entry.arm) for entry in matching if math.isnan(entry.cost) and entry != cheapest]
+    the = "the cheapest of known cost is" if unknown else "the cheapest is"
+    are = f"are matching initializations; {the}" if len(matching) > 1 else "is a matching initialization:"
+    cost = f"{cheapest.arm} ({cheapest.cost_text} examples × steps)"
+    unknown = f"; of unknown cost: {', '.join(unknown)}" if unknown else ""
+    return f"{start}{len(matching)} of {tested} {are} {cost}{unknown}{untested}"
 
 
 def heat_map(axes: Axes, found: Match) -> None:
@@ -193,7 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     dominance.check_test_arguments(arguments)
     frame = collect.select(dominance.load_results(arguments), arguments.dataset, arguments.model)
-    found = match_all(collect.results_by_dataset(frame), arguments.margin, arguments.levels, arguments.confidence)
+    results = collect.results_by_dataset(frame)
+    dominance.print_settings(results)
+    found = match_all(results, arguments.margin, arguments.levels, arguments.confidence)
     if not found:
         raise UserError("these results have no arm with pre-training, so there is nothing to test")
     drawable = [entry for entry in found if _rows(entry)]
@@ -206,9 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         collect.write(path, drawn.savefig)
     width = max((len(str(entry.arm)) for family in found for entry in family.entries), default=0)
     for family in found:
-        print(describe(family))
+        margin, levels = family.family.test_range(arguments.margin, arguments.levels)
+        print(f"{describe(family)} (margin {margin:g} points, levels {levels[0]} to {levels[1]})")
         for entry in family.entries:
-            worst = f"worst {entry.worst['difference']:+.2f} at level {entry.worst['level']}"
+            worst = f"worst {entry.worst['difference']:+.2f} at level {entry.worst['level']}  {entry.comparison.size}"
             start = f"  {entry.arm!s:{width}}  {entry.cost_text:>13}"
             print(f"{start}  {entry.comparison.verdict:16}  {worst}{entry.comparison.also}")
     for path in paths:

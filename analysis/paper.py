@@ -13,7 +13,7 @@ from lth_diet.config.loading import load_config
 from lth_diet.config.run_ids import run_identity
 
 from . import identities
-from .arms import ORDER, Arm, Curve, Results, Settings, describe_settings
+from .arms import ORDER, Arm, Curve, Results, Settings, describe_differences, describe_settings
 from .identities import Identity
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cinic10": "CINIC-10"}
@@ -35,7 +35,7 @@ class Family:
         label_noise: Fraction of labels that are resampled, 0 to 1.
         size: Subset size of Figures 2 and 3; None if there are no subset arms.
         sizes: All subset sizes (Figures 5 to 7).
-        last_level: Last level drawn in figures; None for all.
+        last_level: Last level of published curves that is drawn in figures; None for all.
         setup: Setup of the arms, see `Arm.setup`.
         settings: Keys of a configuration and the values that all arms of the family have; empty if it is derived.
         margin: Non-inferiority margin in percentage points.
@@ -194,9 +194,10 @@ def title(dataset: str, setup: Settings) -> str:
 def families(dataset: str, curves: Mapping[Arm, Curve] | Iterable[Arm]) -> list[Family]:
     """Returns the families that the arms belong to, for each setup.
 
-    A family of `FAMILIES` needs an arm with its settings. For any other data set, settings or t*, a family is derived
-    from the arms: t* is the largest rewind step of the `all` arms, or twice that of the others if there is no `all`,
-    `size` is the largest subset size at t*/2, and margin and levels are those of the paper.
+    A family of `FAMILIES` needs an arm with its settings; its label noise may be another one. For any other data set,
+    settings or t*, a family is derived from the arms: t* is the largest rewind step of the `all` arms, or twice that of
+    the others if there is no `all`, `size` is the largest subset size at t*/2, and margin and levels are those of the
+    paper.
 
     Args:
         dataset: Name of the data set.
@@ -211,8 +212,7 @@ def families(dataset: str, curves: Mapping[Arm, Curve] | Iterable[Arm]) -> list[
             continue
         steps = {arm.rewind_steps for arm in mine}
         t_star = max([arm.rewind_steps for arm in mine if arm.name == "all"] or [2 * max(steps)])
-        sizes = {a.subset_size for a in mine if a.subset_size is not None and a.rewind_steps == t_star // 2}
-        found.append(Family(dataset, t_star, noise, max(sizes, default=None), tuple(sorted(sizes)), setup=setup))
+        found.append(Family(dataset, t_star, noise, setup=setup, **_subset_sizes(mine, t_star // 2)))
     return found
 
 
@@ -253,14 +253,27 @@ def _known(dataset: str, noise: float, mine: Mapping[Arm, Identity]) -> list[Fam
 
 
 def _families_of(dataset: str, noise: float, mine: Mapping[Arm, Identity]) -> list[Family]:
-    """Families of `FAMILIES` of a data set and label noise; of an image folder, those of the same images."""
+    """Families of `FAMILIES` of a data set and label noise; of an image folder, those of the same images.
+
+    If no family has this label noise, those without noise serve with it, and with the subset sizes of the arms.
+    """
     images = {identity.get("dataset.fingerprint") for identity in mine.values()}
-    return [
+    found = [
         family
         for family in FAMILIES
-        if (family.dataset, family.label_noise) == (dataset.partition("-")[0], noise)
+        if family.dataset == dataset.partition("-")[0]
         and dict(family.settings).get("dataset.fingerprint") in {None, *images}
     ]
+    same = [family for family in found if family.label_noise == noise]
+    return same or [
+        family.with_noise(noise, **_subset_sizes(mine, family.half)) for family in found if not family.label_noise
+    ]
+
+
+def _subset_sizes(mine: Iterable[Arm], steps: int) -> dict[str, Any]:
+    """`size` and `sizes` of a family that is derived from its arms: those of the subsets at a rewind step."""
+    sizes = sorted({arm.subset_size for arm in mine if arm.subset_size is not None and arm.rewind_steps == steps})
+    return {"size": max(sizes, default=None), "sizes": tuple(sizes)}
 
 
 def describe_other_settings(dataset: str, curves: Mapping[Arm, Curve]) -> list[str]:
@@ -271,18 +284,34 @@ def describe_other_settings(dataset: str, curves: Mapping[Arm, Curve]) -> list[s
         known = _known(dataset, noise, mine)
         for arm, identity in mine.items():
             nearest = min(known or same, key=lambda f, i=identity: len(f.differing_settings(i)), default=None)
-            if nearest is None or not (keys := nearest.differing_settings(identity)):
+            keys = nearest.differing_settings(identity) if nearest else []
+            if known and not keys:
                 continue
-            theirs = dict(nearest.settings)
+            theirs = dict(nearest.settings) if nearest else {}
             text = ", ".join(f"{key} = {identities.value(identity, key)} ({theirs[key]} there)" for key in keys)
+            if text:
+                what = f"not the settings of {nearest}: {text}"
+            elif nearest:
+                what = f"no arm has t_r = {nearest.half} or {nearest.t_star}, as those of {nearest} have"
+            else:
+                what = "not a data set of the paper or of this repository's experiments"
             instead = (
                 f"its t*, margin of {nearest.margin:g} points and levels are used all the same"
                 if known
                 else f"t* is read from these arms, and the margin of {MARGIN:g} points and levels {LEVELS[0]} to "
-                f"{LEVELS[1]} are the paper's; python -m analysis.report takes others, --margin and --levels"
+                f"{LEVELS[1]} are the paper's; choose others with --margin and --levels"
             )
-            found.setdefault(f"not the settings of {nearest}: {text}; {instead}", []).append(str(arm))
+            found.setdefault(f"{what}; {instead}", []).append(str(arm))
     return [f"{'; '.join(names)}: {sentence}" for sentence, names in found.items()]
+
+
+def describe_settings_of(results: Results) -> list[str]:
+    """Says what a reader of a comparison should know about the settings of the arms."""
+    return [
+        f"{NAMES.get(name, name)}: {text}"
+        for name, curves in results.items()
+        for text in (*describe_differences(curves), *describe_other_settings(name, curves))
+    ]
 
 
 @functools.cache

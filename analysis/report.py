@@ -220,10 +220,7 @@ def _write(
     about_matching = [f"{matching.describe(match)}." for match in matches]
     about_dense = [_describe_dense(family, curves, *settings) for family, curves in families]
     published = {} if "mean" in frame else collect.results_by_dataset(collect.published())
-    remarks = [*frame.attrs.get("left_out", ()), *frame.attrs.get("remarks", ())]
-    for name, curves in results.items():
-        remarks += [f"{paper.NAMES.get(name, name)}: {sentence}" for sentence in arms.describe_differences(curves)]
-        remarks += [f"{paper.NAMES.get(name, name)}: {text}" for text in paper.describe_other_settings(name, curves)]
+    remarks = [*frame.attrs.get("left_out", ()), *frame.attrs.get("remarks", ()), *paper.describe_settings_of(results)]
     remarks += figures.describe_unpublished(results) if published else []
     page = _template().render(
         **about,

@@ -89,7 +89,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     for file, remedy in damaged:
         print(f"{file}: damaged or missing; {remedy}")
     counts = f"{len(directories)} runs and {len(scored)} sets of scores"
-    print(f"{counts}: {len(damaged)} files are damaged" if damaged else f"{counts}: all finished files are intact")
+    files = "1 file is" if len(damaged) == 1 else f"{len(damaged)} files are"
+    print(f"{counts}: {files} damaged" if damaged else f"{counts}: all finished files are intact")
     return 1 if damaged else 0
 
 

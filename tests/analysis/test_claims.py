@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import numpy as np
 import pandas as pd
@@ -94,13 +95,28 @@ def curves_with(family, spread=0.05, **accuracy):
         (89.85, "Half the steps suffice."),
         (91.0, "Half the steps suffice."),
         (89.7, "Half the steps make them 0.3 points worse."),
-        (88.0, "Half the steps do not suffice: 2.0 points fewer."),
+        (88.0, "Half the steps do not suffice: 2.0 points fewer at 50 % of weights."),
     ],
 )
 def test_half_the_steps_suffice_if_they_match_and_not_if_they_are_worse_by_more_than_the_margin(half, sentence):
     curves = curves_with(paper.CIFAR10, full=90.0, half=half, init=85.0)
     text = claims.headline(paper.CIFAR10, claims.evaluate(paper.CIFAR10, curves, *SETTINGS))
     assert text.endswith(sentence)
+
+
+def test_the_headline_names_the_level_at_which_half_the_steps_do_not_suffice_also_if_they_are_better_at_the_last():
+    curves = curves_with(paper.CIFAR10, full=90.0, half=88.0, init=85.0)
+    half = curves[paper.CIFAR10.arm("all")]
+    for part in (half.values[12], half.summary["mean"].loc[[12]]):
+        part += 5
+    text = claims.headline(paper.CIFAR10, claims.evaluate(paper.CIFAR10, curves, *SETTINGS))
+    assert re.search(r"Half the steps do not suffice: 2\.\d points fewer at 50 % of weights\.$", text)
+
+
+def test_the_interval_of_a_headline_has_the_sign_of_its_words():
+    curves = curves_with(paper.CIFAR10, full=84.0, half=84.0, init=90.0)
+    text = claims.headline(paper.CIFAR10, claims.evaluate(paper.CIFAR10, curves, *SETTINGS))
+    assert re.search(r"6\.0 points worse than none \(95 % interval 5\.9 to 6\.\d, n = 8\)", text)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +186,14 @@ def test_dense_accuracy_is_kept_down_to_the_first_failing_level(place, drop, exp
     )
     with pytest.raises(UserError, match="missing all, t_r = 800"):
         claims.dense_accuracy_kept(paper.CIFAR100, curves, *SETTINGS)
+    ((arm, curve),) = curves.items()
+    for level, kept in ((1, "all, t_r = 400 has no level 1"), (4, 100 * 0.8**3)):
+        without = {arm: dataclasses.replace(curve, summary=curve.summary.drop(level))}
+        if level == 1:
+            with pytest.raises(UserError, match=kept):
+                claims.dense_accuracy_kept(paper.CIFAR10, without, *SETTINGS)
+        else:
+            assert claims.dense_accuracy_kept(paper.CIFAR10, without, *SETTINGS)[0] == pytest.approx(kept)
 
 
 def test_documentation_has_the_tables_that_the_command_prints(capsys):
@@ -193,6 +217,21 @@ def test_latex_table_has_a_row_and_a_sentence_for_each_claim_with_escaped_signs(
     assert table.count(r" \\") == 1 + len(sentences) == 8
     assert r"all at t* dominates init & CIFAR-100 & $+1.05$ & 51.2 & 4 & holds \\" in table
     assert r"+7.84 percentage points in test accuracy (95 \% confidence interval 6.93 to 8.75)" in sentences[-1]
+
+
+def test_latex_names_what_was_left_out_and_rejects_results_without_a_tested_claim(place, capsys):
+    frame = collect.load(ROOT / "analysis/results/digits.csv.gz")
+    frame = frame[(frame.seed == 101) & (frame.label_noise == 0)]
+    frame[(frame.arm != "easy") & (frame.level != 5)].to_csv("some.csv", index=False)
+    assert claims.main(["some.csv", "--latex"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("points; tested at levels 3, 4, 6, 7 of 3 to 7 only)." in line for line in lines)
+    assert "% digits: easy at t*/2 matches all at t*: not tested: missing easy 256, t\\_r = 20" in lines
+    assert claims.main(["some.csv", "--latex", "--levels", "20", "30"]) == 2
+    assert "error: no claim can be tested: " in capsys.readouterr().err
+    frame[frame.arm == "init"].to_csv("init.csv", index=False)
+    assert claims.main(["init.csv", "--latex"]) == 2
+    assert "error: these results have no arm with pre-training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [claims, matching])

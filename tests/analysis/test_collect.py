@@ -47,6 +47,10 @@ def test_all_experiments_are_collected_by_default(store, record):
     assert set(collect.collect(store, "other").arm) == {"all"}
 
 
+def test_commas_at_the_end_of_rows_are_no_columns(place):
+    assert collect.load(csv(place, "digits,m,init,,0,0,0,0,100,90,x,")).run_id[0] == "x"
+
+
 def test_missing_optional_columns_are_empty(place):
     frame = collect.load(csv(place, "digits,m,init,,0,0,0,0,100,90,x", "digits,m,init,,0,0,0,1,80,91,x"))
     assert frame.seed.isna().all() and frame.planned_levels.isna().all() and frame.train_steps.isna().all()
@@ -68,30 +72,37 @@ GOOD = "digits,m,random,256,20,0,0,0,100,90,x"
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        (["digits,m,random,256,20,0,0,0,100,,x"], "row 1: test_accuracy_percent is empty or NaN: must be a number"),
-        ([GOOD, "digits,m,random,256,20,0,0,1,80,NaN,x"], "row 2: test_accuracy_percent is empty or NaN: must be"),
+        (["digits,m,random,256,20,0,0,0,100,,x"], "row 2: test_accuracy_percent is empty or NaN: must be a number"),
+        ([GOOD, "digits,m,random,256,20,0,0,1,80,NaN,x"], "row 3: test_accuracy_percent is empty or NaN: must be"),
         (
             ["digits,m,random,256,20,0,0,0,100,120,x"],
-            "row 1: test_accuracy_percent = '120': must be 0 to 100",
+            "row 2: test_accuracy_percent = '120': must be 0 to 100",
         ),
-        (["digits,m,random,256,20,0,0,0,100,inf,x"], "row 1: test_accuracy_percent = 'inf': must be a number"),
-        (["digits,m,random,256,20,0,0,1.5,100,90,x"], "row 1: level = '1.5': must be a whole number"),
-        (["digits,m,random,256,20,0,-1,0,100,90,x"], "row 1: replicate = '-1': must be 0 or more"),
-        (["digits,m,random,many,20,0,0,0,100,90,x"], "row 1: subset_size = 'many': must be a number"),
+        (["digits,m,random,256,20,0,0,0,100,inf,x"], "row 2: test_accuracy_percent = 'inf': must be a number"),
+        (["digits,m,random,256,20,0,0,1.5,100,90,x"], "row 2: level = '1.5': must be a whole number"),
+        (["digits,m,random,256,20,0,-1,0,100,90,x"], "row 2: replicate = '-1': must be 0 or more"),
+        (["digits,m,random,many,20,0,0,0,100,90,x"], "row 2: subset_size = 'many': must be a number"),
         (["digits,m,random,,20,0,0,0,100,90,x"], "must be a number (only init and all may have none)"),
-        (["digits,m,all,,20,0,0,10001,100,90,x"], "row 1: level = '10001': must be 0 to 10000"),
-        (["digits,m,random,256,20,2,0,0,100,90,x"], "row 1: label_noise = '2': must be 0 to 1"),
-        (["digits,m,random,256,20,0,0,0,0,90,x"], "row 1: weights_remaining_percent = '0': must be greater than 0"),
-        ([",m,random,256,20,0,0,0,100,90,x"], "row 1: dataset is empty or NaN: must be text"),
+        (["digits,m,all,,20,0,0,10001,100,90,x"], "row 2: level = '10001': must be 0 to 10000"),
+        (["digits,m,random,256,20,2,0,0,100,90,x"], "row 2: label_noise = '2': must be 0 to 1"),
+        (["digits,m,random,256,20,0,0,0,0,90,x"], "row 2: weights_remaining_percent = '0': must be greater than 0"),
+        ([",m,random,256,20,0,0,0,100,90,x"], "row 2: dataset is empty or NaN: must be text"),
         (
             [GOOD, GOOD],
-            "random, level 0: two rows for the same replicate and level: rows 1 and 2, replicate 0 of run id x",
+            "random, level 0: two rows for the same replicate and level: rows 2 and 3, replicate 0 of run id x, with 90 and 90 %",
         ),
+        (["digits,m,random,256,20,0,0,0,80,90,x"], "row 2: weights_remaining_percent = 80: must be 100 at level 0"),
+        (
+            [GOOD, "digits,m,random,256,20,0,0,2,40,90,x", "digits,m,random,256,20,0,0,1,20,90,x"],
+            "row 3: weights_remaining_percent = 40 at level 2: must be at most that of the level before",
+        ),
+        ([GOOD.replace("90", "90,5")], "the rows have more fields than the header"),
+        ([GOOD, f"{GOOD},"], "cannot be read: not a CSV table"),
         ([], "no rows; expected one row per replicate and level"),
     ],
 )
 def test_error_names_file_row_column_and_value(place, rows, sentence):
-    with pytest.raises(UserError, match=r"results\.csv: ") as error:
+    with pytest.raises(UserError, match=r"results\.csv") as error:
         collect.load(csv(place, *rows))
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
@@ -124,7 +135,11 @@ def test_file_that_is_not_a_table_is_rejected(place):
 @pytest.mark.parametrize(
     ("scale", "options", "sentence"),
     [
-        ({"test_accuracy_percent": 0.01}, {}, "test_accuracy_percent is at most 0.9, which looks like fractions of 1"),
+        (
+            {"test_accuracy_percent": 0.01},
+            {},
+            "row 2: test_accuracy_percent of replicate 0 of arm random is at most 0.9, which looks",
+        ),
         (
             {"weights_remaining_percent": 0.01},
             {},
@@ -140,6 +155,35 @@ def test_fractions_of_1_and_other_delimiters_are_named(place, scale, options, se
     frame.assign(**{key: frame[key] * factor for key, factor in scale.items()}).to_csv("x.csv", index=False, **options)
     with pytest.raises(UserError, match=rf"x\.csv: {sentence}"):
         collect.load("x.csv")
+
+
+def test_a_replicate_in_fractions_among_others_in_percent_is_named(place):
+    other = GOOD.replace("0,0,100,90", "1,0,100,0.9")
+    with pytest.raises(UserError, match="row 3: test_accuracy_percent of replicate 1 of arm random is at most 0.9"):
+        collect.load(csv(place, GOOD, other))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seed": ""}, "has rows with and without a seed"),
+        (
+            {"identity": '{"precision": "auto", "arm": "init"}'},
+            "two rows for the same replicate and level: rows 2 and 3",
+        ),
+        ({"model": "M"}, "two rows for the same replicate and level"),
+        ({"seed": "18446744073709551615"}, "row 3: seed = '18446744073709551615': must be a number below 1e15"),
+    ],
+)
+def test_a_replicate_that_is_there_twice_is_rejected_whatever_the_spelling_of_its_identity(place, change, sentence):
+    row = dict(zip(HEADER.split(","), ["digits", "m", "init", "", "0", "0", "0", "0", "100", "90", "x"], strict=True))
+    rows = [
+        row | {"seed": "1", "identity": '{"arm": "init"}'},
+        row | {"seed": "1", "identity": '{"arm": "init"}'} | change,
+    ]
+    pd.DataFrame(rows).to_csv("twice.csv", index=False)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        collect.load("twice.csv")
 
 
 def test_accuracies_at_the_chance_level_of_many_classes_are_not_taken_for_fractions(place):

@@ -107,7 +107,7 @@ def test_replicates_pair_by_seed_and_number_and_the_others_are_excluded():
     ours, theirs = noise(4), noise(5, seed=1)
     found = compare(curve(ours), curve(theirs, first=1))
     assert found.paired and found.n == (3, 3)
-    assert found.notes == ["3 replicates excluded because they have no partner with the same seed and number"]
+    assert found.notes == ["3 replicates excluded because no partner has the same seed and number"]
     expected = difference.paired(ours[1:], theirs[:3]).mean
     assert np.allclose(found.statements["pooled"].levels.difference, expected)
     assert not compare(curve(ours), curve(theirs, first=9)).paired
@@ -123,7 +123,7 @@ def test_a_replicate_that_lacks_a_level_is_excluded_with_a_note():
     values[3, -1] = np.nan
     found = compare(curve(values), curve(noise(4, seed=1)))
     assert found.n == (3, 3)
-    assert found.notes[0] == "1 of 4 replicates of the challenger excluded because they lack some levels"
+    assert found.notes[0] == f"1 of 4 replicates of {EASY} excluded because they lack some levels"
 
 
 def test_a_replicate_that_is_ahead_of_the_others_changes_no_verdict():
@@ -140,6 +140,30 @@ def test_of_two_replicates_the_one_that_is_ahead_adds_no_level():
     values[1, -2:] = np.nan
     assert curve(values).finished_levels == list(LEVELS)[:-2]
     assert curve(values[:1]).finished_levels == list(LEVELS), "a single one is not ahead"
+
+
+def test_levels_that_half_of_the_replicates_have_finished_are_compared_and_others_named():
+    values = noise(8)
+    values[4:, 1:] = np.nan
+    assert compare(curve(values), curve(noise(8, seed=1))).n == (4, 4), "as if four replicates were added"
+    values = noise(5)
+    values[2:, 1:] = np.nan
+    with pytest.raises(
+        UserError, match=f"have none in common; .*; {EASY}: 2 of 5 replicates have finished levels 4 to"
+    ):
+        compare(curve(values), curve(noise(8, seed=1)), levels=(4, 12))
+
+
+def test_all_pairs_name_those_without_some_replicates_or_without_pairs():
+    values = noise(8, seed=1)
+    values[:3, -1] = np.nan
+    curves = {EASY: curve(values), ALL: curve(noise(8)), Arm("init"): curve(noise(8, seed=2), first=20)}
+    notes = dominance.matrix(curves, 0.3, (3, 12), 0.95).attrs["notes"]
+    assert notes == [
+        f"{EASY} against {ALL}: n = 5 of 8 and 8",
+        f"{EASY} against init: n = 5 and 8 of 8 and 8, unpaired",
+        f"{ALL} against init: n = 8, unpaired",
+    ]
 
 
 def test_arms_with_other_weights_at_a_level_are_not_compared():
@@ -330,7 +354,7 @@ def test_command_compares_results_from_a_file(place, capsys):
         ),
         (
             [*COMMAND, "--reference", "init", "--levels", "5", "3"],
-            "--levels = 5 3: must be 0 or more, the first at most the last",
+            "--levels = 5 3: must be 0 to 10000, the first at most the last",
         ),
         ([*COMMAND, "--reference", "init", "--margin", "-1"], "--margin = -1.0: must be 0 or more percentage points"),
         ([*COMMAND, "--reference", "init", "--margin", "nan"], "--margin = nan: must be 0 or more percentage points"),

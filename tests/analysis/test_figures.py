@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from analysis import collect, figures, paper
+from analysis.arms import Arm
 from analysis.figures import Panel
 
 
@@ -64,6 +66,26 @@ def test_panel_titles(published):
         "6.9 % of weights",
     ]
     assert [panel.family.t_star for row in figures.panels(6, published) for panel in row] == [400] * 3 + [800] * 4
+
+
+def test_the_title_of_a_level_has_the_weights_of_the_family_or_the_level_if_they_are_not_known():
+    level = Panel(paper.CIFAR10, level=8)
+    assert level.title == "CIFAR-10, 16.8 % of weights"
+    assert dataclasses.replace(level, family=paper.CIFAR10_SMALL).title.endswith(" pixels, 0.4 % of weights")
+    assert dataclasses.replace(level, family=paper.Family("cifar10", 100)).title == "CIFAR-10, level 8"
+
+
+def test_an_arm_above_the_others_is_inside_the_axes(published):
+    curves = published["cifar10"]
+    init, all_ = curves[Arm("init")], curves[Arm("all", None, 400)]
+    drawn = figures.figure(2, {"cifar10": curves | {Arm("init"): dataclasses.replace(init, summary=all_.summary + 20)}})
+    assert drawn.axes[0].get_ylim()[1] > (all_.summary["mean"] + 20).max()
+
+
+def test_levels_beyond_those_of_the_paper_are_drawn(ours):
+    assert max(ours["cifar10"][Arm("init")].levels) == 20
+    lines, _ = figures._lines(Panel(paper.CIFAR10, 12800), ours["cifar10"])
+    assert len(lines["init"].x) == 21
 
 
 def test_x_axis_is_logarithmic_and_the_dense_line_is_level_0_of_all_at_t_star(published):
@@ -134,8 +156,9 @@ def digits(*rows):
     """Curves of the digits from (arm, subset_size, rewind_steps, label_noise), two levels each."""
     columns = ["arm", "subset_size", "rewind_steps", "label_noise", "level"]
     frame = pd.DataFrame([(*row, level) for row in rows for level in (0, 1)], columns=columns)
-    fixed = {"dataset": "digits", "model": "m", "replicate": 0, "run_id": "a", "weights_remaining_percent": 80}
-    frame.assign(**fixed, test_accuracy_percent=90 - frame.level).to_csv("digits.csv", index=False)
+    fixed = {"dataset": "digits", "model": "m", "replicate": 0, "run_id": "a"}
+    measured = {"test_accuracy_percent": 90 - frame.level, "weights_remaining_percent": 100 - 20 * frame.level}
+    frame.assign(**fixed, **measured).to_csv("digits.csv", index=False)
     return collect.results_by_dataset(collect.load("digits.csv"))
 
 

@@ -64,6 +64,14 @@ def test_unknown_cost_is_nan_and_sorts_last(cifar10):
         )
 
 
+def test_the_cheapest_is_of_known_cost_and_matches_of_unknown_cost_are_named(cifar10):
+    found = matching.match(dataclasses.replace(paper.CIFAR10, dataset="mine"), cifar10, 5.0, *SETTINGS)
+    matches = [entry for entry in found.entries if entry.matching]
+    assert len(matches) > 2 and math.isnan(matches[-1].cost)
+    text = matching.describe(found)
+    assert f"the cheapest of known cost is {matches[0].arm} (" in text and "; of unknown cost: all, t_r = 200" in text
+
+
 def test_heat_map_has_one_cell_per_arm_and_frames_the_matches(cifar10):
     found = matching.match(paper.CIFAR10, cifar10, 1.0, *SETTINGS)
     (axes,) = matching.figure([found]).axes

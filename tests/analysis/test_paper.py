@@ -97,7 +97,7 @@ def test_a_family_has_the_image_size_steps_batch_size_rates_and_fraction_of_its_
     key, value = overrides[0].split("=")
     ((sentence),) = sentences
     assert sentence.startswith(f"all, t_r = 200: not the settings of CIFAR-10: {key} = {value} (")
-    assert "takes others, --margin and --levels" in sentence
+    assert sentence.endswith("choose others with --margin and --levels")
 
 
 def test_an_image_folder_is_of_a_family_only_with_the_images_of_the_family():
@@ -108,7 +108,26 @@ def test_an_image_folder_is_of_a_family_only_with_the_images_of_the_family():
         curves = {arm: dataclasses.replace(curve, identity=identity)}
         (found,) = paper.families(name, curves)
         assert (found.dataset, found.margin) == (name, 0.5 if fingerprint == images else paper.MARGIN)
-        assert paper.describe_other_settings(name, curves) == [], "other images are not compared with CIFAR-10"
+        other = paper.describe_other_settings(name, curves)
+        assert [text[:50] for text in other] == ["all, t_r = 75: not a data set of the paper or of t"] * (
+            fingerprint != images
+        )
+
+
+def test_arms_with_a_label_noise_of_no_family_have_margin_and_levels_of_the_family_without_noise():
+    arms_of = [Arm("init"), Arm("all", None, 40, 0.25), Arm("easy", 128, 20, 0.25)]
+    (found,) = paper.families("digits", arms_of)
+    assert found == paper.DIGITS.with_noise(0.25, size=128, sizes=(128,))
+    assert paper.describe_settings_of({"digits": dict.fromkeys(arms_of, arms.Curve(pd.DataFrame()))}) == []
+
+
+def test_data_sets_and_rewind_steps_of_no_family_are_named_with_the_margin_and_levels_that_are_used():
+    for dataset, steps, start in (
+        ("mine", 40, "not a data set of the paper or of this repository's experiments"),
+        ("digits", 30, "no arm has t_r = 20 or 40, as those of digits have"),
+    ):
+        (sentence,) = paper.describe_other_settings(dataset, {Arm("all", None, steps): arms.Curve(pd.DataFrame())})
+        assert sentence.startswith(f"all, t_r = {steps}: {start}; t* is read from these arms, and the margin of 0.3")
 
 
 def test_results_without_recorded_steps_are_of_one_family():
