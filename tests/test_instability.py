@@ -74,7 +74,7 @@ def launch(tiny):
 def interrupted(launch):
     """Launches and ends before the n-th call of a method, as a kill would; False if there are fewer calls."""
 
-    def start(owner, name, call, *overrides):
+    def start(owner, name, call, *overrides, steps="[0,4]"):
         original, left = getattr(owner, name), [call]
 
         def method(*arguments, **options):
@@ -86,7 +86,7 @@ def interrupted(launch):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, name, method)
             try:
-                launch(*overrides)
+                launch(*overrides, steps=steps)
             except KeyboardInterrupt:
                 return True
         return False
@@ -177,6 +177,20 @@ def test_steps_are_added_to_an_analysis_with_the_bits_that_they_have_in_one_laun
     launch("runs=whole", steps="[0,4,6]")
     (replicate,) = run.replicates()
     assert {path.name for path in replicate.path.glob("pretrain_*")} == {"pretrain_4", "pretrain_0-6"}
+    for step in (0, 4, 6):
+        parts = f"instability/{run.path.name}/replicate_0/step_{step}"
+        assert bits(f"runs/{parts}") == bits(f"whole/{parts}")
+
+
+def test_a_pre_training_that_was_begun_is_finished_when_steps_are_added(launch, interrupted):
+    assert interrupted(LeanTrainer, "_train_batch", 6, steps="[0,6]")
+    (begun,) = Path("runs/instability").glob("*/replicate_0/pretrain_*")
+    assert PhaseDirectory(begun).checkpoint()
+    run, status, _ = launch(steps="[0,4,6]")
+    assert status == 0
+    (replicate,) = run.replicates()
+    assert [path.name for path in sorted(replicate.path.glob("pretrain_*"))] == ["pretrain_0-6", "pretrain_4"]
+    launch("runs=whole", steps="[0,4,6]")
     for step in (0, 4, 6):
         parts = f"instability/{run.path.name}/replicate_0/step_{step}"
         assert bits(f"runs/{parts}") == bits(f"whole/{parts}")

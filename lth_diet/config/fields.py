@@ -59,10 +59,19 @@ Interval = Annotated[Steps, Field(gt=0)]
 Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
 Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
+
+
+def _folder_or_url(text: str) -> str:
+    if scheme := re.match(r"(\w+):/(?!/)", text):
+        raise ValueError(f"must be a folder, or a URL such as {scheme[1]}://bucket/folder, with two slashes")
+    return text
+
+
 Count = Annotated[int, Field(strict=True, gt=0, lt=MAX_NUMBER)]
 Index = Annotated[int, Field(strict=True, ge=0, lt=MAX_NUMBER)]
 Text = Annotated[str, Field(strict=True, min_length=1), AfterValidator(_text)]
 PathText = Annotated[Text, AfterValidator(expand_path)]
+RunsText = Annotated[PathText, AfterValidator(_folder_or_url)]
 
 
 class Section(BaseModel):

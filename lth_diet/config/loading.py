@@ -149,6 +149,8 @@ def _to_user_error(error: dict, origin: dict[str, str], path: str) -> UserError:
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, {**DEFAULTS, **Config.model_fields}, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(Config.model_fields)}"
+        if key == "arms" and origin.get(key) != "command line":
+            hint = "a file with arms is of a sweep: use recipes/sweep.py"
         if key in DEFAULTS:  # written with its dot in a file
             hint = f"write {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
         return UserError(f"{key} {_location(origin, path, key)} is not a known key; {hint}")

@@ -19,6 +19,7 @@ from lth_diet.config.fields import (
     PathText,
     Positive,
     Real,
+    RunsText,
     Section,
     Steps,
     Text,
@@ -170,7 +171,7 @@ class Config(Section):
     variant: Text | None = None
     """Name of a change of the code, if you make one: runs and scores of each variant have their own ids."""
     intervals: Intervals = Intervals()
-    runs: PathText = "runs"
+    runs: RunsText = "runs"
     """Folder of the run directories, or a URL such as s3://bucket/prefix. Not part of the run id."""
     experiment: Text | None = None
     """Name of the MLflow experiment; by default that of the dataset or image folder. Not part of the run id."""

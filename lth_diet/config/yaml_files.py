@@ -4,7 +4,6 @@ Values are read as in YAML 1.1, except that a date is text and that a number is 
 disagree: 010 (octal), 1:30 (base 60), 0o10 (octal in YAML 1.2 only).
 """
 
-import collections
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -100,10 +99,13 @@ def _error_at(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    keys = (loader.construct_object(key, deep=True) for key, _ in node.value)
-    for key, count in collections.Counter(key for key in keys if isinstance(key, Hashable)).items():
-        if count > 1:
-            raise _error_at(f"the key {quote(key)} is given twice", node.start_mark)
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, Hashable):
+            if key in seen:
+                raise _error_at(f"the key {quote(key)} is given twice", key_node.start_mark)
+            seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
 

@@ -35,8 +35,32 @@ def info(root: str) -> DatasetInfo:
         fingerprint=_hash([options, *(f"{image.name}\0{image.sha256}" for image in images)]),
         old_fingerprint=_hash([f"{name} {status.st_size}" for _, name, status in found]),
         images=images,
-        warnings=tuple(layout.warnings()),
+        warnings=(*layout.warnings(), *(f"{root}: {text}" for text in _describe_duplicates(images))),
     )
+
+
+def _describe_duplicates(images: Sequence[ImageFile]) -> list[str]:
+    """One sentence each for test images that are also training images, and images that are in several classes."""
+    same: dict[str, list[ImageFile]] = {}
+    for image in images:
+        same.setdefault(image.sha256, []).append(image)
+    leaks, conflicts = [], []
+    for copies in same.values():
+        first = copies[0]
+        leaks += [(each, first) for each in copies if _is_test(each) and not _is_test(first)]  # test/ comes last
+        conflicts += [(each, first) for each in copies if each.class_name != first.class_name]
+    sentences = []
+    if leaks:
+        are = f"{len(leaks):,} test image{'s are' if len(leaks) > 1 else ' is'} also in train/ or valid/"
+        sentences.append(f"{are} ({leaks[0][0].name} is {leaks[0][1].name}), so test accuracies are too high")
+    if conflicts:
+        are = f"{len(conflicts):,} image{'s are' if len(conflicts) > 1 else ' is'} also in another class"
+        sentences.append(f"{are} ({conflicts[0][0].name} is {conflicts[0][1].name})")
+    return sentences
+
+
+def _is_test(image: ImageFile) -> bool:
+    return image.name.startswith("test/")
 
 
 def _count_channels(path: Path) -> int:
@@ -67,7 +91,7 @@ def decode(root: str, images: Sequence[ImageFile], size: int | None = None) -> t
     class_names = sorted({image.class_name for image in images})
     splits: list[Split] = []
     for is_test in (False, True):
-        mine = [image for image in images if image.name.startswith("test/") == is_test]
+        mine = [image for image in images if _is_test(image) == is_test]
         decoded = None
         for index, image in enumerate(mine):
             pixels = _read(Path(root) / image.name, image, size)
@@ -76,7 +100,10 @@ def decode(root: str, images: Sequence[ImageFile], size: int | None = None) -> t
                 decoded = np.empty((len(mine), *shape), np.uint8)
             if pixels.shape != decoded.shape[1:]:
                 found, expected = _describe_shape(pixels.shape), _describe_shape(decoded.shape[1:])
-                hint = "; set dataset.size=32 to scale all images to one size" if size is None else ""
+                if pixels.shape[:2] != decoded.shape[1:3]:
+                    hint = "; set dataset.size=32 to scale all images to one size"
+                else:
+                    hint = "; convert one kind to the other"
                 raise UserError(f"{Path(root) / image.name}: {found}; expected {expected}, like {images[0].name}{hint}")
             decoded[index] = pixels
         splits.append(Split(decoded, np.array([class_names.index(image.class_name) for image in mine])))

@@ -115,6 +115,9 @@ class Layout:
         Raises:
             UserError: If not.
         """
+        if not self.root.is_dir():
+            found = "is not a folder" if self.root.exists() else "does not exist"
+            raise UserError(f"{self.root} {found}; expected a folder with train/<class>/ and test/<class>/")
         for part in ("train", "test"):
             if part not in self._folders:
                 raise UserError(
@@ -229,10 +232,10 @@ def _describe_mismatch(only_train: Collection[str], only_test: Collection[str]) 
 
 
 def _look_alike(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of names that look the same."""
+    """Pairs of names that look the same, or differ only in upper and lower case."""
     seen: dict[str, str] = {}
     for name in sorted(names):
-        other = seen.setdefault(_fold(name), name)
+        other = seen.setdefault(_fold(name).casefold(), name)
         if other != name:
             yield other, name
 

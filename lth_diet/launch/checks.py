@@ -32,6 +32,9 @@ _GIB = 1 << 30
 WORKING_MEMORY = _GIB
 """Bytes of GPU memory that a process needs beside its images: the CUDA context, a network and its batches."""
 
+_MAX_SIDE_OF_ONE_PIXEL = 4
+"""Images of up to this many pixels per side have one pixel in the last layers of a ResNet, after two strides of 2."""
+
 
 def check_imp(files: Sequence[Loaded], process: ProcessInfo) -> None:
     """Check that every rank has something to train, and that one launch can train all files.
@@ -169,11 +172,18 @@ def check_data(config: Config, process: ProcessInfo, gpus: int) -> None:
         gpus: Number of GPUs that the ranks of this machine share.
 
     Raises:
-        UserError: If the images do not fit or are too few, or the scores are not those of the images.
+        UserError: If the images do not fit or are too few, or too small for batches of one, or the scores are not those
+            of the images.
     """
     data = catalog.load(config.dataset.name, config.dataset.root, config.dataset.size)
     check_memory(config, data, process, gpus)
-    images = len(data.test.labels)
+    images, side = len(data.test.labels), max(data.train.images.shape[1:3])
+    per_rank = config.train.batch_size // (process.world_size if config.parallelism == "data" else 1)
+    if per_rank == 1 and side <= _MAX_SIDE_OF_ONE_PIXEL:
+        raise UserError(
+            f"train.batch_size = {config.train.batch_size}: must be 2 or more per rank with images of {side} x {side} "
+            "pixels, of which one pixel remains in the last layers: BatchNorm needs two values"
+        )
     if config.parallelism == "data" and images < process.world_size:
         raise UserError(
             f"command line: {process.world_size} ranks for {images} test images; use composer -n {images} or fewer "

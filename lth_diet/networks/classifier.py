@@ -14,7 +14,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lth_diet.networks.parameters import computed_weights
 from lth_diet.networks.resnet import ResNet
-from lth_diet.networks.stack import stack
+from lth_diet.networks.stack import random_states, stack
 
 _KAIMING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -51,7 +51,13 @@ def initialize(network: nn.Module, seed: int) -> None:
     try:
         for parameter in network.parameters():
             parameter.fill_(math.nan)  # shows below whether it was initialized
+        states = random_states(network)
         _reset(network, torch.Generator().manual_seed(seed))
+        if random_states(network) != states:
+            raise ValueError(
+                "initialize does not seed the random numbers of Python, NumPy and torch.Generator that a method "
+                "reset_parameters draws; use PyTorch's default generator"
+            )
         for name, parameter in network.named_parameters():
             if parameter.isnan().any():
                 layer = type(network.get_submodule(name.rpartition(".")[0])).__name__

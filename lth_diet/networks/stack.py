@@ -6,10 +6,12 @@ logits, and part r along dimension 0 of every parameter and buffer, whose names 
 
 import copy
 import math
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,9 +89,9 @@ def stack(networks: Sequence[nn.Module], image_shape: tuple[int, int, int]) -> n
     """Stack R networks of one architecture into one, which computes and trains them independently of each other.
 
     Conv2d, BatchNorm1d, BatchNorm2d, GroupNorm and Linear become layers of R times as many channels; pooling, padding,
-    activations, Flatten and modules with a forward of their own stay. Once per process and architecture, copies with
-    random weights are compared with their stack in float64: outputs, gradients and statistics, in training and
-    evaluation mode.
+    activations, Flatten and modules with a forward of their own stay. Copies with random weights are compared with
+    their stack in float64: outputs, gradients and statistics, in training and evaluation mode. Networks of modules of
+    PyTorch and of this package only are compared once per process and architecture.
 
     Args:
         networks: Networks from images (B, C, H, W) to logits (B, classes), with the same layers, shapes and settings.
@@ -114,8 +116,23 @@ def stack(networks: Sequence[nn.Module], image_shape: tuple[int, int, int]) -> n
     case = (types, tuple(_architecture(networks[0]).items()), len(networks), tuple(image_shape))
     if case not in _compared:
         _compare(networks, image_shape)
-        _compared.add(case)
+        if all(map(_is_known, types)):
+            _compared.add(case)
     return _build(networks)
+
+
+def _is_known(kind: type[nn.Module]) -> bool:
+    """Whether `_architecture` describes all that modules of a type compute; others may have hidden settings."""
+    return kind in _RULES or kind in _UNCHANGED or kind.__module__.split(".")[0] == __package__.split(".")[0]
+
+
+def random_states(network: nn.Module) -> tuple:
+    """The states of all random number generators that modules may draw from: global ones, and their attributes."""
+    attributes = [value for module in network.modules() for value in vars(module).values()]
+    own = [value.get_state() for value in attributes if isinstance(value, torch.Generator)]
+    states = [state.tolist() for state in (torch.get_rng_state(), *own)]
+    _, keys, *rest = np.random.get_state()
+    return random.getstate(), keys.tolist(), rest, states
 
 
 def concatenate(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -273,10 +290,10 @@ def _compare(networks: Sequence[nn.Module], image_shape: tuple[int, int, int]) -
     kind = type(networks[0]).__name__
     channels, height, width = image_shape
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        random = torch.Generator().manual_seed(0)
-        copies = [_randomized_copy(network, random) for network in networks]
+        generator = torch.Generator().manual_seed(0)
+        copies = [_randomized_copy(network, generator) for network in networks]
         stacked = _build(copies)
-        images = torch.randn(4, len(copies) * channels, height, width, dtype=torch.float64, generator=random)
+        images = torch.randn(4, len(copies) * channels, height, width, dtype=torch.float64, generator=generator)
         parts = images.chunk(len(copies), dim=1)
         for training in (True, False):
             try:
@@ -304,13 +321,13 @@ def _compare(networks: Sequence[nn.Module], image_shape: tuple[int, int, int]) -
                 )
 
 
-def _randomized_copy(network: nn.Module, random: torch.Generator) -> nn.Module:
+def _randomized_copy(network: nn.Module, generator: torch.Generator) -> nn.Module:
     duplicate = copy.deepcopy(network).to_empty(device="cpu").double()
     for _, tensor in _tensors(duplicate):
         if tensor.dim() > 1:
-            tensor.data.normal_(0, math.sqrt(2 / tensor[0].numel()), generator=random)
+            tensor.data.normal_(0, math.sqrt(2 / tensor[0].numel()), generator=generator)
         elif tensor.is_floating_point():
-            tensor.data.uniform_(0.5, 1.5, generator=random)
+            tensor.data.uniform_(0.5, 1.5, generator=generator)
         else:
             tensor.zero_()
     return duplicate
@@ -328,11 +345,11 @@ def _run(network: nn.Module, images: Tensor) -> tuple[dict[str, Tensor], dict[st
         module.register_forward_hook(lambda module, inputs, output, name=name: record(name, output))
         for name, module in network.named_modules()
     ]
-    before = torch.get_rng_state()
+    before = random_states(network)
     logits = network(images)
     for hook in hooks:
         hook.remove()
-    if not torch.equal(before, torch.get_rng_state()):
+    if random_states(network) != before:
         raise ValueError("its forward draws random numbers, as dropout does")
     if not (isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(images)):
         found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__

@@ -148,6 +148,22 @@ class ReplicateDirectory:
         """Pre-training and the levels that have started, in order; each depends on those before it."""
         return [self.pretrain, *(phase for _, phase in self.levels())]
 
+    def of_other_replicates(self) -> list[PhaseDirectory]:
+        """Finished phases that another replicate has trained, as where directories were copied or swapped.
+
+        Results of earlier versions do not say whose they are.
+        """
+        found = [
+            phase
+            for phase in self.pretrainings()
+            if phase.done and phase.result().get("replicate", self.index) != self.index
+        ]
+        levels = [phase for _, phase in self.levels() if phase.done]
+        if levels and self.pretrain.done:
+            own = self.pretrain.result()["sha256"].get("weights.safetensors")
+            found += [phase for phase in levels if phase.result().get("rewind_point_sha256", own) != own]
+        return found
+
     def finished(self, levels: int) -> bool:
         """Whether levels 0 to `levels` are done."""
         return all(self.level(number).done for number in range(levels + 1))
@@ -190,7 +206,7 @@ class ReplicateDirectory:
         """Lock the directory, remove what a killed or failed attempt left, and check all phases; see `RunStore.lock`.
 
         Raises:
-            UserError: If a file of a finished phase is missing or damaged.
+            UserError: If a file of a finished phase is missing or damaged, or of another replicate.
         """
         with self.store.lock(timeout):
             if self.given_up:
@@ -209,6 +225,11 @@ class ReplicateDirectory:
             self.store.upload()
             for phase in self.phases():
                 phase.check()
+            for phase in self.of_other_replicates():
+                raise UserError(
+                    f"{phase.path}: another replicate has trained it; put the right one back, or delete it and all "
+                    "that is computed from it and rerun the same command to train them"
+                )
             yield
 
 

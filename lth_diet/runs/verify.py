@@ -1,5 +1,6 @@
 """Integrity checks: compares every finished file with its checksum."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,15 +43,23 @@ def _verify_replicate(path: Path) -> Iterator[tuple[Path, str]]:
         yield path / "pretrain/subset.json", "recreate it with python -m analysis.examples"
     replicate = open_replicate(path)
     phases = replicate.phases()
+    if not isinstance(replicate, InstabilityReplicate):
+        last = max((number for number, _ in replicate.levels()), default=-1)
+        phases = [replicate.pretrain, *map(replicate.level, range(last + 1))]  # also those that were deleted
+    others: list[PhaseDirectory] = []
+    with contextlib.suppress(UserError):  # a damaged result is reported below
+        others = replicate.of_other_replicates()
     for number, phase in enumerate(phases):
         if isinstance(replicate, InstabilityReplicate):
             later, is_lost = ", ".join(map(str, replicate.computed_from(phase))), False
         else:
-            later = ", ".join(str(following.path) for following in phases[number:])
+            later = ", ".join(str(following.path) for following in phases[number:] if following.path.exists())
             is_lost = not phase.done and any(following.done for following in phases[number:])
         remedy = f"delete {later}, then rerun the training command to recompute them"
         if is_lost:
             yield phase.path / "result.json", remedy
+        if any(phase.path == other.path for other in others):
+            yield phase.path / "result.json", f"another replicate has trained it: put the right one back, or {remedy}"
         yield from _verify_phase(phase, remedy)
 
 

@@ -1,6 +1,7 @@
 """Fonts that draw class names in any script."""
 
 import functools
+import logging
 from collections.abc import Sequence
 
 from matplotlib import font_manager
@@ -28,6 +29,7 @@ def _families(characters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[st
     default = font_manager.FontProperties()
     families = list(default.get_family())
     missing = characters - _characters(font_manager.findfont(default))
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # names each weight that it does not find
     for name in sorted({font.name for font in font_manager.fontManager.ttflist if _PLACEHOLDERS not in font.name}):
         if not missing:
             break

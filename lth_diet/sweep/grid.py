@@ -223,15 +223,19 @@ class Sweep:
                 mine[key], origin[key] = value, "command line"
             else:
                 theirs.append(text)
+        if "arms" not in mine and "arm" in tree:
+            raise UserError(f"{path} has arm and no arms: it is the configuration of one arm, of recipes/imp.py")
         _check_keys(tree, path)
         self.settings = loading.validate(Settings, mine, origin, str(path))
         self.base = path.parent / self.settings.base
         yaml_files.read_tree(self.base, f", the base of {path},")
+        replaced = set(flatten(tree))
         self._merged: list[str] = []
         self._every_point: list[SweepRun] = []
         found: dict[str, tuple[str, SweepRun]] = {}
         for number, entry in enumerate(self.settings.arms, 1):
             where, axes = f"entry {number} of arms in {path}", _axes(entry)
+            replaced &= axes.keys()
             points = {}
             for index in itertools.product(*(range(len(axis)) for axis in axes.values())):
                 values = {key: axis[at] for at, (key, axis) in zip(index, axes.items(), strict=True)}
@@ -241,6 +245,7 @@ class Sweep:
             self._every_point += points.values()
             for point in points.values():
                 _check_same_settings(*found.setdefault(point.run.path.name, (where, point)), where, point)
+        self._replaced = sorted(replaced)
         distinct: dict[Any, SweepRun] = {}
         for point in self._every_point:
             distinct.setdefault((point.run.path, point.run.config.replicates), point)
@@ -274,6 +279,8 @@ class Sweep:
             unused |= {(key, where) for key, (where, _) in theirs.items()}
             used |= {(key, loaded.where[key]) for key in loaded.written - theirs.keys()}
             sentences += checks.schedule_warnings(loaded) + checks.data_warnings(loaded.config)
+        if self._replaced:
+            sentences.append(checks.describe_unused(self._replaced, f"in {self.path}", "on any run: every arm sets it"))
         for key, where in sorted(unused - used):
             sentences.append(checks.describe_unused([key], where, "on any of its runs"))
         threads, each = max(point.run.config.threads for point in self.points), self.settings.cpus_per_run

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shlex
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,12 +16,16 @@ from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from sqlalchemy import create_engine
+from sqlalchemy.exc import ArgumentError
 
 from lth_diet.errors import UserError
 
 _ARTIFACTS = "mlartifacts"
 LOCK_TIMEOUT = 60.0
 """Seconds to wait for another process that writes a local store."""
+_CONNECT_TIMEOUT = 10.0  # seconds
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _MAX_FOLDER_NAME = 60  # characters, of up to four bytes each
 _MAX_REASON = 400  # characters
 _HAS_ARTIFACTS = "tags.phase = 'all' and attributes.status = 'FINISHED'"
@@ -94,6 +99,7 @@ def open_client() -> MlflowClient:
         Exception: Whatever MLflow raises if the URI is invalid or the store cannot be opened.
     """
     _check_uri(tracking_uri())
+    _check_database(tracking_uri())
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # the URL may contain a password
     return MlflowClient(tracking_uri())
 
@@ -105,6 +111,23 @@ def _check_uri(uri: str) -> None:
     allowed = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1")  # a setting of MLflow
     if urlsplit(uri).scheme in ("", "file") and uri not in DATABRICKS and not allowed:
         raise StoreError(f"MLFLOW_TRACKING_URI = {uri!r} means a folder, which MLflow no longer writes; {remedy}")
+
+
+def _check_database(uri: str) -> None:
+    """Try once to connect to a database server: MLflow tries for minutes, also where the driver is missing.
+
+    Raises:
+        StoreError: If the URI is no address of a database, or the driver is missing.
+        OSError: If nothing answers.
+    """
+    if urlsplit(uri).scheme.partition("+")[0] not in _PORTS:
+        return
+    try:
+        url = create_engine(uri).url
+    except (ArgumentError, ImportError) as error:
+        raise StoreError(f"MLFLOW_TRACKING_URI = {without_secrets(uri)!r} cannot be used: {error}") from None
+    address = url.host or "localhost", url.port or _PORTS[url.get_backend_name()]
+    socket.create_connection(address, _CONNECT_TIMEOUT).close()
 
 
 def responds() -> bool:
@@ -137,9 +160,13 @@ def lock_store() -> Iterator[None]:
 
     Raises:
         Timeout: If another process, which may be suspended, holds the lock for `LOCK_TIMEOUT`.
+        OSError: If the folder of the store cannot be written.
     """
     _check_uri(tracking_uri())
     database = _sqlite_path(tracking_uri())
+    if database:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{database}.lock").touch()  # raises an error where FileLock would wait
     with FileLock(f"{database}.lock", timeout=LOCK_TIMEOUT) if database else contextlib.nullcontext():
         if database and not database.exists():
             _create_sqlite(database)

@@ -351,7 +351,7 @@ BAD = {
     "train.lr": r"command line: 'train.lr' is not an override; expected key.sub=value",
     "=3": r"command line: '=3' is not an override",
     "train.lr=[": r"train.lr on the command line: invalid YAML",
-    "dataset.name=image_folder": r"dataset.root = 'data' on the command line: data has no folder train/",
+    "dataset.name=image_folder": r"dataset.root = 'data' on the command line: data does not exist; expected a folder with",
 }
 
 
@@ -366,7 +366,7 @@ BAD_FILES = {
     "a: [1": r"bad.yaml: invalid YAML in line 1",
     "- a list": r"bad.yaml: not a configuration",
     "": r"bad.yaml: not a configuration",
-    "arm: all\narm: init": r"bad.yaml: invalid YAML in line 1: the key 'arm' is given twice",
+    "arm: all\narm: init": r"bad.yaml: invalid YAML in line 2: the key 'arm' is given twice",
     "arm: !!python/object/apply:os.mkdir [trap]": r"bad.yaml: invalid YAML in line 1",
     "base: missing.yaml\narm: all": r"missing.yaml, the base of bad.yaml, cannot be read: No such file or directory",
     "base: bad.yaml\narm: all": r"base = 'bad.yaml' in bad.yaml: must not lead back to this file",

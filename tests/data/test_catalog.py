@@ -253,7 +253,9 @@ def test_partial_cache_of_a_killed_process_is_removed(place):
 
 
 def test_image_folder_without_train_raises(place):
-    with pytest.raises(UserError, match=r"nowhere has no folder train/; expected train/<class>/ and test/<class>/"):
+    with pytest.raises(
+        UserError, match=r"nowhere does not exist; expected a folder with train/<class>/ and test/<class>/"
+    ):
         catalog.info("image_folder", "nowhere")
 
 

@@ -1,4 +1,5 @@
 import itertools
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -113,6 +114,23 @@ def test_classes_that_are_in_only_one_split_are_both_named_with_their_difference
     (data / "test/ant").rename(data / "test" / test)
     with pytest.raises(UserError, match=sentence):
         catalog.info("image_folder", "data")
+
+
+def test_test_images_that_are_training_images_and_images_of_two_classes_are_reported(data):
+    shutil.copy("data/train/ant/0001.png", "data/test/ant/copy.png")
+    shutil.copy("data/train/ant/0001.png", "data/train/bee/copy.png")
+    assert catalog.warnings("image_folder", "data") == [
+        "data: 1 test image is also in train/ or valid/ (test/ant/copy.png is train/ant/0001.png), so test accuracies are "
+        "too high",
+        "data: 1 image is also in another class (train/bee/copy.png is train/ant/0001.png)",
+    ]
+
+
+def test_a_test_folder_that_is_the_validation_folder_is_reported(data):
+    Path("data/test").rename("data/valid")
+    Path("data/test").symlink_to("valid")
+    (sentence,) = catalog.warnings("image_folder", "data")
+    assert sentence.startswith("data: 4 test images are also in train/ or valid/ (test/ant/")
 
 
 def test_classes_that_look_alike_are_reported(data):

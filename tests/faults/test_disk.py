@@ -290,7 +290,7 @@ def test_verify_names_exactly_the_file_that_is_damaged(reference, place, capsys,
             path.write_bytes(damage(content, draw))
             assert main(["verify", "runs"]) == 1
             named, last = capsys.readouterr().out.splitlines()
-            assert named.startswith(f"{path}: damaged or missing; ") and last.endswith(": 1 files are damaged")
+            assert named.startswith(f"{path}: damaged or missing; ") and last.endswith(": 1 file is damaged")
         path.write_bytes(content)
     assert main(["verify", "runs"]) == 0
 

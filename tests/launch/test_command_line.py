@@ -53,7 +53,7 @@ BAD = {
     "fraction": (["prune.fraction=1.5"], "prune.fraction = 1.5 on the command line: must be less than 1"),
     "folder": (
         ["dataset.name=image_folder", "dataset.root=nowhere"],
-        "dataset.root = 'nowhere' on the command line: nowhere has no folder train/",
+        "dataset.root = 'nowhere' on the command line: nowhere does not exist; expected a folder with",
     ),
     "depth": (["model.depth=19"], "model.depth = 19 on the command line: must be 6n + 2"),
     "noise": (

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from composer import Trainer
@@ -77,6 +78,15 @@ def test_a_parameter_that_cannot_be_seeded_is_named_and_the_network_unchanged(la
     with pytest.raises(ValueError, match=message):
         initialize(nn.Sequential(first, layer), seed=1)
     assert all(torch.equal(before[name], tensor) for name, tensor in first.state_dict().items())
+
+
+def test_numbers_of_other_generators_are_not_seeded_and_rejected():
+    class Drawn(Scale):
+        def reset_parameters(self):
+            self.scale.data.fill_(np.random.random())
+
+    with pytest.raises(ValueError, match="initialize does not seed the random numbers of Python, NumPy and torch.Gen"):
+        initialize(nn.Sequential(nn.Linear(2, 2), Drawn()), seed=1)
 
 
 def classifiers(count=3):

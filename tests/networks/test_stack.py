@@ -1,6 +1,8 @@
 import copy
 import itertools
+import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +25,7 @@ class Branches(nn.Module):
         self.a = nn.Conv2d(channels, channels, 3, padding=1)
         self.b = nn.Conv2d(channels, channels, 1, groups=channels)
         self.combine = forward
+        self.draws = torch.Generator()
 
     def forward(self, x):
         return self.combine(self, self.a(x), self.b(x))
@@ -139,7 +142,8 @@ def test_a_replicate_does_not_change_a_bit_of_the_others(precision, layout, thre
             results.append(split(state, count))
         for r, (before, after) in enumerate(zip(*results, strict=True)):
             same = all(torch.equal(before[name], after[name]) for name in before)
-            assert same == (r != replicate % count)
+            assert same or r == replicate % count
+            assert noise or same == (r != replicate % count)
 
     check()
 
@@ -198,6 +202,13 @@ def test_no_width_of_a_bf16_convolution_reads_the_next_replicate(kernel, stride)
                 (lambda self, a, b: a - b.mean(1, keepdim=True), 3, "in training mode, the output of 0 differs"),
                 (lambda self, a, b: a + (b if self.training else b.flip(1)), 3, "in evaluation mode, the output of 0"),
                 (lambda self, a, b: a + nn.functional.dropout(b, 1e-3), 3, "its forward draws random numbers"),
+                (lambda self, a, b: a + random.random() * b, 3, "its forward draws random numbers"),
+                (lambda self, a, b: a + np.random.random() * b, 3, "its forward draws random numbers"),
+                (
+                    lambda self, a, b: a + torch.rand((), generator=self.draws) * b,
+                    3,
+                    "its forward draws random numbers",
+                ),
                 (lambda self, a, b: a.view(-1, 3, 6, 6) + b, 3, "does not compute each channel by itself: on images"),
                 (lambda self, a, b: nn.functional.layer_norm(a, a.shape[1:]), 3, "the output of 0 differs"),
                 (lambda self, a, b: a + (b.mean(1, True) - b.mean(1, True).detach()), 3, "the gradient of 0.b"),
@@ -209,6 +220,17 @@ def test_a_network_that_cannot_be_stacked_is_rejected_by_name(make, message):
     with pytest.raises(ValueError, match=message) as error:
         stack([make(), make()], IMAGE)
     assert "\n" not in str(error.value)
+
+
+def test_networks_whose_hidden_settings_differ_are_rejected_also_after_others_that_have_the_same():
+    def make(slope):
+        network = head(Branches(lambda self, a, b: nn.functional.leaky_relu(a, self._slope) + b), nn.ReLU())
+        network[0]._slope = slope
+        return network
+
+    stack([make(0.1), make(0.1)], IMAGE)
+    with pytest.raises(ValueError, match="the output of 0 differs"):
+        stack([make(0.1), make(0.9)], IMAGE)
 
 
 def hooked(register):

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_each_damaged_file_is_named_with_the_phases_to_delete(finished, capsys, 
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{replicate.level(0).path / name}: damaged or missing; delete {replicate.level(0).path}, ")
     assert f"{replicate.level(1).path}, then rerun the training command to recompute them" in first
-    assert last.endswith("1 files are damaged")
+    assert last.endswith("1 file is damaged")
     assert main(["verify", str(run.path)]) == 1
 
 
@@ -118,6 +119,42 @@ def test_a_result_that_is_gone_while_later_levels_have_theirs_is_found(tiny, cap
     assert main(["verify", "runs"]) == 1
     later = ", ".join(str(phase.path) for phase in phases[2:])
     assert f"{phases[2].path}/result.json: damaged or missing; delete {later}, then rerun" in capsys.readouterr().out
+
+
+def test_a_level_that_was_deleted_between_finished_ones_is_found(finished, capsys):
+    run, _ = finished
+    shutil.rmtree(run.replicate(0).level(0).path)
+    assert main(["verify", "runs"]) == 1
+    assert (
+        f"level_0/result.json: damaged or missing; delete {run.replicate(0).level(1).path}, " in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("name", ["pretrain", "level_0"])
+def test_a_phase_of_another_replicate_is_found_and_not_trained_from(tiny, capsys, name):
+    run = RunDirectory(loading.load_config(tiny("all"), ["prune.levels=0", "replicates=2"]))
+    run.create()
+    for replicate in run.replicates():
+        replicate.pretrain.write("weights.safetensors", replicate.name.encode())
+        replicate.pretrain.finish(MEASURED | {"replicate": replicate.index})
+        rewind_point = replicate.pretrain.result()["sha256"]["weights.safetensors"]
+        replicate.level(0).write("weights.safetensors", b"")
+        replicate.level(0).finish(MEASURED | {"rewind_point_sha256": rewind_point})
+    assert main(["verify", "runs"]) == 0
+    first, second = (replicate.path / name for replicate in run.replicates())
+    first.rename("aside")
+    second.rename(first)
+    Path("aside").rename(second)
+    capsys.readouterr()
+    assert main(["verify", "runs"]) == 1
+    out = capsys.readouterr().out
+    for path in (first, second):
+        assert (
+            f"{path}/result.json: damaged or missing; another replicate has trained it: put the right one back, or"
+            in out
+        )
+    with pytest.raises(UserError, match=f"{name}: another replicate has trained it"), run.replicate(0).lock():
+        pass
 
 
 def test_a_curve_with_two_values_of_one_step_stops_the_replicate(tiny, capsys):

@@ -125,6 +125,10 @@ WARNINGS = {
         "scores.steps in entry 1 of arms in grid.yaml has no effect on any of its runs"
     ],
     "[{arm: [init, easy], scores.steps: 3}]": [],
+    "[{arm: init, train.lr: [0.1, 0.2]}]\ntrain: {lr: 0.3}": [
+        "train.lr in grid.yaml has no effect on any run: every arm sets it"
+    ],
+    "[{arm: init, train.lr: [0.1, 0.2]}, {arm: all}]\ntrain: {lr: 0.3}": [],
     "[{arm: init}]\ngpus_per_run: 0\ncpus_per_run: 1\nthreads: 2": [
         "cpus_per_run = 1 is less than threads = 2: processes share CPUs",
         "threads = 2: 1 CPUs can be used",

@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from mlflow import MlflowClient
@@ -127,6 +128,24 @@ def test_the_reason_of_a_failure_is_one_line_without_secrets(monkeypatch):
         assert shown.startswith(reason.strip()) and "me:secret" not in shown and "\n" not in shown
     assert mlflow_store.failure_reason(ValueError()) == "ValueError"
     assert len(mlflow_store.failure_reason(ValueError("long " * 999))) < 500
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("postgresql://me:secret@127.0.0.1:9/x", ""),
+        ("mysql+nothing://me:secret@127.0.0.1:9/x", "cannot be used: Can't load plugin"),
+        ("sqlite:////proc/x.db", "/proc/x.db.lock: No such file or directory"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_reported_at_once(monkeypatch, uri, reason):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(time, "sleep", None)
+    monkeypatch.setattr(mlflow_store, "LOCK_TIMEOUT", 0)
+    with pytest.raises((mlflow_store.StoreError, OSError)) as caught, mlflow_store.lock_store():
+        mlflow_store.open_client()
+    shown = mlflow_store.failure_reason(caught.value)
+    assert reason in shown and "me:secret" not in shown
 
 
 SIXTEEN = """
