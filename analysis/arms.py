@@ -133,7 +133,8 @@ def curves_by_arm(frame: pd.DataFrame) -> dict[Arm, Curve]:
     """Groups the results of one data set by arm.
 
     Runs whose identities differ only in the seed are one arm. Runs without an identity are one arm if they have the
-    same model and train for the same number of steps, unless they share a replicate; then each gets its `run_id`.
+    same model and train for the same number of steps, unless they share a replicate or have other weights remaining at
+    a level; then each gets its `run_id`.
 
     Args:
         frame: Rows of one data set, as returned by `collect.load` or `collect.published`.
@@ -184,26 +185,30 @@ def _curves(arm: Arm, identity: Identity, rows: pd.DataFrame) -> dict[Arm, Curve
     if "mean" in rows:
         columns = ["weights_remaining_percent", "mean", "sd", "n"]
         return {arm: Curve(rows.set_index("level").sort_index()[columns], None, identity)}
-    if not rows.duplicated(["seed", "replicate", "level"]).any():
+    if not rows.duplicated(["seed", "replicate", "level"]).any() and not _differing_weights(rows):
         return {arm: _curve(arm, rows, identity)}
     parts = {dataclasses.replace(arm, run_id=run_id): part for run_id, part in rows.groupby("run_id")}
     return {each: _curve(each, part, identity) for each, part in parts.items()}
 
 
 def _curve(arm: Arm, rows: pd.DataFrame, identity: Identity) -> Curve:
+    if differing := _differing_weights(rows):
+        raise UserError(f"{arm}: its replicates have {differing}; expected runs of one prune.fraction")
     groups = rows.groupby("level")
-    least, most = groups.weights_remaining_percent.min(), groups.weights_remaining_percent.max()
-    if (far := most / least - 1 > SAME_WEIGHTS).any():
-        at = far.idxmax()
-        raise UserError(
-            f"{arm}: its replicates have {least[at]:.3g} to {most[at]:.3g} % of their weights at level {at}; expected "
-            "runs of one prune.fraction"
-        )
     summary = groups.test_accuracy_percent.agg(["mean", "std", "count"]).set_axis(["mean", "sd", "n"], axis=1)
     summary.insert(0, "weights_remaining_percent", groups.weights_remaining_percent.mean())
     values = rows.assign(seed=rows.seed.fillna(-1).astype(int))  # without seeds, replicates pair by number
     table = values.pivot(index=["seed", "replicate"], columns="level", values="test_accuracy_percent")
     return Curve(summary, table, identity)
+
+
+def _differing_weights(rows: pd.DataFrame) -> str:
+    """Where replicates have other weights remaining at the same level; empty if they do not."""
+    weights = rows.groupby("level").weights_remaining_percent
+    least, most = weights.min(), weights.max()
+    far = most / least - 1 > SAME_WEIGHTS
+    at = far.idxmax()
+    return f"{least[at]:.3g} to {most[at]:.3g} % of their weights at level {at}" if far.any() else ""
 
 
 def by_setup(curves: Mapping[Arm, Curve]) -> dict[Settings, dict[Arm, Curve]]:

@@ -24,7 +24,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from lth_diet.config.fields import MAX_LEVELS
 from lth_diet.errors import Parser, UserError, print_error, printable
 from lth_diet.program import run_program
-from lth_diet.tracking.mlflow_store import DATABRICKS, describe_move, failure_reason, tracking_uri, without_secrets
+from lth_diet.tracking.mlflow_store import (
+    DATABRICKS,
+    StoreError,
+    check_database,
+    describe_move,
+    failure_reason,
+    tracking_uri,
+    without_secrets,
+)
 
 from . import identities
 from .arms import SAME_WEIGHTS, Arm, Results, curves_by_arm
@@ -102,7 +110,7 @@ def collect(tracking_uri: str, experiment: str | None = None) -> pd.DataFrame:
     if typed.empty:
         raise UserError(f"the MLflow store has no valid level; {left_out[0]}")
     merged, conflicts = _merge_experiments(typed.join(table[["mlflow_run", "source"]]))
-    result = _sorted(merged[list(COLUMNS)], "the MLflow store")
+    result = _sorted(merged[list(COLUMNS)])
     result.attrs["left_out"] = left_out + conflicts
     result.attrs["unfinished"] = unfinished
     invalid = table[problems != ""]
@@ -148,9 +156,10 @@ def open_store(tracking_uri: str, experiment: str | None) -> tuple[MlflowClient,
     if local is not None and not (local and exists(Path(local))):  # MLflow would create it
         raise UserError(f"no MLflow store at {local}; expected sqlite:///<existing file> or http://<server>")
     try:
+        check_database(tracking_uri)
         client = MlflowClient(tracking_uri)
         found = {entry.name: entry.experiment_id for entry in client.search_experiments()}
-    except (MlflowException, SQLAlchemyError, ValueError) as error:  # an invalid URL raises ValueError
+    except (MlflowException, SQLAlchemyError, StoreError, OSError, ValueError) as error:  # an invalid URL: ValueError
         raise UserError(
             f"the MLflow store {without_secrets(tracking_uri)} cannot be read: {failure_reason(error)}"
         ) from None
@@ -215,9 +224,12 @@ def load(path: str | Path) -> pd.DataFrame:
     if (problems != "").any():
         row = int((problems != "").idxmax())
         raise UserError(f"{path}: row {row + _FIRST_ROW}: {problems[row]}")
-    _reject_fractions(path, typed)
+    remarks = _reject_fractions(path, typed)
+    _reject_duplicates(path, typed)
     _reject_weights(path, typed)
-    return _sorted(typed, str(path))
+    result = _sorted(typed)
+    result.attrs["remarks"] = remarks
+    return result
 
 
 def _reason(error: Exception) -> str:
@@ -236,28 +248,34 @@ def _reject_delimiter(path: str | Path, columns: Sequence[str]) -> None:
             )
 
 
-def _reject_fractions(path: str | Path, frame: pd.DataFrame) -> None:
-    """Rejects fractions of 1 in place of percentages; files of `python -m analysis.collect` have an identity."""
+def _reject_fractions(path: str | Path, frame: pd.DataFrame) -> list[str]:
+    """Rejects fractions of 1 in place of percentages; files of `python -m analysis.collect` have an identity.
+
+    Returns:
+        A sentence for each replicate that may have fractions where others have percentages.
+    """
     if "identity" in frame and frame.identity.notna().any():
-        return
+        return []
     dense = frame[frame.level == 0].weights_remaining_percent  # 100 by definition
     column = "mean" if "mean" in frame else "test_accuracy_percent"
-    keys = [
-        name for name in ("arm", "subset_size", "rewind_steps", "label_noise", "run_id", "replicate") if name in frame
-    ]
-    for _, rows in frame.groupby(keys, dropna=False, sort=False):
-        values = rows[column]
-        if values.max() <= 1 and (values.between(0, 1, "neither").any() or (dense <= 1).any()):
-            which = f"replicate {rows.replicate.iloc[0]} of " if "replicate" in rows else ""
-            raise UserError(
-                f"{path}: row {rows.index[0] + _FIRST_ROW}: {column} of {which}arm {rows.arm.iloc[0]} is at most "
-                f"{values.max():g}, which looks like fractions of 1; expected percent, 0 to 100"
-            )
+    values = frame[column]
+    if values.max() <= 1 and (values.between(0, 1, "neither").any() or (dense <= 1).any()):
+        raise UserError(
+            f"{path}: {column} is at most {values.max():g}, which looks like fractions of 1; expected percent, 0 to 100"
+        )
     if len(dense) and (dense <= 1).all():
         raise UserError(
             f"{path}: weights_remaining_percent is {dense.iloc[0]:g} at level 0, which looks like fractions of 1; "
             "expected percent, 100 at level 0"
         )
+    if "replicate" not in frame:
+        return []
+    highest = frame.groupby([*_ORDER, "run_id", "seed", "replicate"], dropna=False, sort=False)[column].max()
+    return [
+        f"{path}: replicate {replicate} of run id {run_id} ({arm}) has accuracies of at most {value:g} %; they may be "
+        "fractions of 1"
+        for (*_, arm, _, _, run_id, _, replicate), value in highest[highest < 1].items()
+    ]
 
 
 def _reject_weights(path: str | Path, frame: pd.DataFrame) -> None:
@@ -270,7 +288,7 @@ def _reject_weights(path: str | Path, frame: pd.DataFrame) -> None:
             f"{path}: row {row + _FIRST_ROW}: weights_remaining_percent = {weights[row]:g}: must be 100 at level 0"
         )
     ordered = frame.sort_values("level", kind="stable")
-    keys = [name for name in (*_ORDER, "run_id", "seed", "replicate") if name in frame]
+    keys = [name for name in (*_ORDER, "run_id", "seed", "replicate", "identity") if name in frame]
     grows = ordered.groupby(keys, dropna=False).weights_remaining_percent.diff() > 0
     if grows.any():
         row = int(grows.idxmax())
@@ -338,19 +356,18 @@ def _is_json_object(value: object) -> bool:
         return False
 
 
-def _sorted(frame: pd.DataFrame, source: str = "") -> pd.DataFrame:
-    """Sorts the rows, and rejects a second row of the same replicate and level."""
-    keys = [name for name in (*_ORDER, "run_id", "seed", "replicate", "level") if name in frame]
-    keys += [name for name in ("identity",) if name in frame]
+def _reject_duplicates(path: str | Path, frame: pd.DataFrame) -> None:
+    """Rejects a second row of the same replicate and level, also if only one of them has a seed."""
+    keys = [name for name in (*_ORDER, "run_id", "seed", "replicate", "level", "identity") if name in frame]
     same_run = _normalized(frame)
     if "seed" in frame:
-        without_seed = same_run.seed.isna().groupby([same_run[key] for key in ("run_id", "replicate", "level")])
-        mixed = without_seed.transform("nunique") > 1
+        groups = same_run.groupby([key for key in keys if key != "seed"], dropna=False)
+        mixed = groups.seed.transform("count").between(0, groups.seed.transform("size"), "neither")
         if mixed.any():
             row = frame[mixed].iloc[0]
             raise UserError(
-                f"{source}: replicate {row.replicate} of run id {row.run_id} has rows with and without a seed; "
-                "expected its seed in all of them, and each level once"
+                f"{path}: replicate {row.replicate} of run id {row.run_id} has rows with and without a seed at level "
+                f"{row.level}; expected its seed in all of them, and each level once"
             )
     duplicated = same_run.duplicated(keys)
     if duplicated.any():
@@ -359,10 +376,14 @@ def _sorted(frame: pd.DataFrame, source: str = "") -> pd.DataFrame:
         values = same["mean" if "mean" in frame else "test_accuracy_percent"]
         which = f", replicate {row.replicate} of run id {row.run_id}" if "run_id" in frame else ""
         raise UserError(
-            f"{source}: {row.arm}, level {row.level}: two rows for the same replicate and level: rows "
+            f"{path}: {row.arm}, level {row.level}: two rows for the same replicate and level: rows "
             f"{same.index[0] + _FIRST_ROW} and {same.index[1] + _FIRST_ROW}{which}, with {values.iloc[0]:g} and "
             f"{values.iloc[1]:g} %; expected one"
         )
+
+
+def _sorted(frame: pd.DataFrame) -> pd.DataFrame:
+    keys = [name for name in (*_ORDER, "run_id", "seed", "replicate", "level", "identity") if name in frame]
     return frame.sort_values(keys, ignore_index=True)
 
 
@@ -505,7 +526,7 @@ def catch_user_errors(command: Callable[[Sequence[str] | None], int]) -> Callabl
 
 def print_incomplete(frame: pd.DataFrame) -> None:
     """Prints what was left out, and incomplete replicates, on standard error."""
-    for sentence in frame.attrs.get("left_out", ()):
+    for sentence in (*frame.attrs.get("left_out", ()), *frame.attrs.get("remarks", ())):
         print(f"warning: {sentence}", file=sys.stderr)
     for sentence in describe_incomplete(frame):
         print(f"incomplete: {printable(sentence)}", file=sys.stderr)

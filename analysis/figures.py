@@ -177,7 +177,7 @@ def draw(axes: Axes, panel: Panel, curves: dict[Arm, Curve], published: dict[Arm
     dense = _dense(panel.family, curves)
     if dense is not None and panel.level is None and not panel.others:
         axes.axhline(dense, **_DENSE)
-    axes.set_title(panel.title, fontsize=9)
+    axes.set_title(panel.title, fontsize=9, parse_math=False)  # the name of a data set may contain $
     axes.set_ylabel("Test accuracy (%)", fontsize=8)
     axes.tick_params(labelsize=7.5)
     axes.grid(alpha=0.25, linewidth=0.5)
@@ -187,7 +187,8 @@ def draw(axes: Axes, panel: Panel, curves: dict[Arm, Curve], published: dict[Arm
     notes = {"below": _set_y_range(axes, lines), "missing": absent, "several configurations": several}
     text = "; ".join(f"{label}: {', '.join(names)}" for label, names in notes.items() if names)
     box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1} if text else None
-    axes.text(0.02, 0.02, textwrap.fill(text, 46), transform=axes.transAxes, fontsize=6.5, color="#333333", bbox=box)
+    style = {"fontsize": 6.5, "color": "#333333", "bbox": box, "parse_math": False}
+    axes.text(0.02, 0.02, textwrap.fill(text, 46), transform=axes.transAxes, **style)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,7 +382,7 @@ def figure(number: int, results: Results, published: Results | None = None) -> F
     title = f"Figure {number}: {_CAPTIONS[number]}; band: ± 1 sd over n replicates"
     if published:
         title += "; thin: published" + _describe_missing_panels(number, rows, published)
-    drawn.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9.5)
+    drawn.suptitle(textwrap.fill(title, int(14 * width)), fontsize=9.5, parse_math=False)
     handles, labels = legend([panel for row in rows for panel in row], results)
     long_names = any(panel.others for row in rows for panel in row)
     columns = across if long_names else min(across + 1, 4)
@@ -403,7 +404,7 @@ def headline_figure(panel: Panel, curves: dict[Arm, Curve]) -> Figure:
     for line in lines.values():
         style = _style(line.role, panel.others)
         axes.errorbar(line.x, line.mean, line.sd, elinewidth=0.8, capsize=2, **style)
-    axes.set_title(f"{panel.family}: test accuracy (%)", fontsize=11, loc="left")
+    axes.set_title(f"{panel.family}: test accuracy (%)", fontsize=11, loc="left", parse_math=False)
     axes.tick_params(labelsize=9)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)

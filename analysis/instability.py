@@ -170,7 +170,9 @@ def figure(prediction: Prediction) -> Figure:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.25)
     rho = "" if prediction.correlation is None else f"; rank correlation {prediction.correlation:+.2f}"
-    axes.set_title(f"{prediction.match.family} (n = {len(differences)} arms{rho})", fontsize=10, loc="left")
+    axes.set_title(
+        f"{prediction.match.family} (n = {len(differences)} arms{rho})", fontsize=10, loc="left", parse_math=False
+    )
     axes.set_xlabel("Error barrier at the rewind step (points); filled: matching", fontsize=9)
     axes.set_ylabel("Accuracy minus that of all at t* (points)", fontsize=9)
     axes.tick_params(labelsize=9)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -31,8 +30,6 @@ from . import arms, collect, dominance, paper
 from .arms import Arm, Curve, Results
 from .dominance import Comparison
 from .paper import Family
-
-rcParams["text.parse_math"] = False  # a name may contain $
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +129,16 @@ def describe(found: Match) -> str:
     if cheapest is None:
         return start + f"none of {tested} is shown to be a matching initialization{untested}"
     matching = [entry for entry in found.entries if entry.matching]
-    unknown = [str(entry.arm) for entry in matching if math.isnan(entry.cost) and entry != cheapest]
-    the = "the cheapest of known cost is" if unknown else "the cheapest is"
-    are = f"are matching initializations; {the}" if len(matching) > 1 else "is a matching initialization:"
+    are = "are matching initializations" if len(matching) > 1 else "is a matching initialization"
+    unknown = [str(entry.arm) for entry in matching if math.isnan(entry.cost)]
     cost = f"{cheapest.arm} ({cheapest.cost_text} examples × steps)"
-    unknown = f"; of unknown cost: {', '.join(unknown)}" if unknown else ""
-    return f"{start}{len(matching)} of {tested} {are} {cost}{unknown}{untested}"
+    if len(unknown) == len(matching):
+        which = f": {', '.join(unknown)} (of unknown cost)"
+    elif unknown:
+        which = f"; the cheapest of known cost is {cost}; of unknown cost: {', '.join(unknown)}"
+    else:
+        which = f"; the cheapest is {cost}" if len(matching) > 1 else f": {cost}"
+    return f"{start}{len(matching)} of {tested} {are}{which}{untested}"
 
 
 def heat_map(axes: Axes, found: Match) -> None:
@@ -159,7 +160,7 @@ def heat_map(axes: Axes, found: Match) -> None:
     axes.set_yticks(range(len(rows)), list(map(str, rows)), fontsize=7.5)
     axes.set_xlabel("Subset size (examples)", fontsize=8)
     title = f"{found.family}: difference to all, t_r = {found.family.t_star}, at the worst level (points)"
-    axes.set_title(title, fontsize=8)
+    axes.set_title(title, fontsize=8, parse_math=False)
 
 
 def _rows(found: Match) -> list[Arm]:

@@ -292,14 +292,14 @@ def describe_other_settings(dataset: str, curves: Mapping[Arm, Curve]) -> list[s
             if text:
                 what = f"not the settings of {nearest}: {text}"
             elif nearest:
-                what = f"no arm has t_r = {nearest.half} or {nearest.t_star}, as those of {nearest} have"
+                what = f"no arm with the settings of {nearest} has t_r = {nearest.half} or {nearest.t_star}"
             else:
                 what = "not a data set of the paper or of this repository's experiments"
             instead = (
                 f"its t*, margin of {nearest.margin:g} points and levels are used all the same"
                 if known
-                else f"t* is read from these arms, and the margin of {MARGIN:g} points and levels {LEVELS[0]} to "
-                f"{LEVELS[1]} are the paper's; choose others with --margin and --levels"
+                else f"t* is read from these arms, and without --margin and --levels, the margin of {MARGIN:g} points "
+                f"and levels {LEVELS[0]} to {LEVELS[1]} are the paper's"
             )
             found.setdefault(f"{what}; {instead}", []).append(str(arm))
     return [f"{'; '.join(names)}: {sentence}" for sentence, names in found.items()]

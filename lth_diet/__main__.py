@@ -86,8 +86,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     directories, scored = find_directories(arguments.runs)
     damaged = list(verify(arguments.runs))
-    for file, remedy in damaged:
-        print(f"{file}: damaged or missing; {remedy}")
+    for file, sentence in damaged:
+        print(f"{file}: {sentence}")
     counts = f"{len(directories)} runs and {len(scored)} sets of scores"
     files = "1 file is" if len(damaged) == 1 else f"{len(damaged)} files are"
     print(f"{counts}: {files} damaged" if damaged else f"{counts}: all finished files are intact")

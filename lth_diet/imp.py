@@ -93,13 +93,9 @@ class IMP:
                 algorithms = [rewind, *self.subset_algorithms(block, rewind_step)]
                 results = self._train_phase(block, model, loader, schedule, algorithms, 100.0)
                 results = self.add_scores(results)
-            self._finish_phase(block, self.add_replicate(results), {"weights.safetensors": rewind.state})
+            self._finish_phase(block, results, {"weights.safetensors": rewind.state})
         dist.barrier()
         return {k: load_file(self.replicates[k].pretrain.verified("weights.safetensors")) for k in self.members}
-
-    def add_replicate(self, results: dict[int, dict]) -> dict[int, dict]:
-        """Add the index of the replicate to the results of pre-training."""
-        return {k: {"replicate": self.replicates[k].index, **each} for k, each in results.items()}
 
     def add_scores(self, results: dict[int, dict]) -> dict[int, dict]:
         """Add the checksum of the scores, if the arm has any, to the results of pre-training."""
@@ -187,9 +183,7 @@ class IMP:
             schedule = trainer.Schedule(self.config.rewind_step, settings.steps, settings.lr, settings.milestones)
             results = self._train_phase(block, model, self.loader, schedule, algorithms, min(remaining.values()))
             for k, result in results.items():
-                rewind_point = self.replicates[k].pretrain.result()["sha256"]["weights.safetensors"]
                 result |= {"level": level, "weights_remaining_percent": remaining[k]}
-                result |= {"rewind_point_sha256": rewind_point}
             self._finish_phase(block, results, {"weights.safetensors": model.module.state_dict()})
         dist.barrier()
         return {k: self._trained_weights(self.replicates[k], level, masks[k]) for k in self.members}
@@ -299,7 +293,7 @@ class IMP:
                 for file, parts in states.items():
                     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[k].items()}
                     block.phases[k].write(file, save(contiguous))
-                block.phases[k].finish(results[k])
+                block.phases[k].finish({"phase": self.replicates[0].name_of(block.phases[k]), **results[k]})
             self.track()
 
 

@@ -98,17 +98,12 @@ class Instability(IMP):
         return found
 
     def pretrain(self) -> None:
-        """Train the dense networks on the arm's examples until those at all steps are saved.
-
-        A pre-training of other steps that was begun is finished first, and another adds the steps that it lacks.
-        """
-        while steps := next(filter(None, (self.replicates[member].next_steps for member in self.members)), None):
-            self._pretrain(steps)
-
-    def _pretrain(self, steps: tuple[int, ...]) -> None:
-        """Train up to the last of some steps, and save the networks at all of them."""
-        block, last = self._block([replicate.pretraining(steps) for replicate in self.replicates]), steps[-1]
-        model, points = self.builder.build_network(), RewindPoints(steps)
+        """Train the dense networks on the arm's examples up to the last step that is missing, and save all of these."""
+        missing = tuple(sorted({step for member in self.members for step in self.replicates[member].missing_steps}))
+        if not missing:
+            return
+        block, last = self._block([replicate.pretraining(missing) for replicate in self.replicates]), missing[-1]
+        model, points = self.builder.build_network(), RewindPoints(missing)
         if last == 0:
             results, points.states = {k: {"steps": 0} for k in block.training}, {0: model.module.state_dict()}
         else:
@@ -117,7 +112,7 @@ class Instability(IMP):
             algorithms = [points, *self.subset_algorithms(block, last)]
             results = self.add_scores(self._train_phase(block, model, loader, schedule, algorithms, 100.0))
         weights = {f"weights_{step}.safetensors": state for step, state in points.states.items()}
-        self._finish_phase(block, self.add_replicate(results), weights)
+        self._finish_phase(block, results, weights)
 
     def train_copies(self, step: int, masks: dict[int, Mask]) -> None:
         """Train the copies of all members from a step to the last step of a level, as one stack."""
@@ -166,7 +161,8 @@ class Instability(IMP):
             weights = [load_file(copy.verified("weights.safetensors")) for copy in copies]
             pairs = list(itertools.combinations(range(len(copies)), 2))
             lines = [self.line.errors(self.network, weights[a], weights[b]) for a, b in pairs]
-            result: dict[str, Any] = {"step": step, "pairs": pairs, "fractions": list(self.line.fractions)}
+            result: dict[str, Any] = {"phase": replicate.name_of(phase), "step": step, "pairs": pairs}
+            result |= {"fractions": list(self.line.fractions)}
             for name in ("train", "test"):
                 errors = [line[name] for line in lines]
                 result[f"{name}_error_percent"] = errors

@@ -372,7 +372,7 @@ def test_result_has_the_documented_keys(run):
         "timestamp",
         "level",
         "weights_remaining_percent",
-        "rewind_point_sha256",
+        "phase",
         "environment",
         "versions",
         "sha256",

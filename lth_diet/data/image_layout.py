@@ -146,8 +146,13 @@ class Layout:
         """One sentence for each kind of file that is not used, and for classes that look wrong."""
         sentences = self._describe_unused()
         train, test = self._class_sizes("train", "valid"), self._class_sizes("test")
-        for name, other in _look_alike(train):
-            sentences.append(f"classes {name!a} and {other!a} differ only in {_difference(name, other)}")
+        alike: dict[str, list[tuple[str, str]]] = {}
+        for pair in _look_alike(train):
+            alike.setdefault(_difference(*pair), []).append(pair)
+        for difference, pairs in alike.items():
+            names = f"{pairs[0][0]!a} and {pairs[0][1]!a}"
+            which = f"{len(pairs)} pairs of classes, such as {names}," if len(pairs) > 1 else f"classes {names}"
+            sentences.append(f"{which} differ only in {difference}")
         for sizes, noun in ((train, "training image"), (test, "test image")):
             (largest, most), *_, (smallest, fewest) = sizes.most_common()
             if most >= UNBALANCED * fewest:

@@ -88,11 +88,12 @@ def train_replicates(tasks: Sequence[Task], process: ProcessInfo, progress: Prog
     together = any(task.arm.config.parallelism == "data" for task in tasks)
     is_writer = process.rank == 0 or not together
     progress = progress if is_writer else Progress([], 0)
-    progress.begin([row for task in tasks for row in task.rows], 0)
+    left = [task.steps_left() for task in tasks]
+    progress.begin([row for task in tasks for row in task.rows], sum(left))
     status, arm = 0, None
     for number, task in enumerate(tasks):
         config = task.arm.config
-        progress.left = sum(each.steps_left() for each in tasks[number:])  # without what has failed
+        progress.left = sum(left[number:])  # without what has failed
         if task.arm is not arm:
             arm = task.arm
             if arm.name:

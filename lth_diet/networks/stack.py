@@ -81,6 +81,7 @@ _UNCHANGED = (
 """Layers of PyTorch without parameters that compute each channel by itself."""
 
 
+_MODULE_ATTRIBUTES = vars(nn.Module()).keys()
 _compared: set[tuple] = set()
 """Architectures, numbers of networks and shapes of images whose stack was compared in this process."""
 
@@ -90,8 +91,8 @@ def stack(networks: Sequence[nn.Module], image_shape: tuple[int, int, int]) -> n
 
     Conv2d, BatchNorm1d, BatchNorm2d, GroupNorm and Linear become layers of R times as many channels; pooling, padding,
     activations, Flatten and modules with a forward of their own stay. Copies with random weights are compared with
-    their stack in float64: outputs, gradients and statistics, in training and evaluation mode. Networks of modules of
-    PyTorch and of this package only are compared once per process and architecture.
+    their stack in float64: outputs, gradients and statistics, in training and evaluation mode. This is done once per
+    process and architecture, unless modules have settings that are private or no numbers or texts.
 
     Args:
         networks: Networks from images (B, C, H, W) to logits (B, classes), with the same layers, shapes and settings.
@@ -116,14 +117,23 @@ def stack(networks: Sequence[nn.Module], image_shape: tuple[int, int, int]) -> n
     case = (types, tuple(_architecture(networks[0]).items()), len(networks), tuple(image_shape))
     if case not in _compared:
         _compare(networks, image_shape)
-        if all(map(_is_known, types)):
+        if all(map(_is_described, networks[0].modules())):
             _compared.add(case)
     return _build(networks)
 
 
-def _is_known(kind: type[nn.Module]) -> bool:
-    """Whether `_architecture` describes all that modules of a type compute; others may have hidden settings."""
-    return kind in _RULES or kind in _UNCHANGED or kind.__module__.split(".")[0] == __package__.split(".")[0]
+def _is_described(module: nn.Module) -> bool:
+    """Whether `_architecture` describes all settings of a module; a private attribute or an object may hide some."""
+    if type(module) in _RULES or type(module) in _UNCHANGED:
+        return True
+    own = {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
+    return all(not name.startswith("_") and _is_plain(value) for name, value in own.items())
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def random_states(network: nn.Module) -> tuple:

@@ -71,8 +71,8 @@ class InstabilityDirectory(ConfigDirectory):
 
     def phases_of(self, replicate: "InstabilityReplicate") -> list[tuple[PhaseDirectory, int, int]]:
         """List the trainings of a replicate with their start steps and end steps; the copies of a step are one."""
-        steps = replicate.next_steps
-        pretraining = [(replicate.pretrain, 0, steps[-1])] if steps else []
+        missing = replicate.missing_steps
+        pretraining = [(replicate.pretrain, 0, missing[-1])] if missing else []
         copies = [[replicate.copy(step, number) for number in range(self.keys.copies)] for step in self.keys.steps]
         first_left = [next((copy for copy in each if not copy.done), each[0]) for each in copies]
         end = self.config.train.steps
@@ -98,17 +98,9 @@ class InstabilityReplicate(ReplicateDirectory):
 
     @property
     def pretrain(self) -> PhaseDirectory:
-        """The next pre-training, of steps whose networks are missing, else the one that has the last step."""
-        steps = self.next_steps
-        return self.pretraining(steps) if steps else self.pretraining_with(self.keys.steps[-1])
-
-    @property
-    def next_steps(self) -> tuple[int, ...]:
-        """Steps of the next pre-training: those of one that was begun, if they are missing, else all that are."""
+        """The pre-training of the steps whose networks are missing, else the one that has the last step."""
         missing = self.missing_steps
-        begun = [_steps_of(phase) for phase in self.pretrainings() if phase.checkpoint()]
-        fitting = (steps for steps in begun if missing and set(steps) & set(missing) and steps[-1] <= missing[-1])
-        return next(fitting, missing)
+        return self.pretraining(missing) if missing else self.pretraining_with(self.keys.steps[-1])
 
     @property
     def missing_steps(self) -> tuple[int, ...]:
@@ -122,7 +114,7 @@ class InstabilityReplicate(ReplicateDirectory):
     def pretraining_with(self, step: int) -> PhaseDirectory | None:
         """A finished pre-training that has the network at a step."""
         started = self.pretrainings()
-        found = (phase for phase in started if phase.done and step in _steps_of(phase))
+        found = (phase for phase in started if phase.done and str(step) in phase.name.partition("_")[2].split("-"))
         return next(found, None)
 
     def pretrainings(self) -> list[PhaseDirectory]:
@@ -145,14 +137,11 @@ class InstabilityReplicate(ReplicateDirectory):
         """Directories to delete if a file of a phase is damaged: its own, and those that depend on it."""
         if phase.path.parent != self.path:
             return [phase.path.parent]
-        return [phase.path, *(path for step in _steps_of(phase) if (path := self.path / f"step_{step}").exists())]
+        steps = phase.name.partition("_")[2].split("-")
+        return [phase.path, *(path for step in steps if (path := self.path / f"step_{step}").exists())]
 
     def _phase(self, path: Path) -> PhaseDirectory:
         return PhaseDirectory(path, self.store.upload)
-
-
-def _steps_of(pretraining: PhaseDirectory) -> tuple[int, ...]:
-    return tuple(map(int, pretraining.name.partition("_")[2].split("-")))
 
 
 def open_replicate(path: Path) -> ReplicateDirectory:

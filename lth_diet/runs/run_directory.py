@@ -148,21 +148,20 @@ class ReplicateDirectory:
         """Pre-training and the levels that have started, in order; each depends on those before it."""
         return [self.pretrain, *(phase for _, phase in self.levels())]
 
-    def of_other_replicates(self) -> list[PhaseDirectory]:
-        """Finished phases that another replicate has trained, as where directories were copied or swapped.
+    def name_of(self, phase: PhaseDirectory) -> str:
+        """Name of a phase in its result, such as `5c9a828fce/replicate_0/level_1`, which starts with the run id."""
+        config = self.run_config
+        return (
+            f"{config.get('run_id') or config['instability_id']}/{phase.path.relative_to(self.path.parent).as_posix()}"
+        )
 
-        Results of earlier versions do not say whose they are.
+    def foreign_phases(self) -> list[tuple[PhaseDirectory, str]]:
+        """Finished phases whose results have another name, as where directories were copied or swapped, and this name.
+
+        Results of earlier versions have none.
         """
-        found = [
-            phase
-            for phase in self.pretrainings()
-            if phase.done and phase.result().get("replicate", self.index) != self.index
-        ]
-        levels = [phase for _, phase in self.levels() if phase.done]
-        if levels and self.pretrain.done:
-            own = self.pretrain.result()["sha256"].get("weights.safetensors")
-            found += [phase for phase in levels if phase.result().get("rewind_point_sha256", own) != own]
-        return found
+        named = [(phase, phase.result().get("phase")) for phase in self.phases() if phase.done]
+        return [(phase, name) for phase, name in named if name not in (None, self.name_of(phase))]
 
     def finished(self, levels: int) -> bool:
         """Whether levels 0 to `levels` are done."""
@@ -206,7 +205,7 @@ class ReplicateDirectory:
         """Lock the directory, remove what a killed or failed attempt left, and check all phases; see `RunStore.lock`.
 
         Raises:
-            UserError: If a file of a finished phase is missing or damaged, or of another replicate.
+            UserError: If a file of a finished phase is missing or damaged, or the result is that of another phase.
         """
         with self.store.lock(timeout):
             if self.given_up:
@@ -225,10 +224,10 @@ class ReplicateDirectory:
             self.store.upload()
             for phase in self.phases():
                 phase.check()
-            for phase in self.of_other_replicates():
+            for phase, name in self.foreign_phases():
                 raise UserError(
-                    f"{phase.path}: another replicate has trained it; put the right one back, or delete it and all "
-                    "that is computed from it and rerun the same command to train them"
+                    f"{phase.path}: its result is that of {name}; put the right one back, or delete it and all that is "
+                    "computed from it and rerun the same command to train them"
                 )
             yield
 

@@ -8,11 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import pandas as pd
-from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-
-rcParams["text.parse_math"] = False  # a name may contain $
 
 # Okabe and Ito's colors, yellow darkened, with markers: distinguishable by color-blind readers and in grayscale
 ARM_STYLES = {

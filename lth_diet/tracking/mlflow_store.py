@@ -25,7 +25,7 @@ _ARTIFACTS = "mlartifacts"
 LOCK_TIMEOUT = 60.0
 """Seconds to wait for another process that writes a local store."""
 _CONNECT_TIMEOUT = 10.0  # seconds
-_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_PORTS = {"postgresql": 5432, "mysql": 3306}
 _MAX_FOLDER_NAME = 60  # characters, of up to four bytes each
 _MAX_REASON = 400  # characters
 _HAS_ARTIFACTS = "tags.phase = 'all' and attributes.status = 'FINISHED'"
@@ -95,11 +95,12 @@ def open_client() -> MlflowClient:
     """Open the store.
 
     Raises:
-        StoreError: If MLFLOW_TRACKING_URI is a store that MLflow does not write, or that is lost with the process.
+        StoreError: If MLFLOW_TRACKING_URI is a store that MLflow does not write, or that is lost with the process, or
+            its driver is missing.
         Exception: Whatever MLflow raises if the URI is invalid or the store cannot be opened.
     """
     _check_uri(tracking_uri())
-    _check_database(tracking_uri())
+    check_database(tracking_uri())
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # the URL may contain a password
     return MlflowClient(tracking_uri())
 
@@ -113,21 +114,22 @@ def _check_uri(uri: str) -> None:
         raise StoreError(f"MLFLOW_TRACKING_URI = {uri!r} means a folder, which MLflow no longer writes; {remedy}")
 
 
-def _check_database(uri: str) -> None:
+def check_database(uri: str) -> None:
     """Try once to connect to a database server: MLflow tries for minutes, also where the driver is missing.
 
     Raises:
         StoreError: If the URI is no address of a database, or the driver is missing.
         OSError: If nothing answers.
     """
-    if urlsplit(uri).scheme.partition("+")[0] not in _PORTS:
+    if urlsplit(uri).scheme.partition("+")[0] not in ("postgresql", "mysql", "mssql"):
         return
     try:
         url = create_engine(uri).url
     except (ArgumentError, ImportError) as error:
-        raise StoreError(f"MLFLOW_TRACKING_URI = {without_secrets(uri)!r} cannot be used: {error}") from None
-    address = url.host or "localhost", url.port or _PORTS[url.get_backend_name()]
-    socket.create_connection(address, _CONNECT_TIMEOUT).close()
+        raise StoreError(f"the store {without_secrets(uri)!r} cannot be used: {error}") from None
+    port = url.port or _PORTS.get(url.get_backend_name())
+    if url.host and port and not url.query.keys() & {"host", "unix_socket"}:  # else the driver finds the server
+        socket.create_connection((url.host, port), _CONNECT_TIMEOUT).close()
 
 
 def responds() -> bool:

@@ -159,10 +159,11 @@ def test_rows_without_an_identity_are_not_pooled_with_rows_that_have_one(place):
     assert sorted(map(str, found)) == ["all, t_r = 4", "all, t_r = 4, identity = unknown"]
 
 
-def test_replicates_of_one_arm_with_other_weights_at_a_level_are_rejected(place):
-    pruned = [{"replicate": r, "level": 1, "weights_remaining_percent": w} for r, w in ((0, 64.0), (1, 80.0))]
+def test_runs_with_other_weights_at_a_level_are_separate_arms_and_replicates_of_one_run_are_rejected(place):
+    first, second = ({"replicate": r, "level": 1, "weights_remaining_percent": w} for r, w in ((0, 64.0), (1, 80.0)))
+    assert [arm.run_id for arm in curves(place, first, second | {"run_id": "b"})] == ["a", "b"]
     with pytest.raises(UserError, match="its replicates have 64 to 80 % of their weights at level 1; expected runs of"):
-        curves(place, *pruned)
+        curves(place, first, second)
 
 
 def test_sd_is_the_sample_standard_deviation_and_nan_for_one_replicate(place):

@@ -56,7 +56,7 @@ def test_unknown_cost_is_nan_and_sorts_last(cifar10):
         alone.entries[0].comparison.statements["pooled"] = dataclasses.replace(
             alone.entries[0].comparison.statements["pooled"], verdict="dominates"
         )
-        assert matching.describe(alone).endswith("all, t_r = 200 (unknown examples × steps)")
+        assert matching.describe(alone).endswith("all, t_r = 200 (of unknown cost)")
         assert (
             [entry.arm.name for entry in found.entries if math.isnan(entry.cost)]
             == ["all"]

@@ -97,7 +97,7 @@ def test_a_family_has_the_image_size_steps_batch_size_rates_and_fraction_of_its_
     key, value = overrides[0].split("=")
     ((sentence),) = sentences
     assert sentence.startswith(f"all, t_r = 200: not the settings of CIFAR-10: {key} = {value} (")
-    assert sentence.endswith("choose others with --margin and --levels")
+    assert sentence.endswith("levels 3 to 12 are the paper's")
 
 
 def test_an_image_folder_is_of_a_family_only_with_the_images_of_the_family():
@@ -124,10 +124,10 @@ def test_arms_with_a_label_noise_of_no_family_have_margin_and_levels_of_the_fami
 def test_data_sets_and_rewind_steps_of_no_family_are_named_with_the_margin_and_levels_that_are_used():
     for dataset, steps, start in (
         ("mine", 40, "not a data set of the paper or of this repository's experiments"),
-        ("digits", 30, "no arm has t_r = 20 or 40, as those of digits have"),
+        ("digits", 30, "no arm with the settings of digits has t_r = 20 or 40"),
     ):
         (sentence,) = paper.describe_other_settings(dataset, {Arm("all", None, steps): arms.Curve(pd.DataFrame())})
-        assert sentence.startswith(f"all, t_r = {steps}: {start}; t* is read from these arms, and the margin of 0.3")
+        assert sentence.startswith(f"all, t_r = {steps}: {start}; t* is read from these arms, and without --margin and")
 
 
 def test_results_without_recorded_steps_are_of_one_family():

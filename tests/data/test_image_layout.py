@@ -142,6 +142,14 @@ def test_classes_that_look_alike_are_reported(data):
     ]
 
 
+def test_classes_that_differ_in_case_are_counted_in_one_sentence(data):
+    for part, name in itertools.product(("train", "test"), ("Ant", "Bee")):
+        add(f"{part}/{name}/0.png")
+    assert catalog.warnings("image_folder", "data")[0] == (
+        "data: 2 pairs of classes, such as 'Ant' and 'ant', differ only in upper and lower case"
+    )
+
+
 def test_unbalanced_classes_are_reported(data):
     add(*(f"train/ant/{number}.png" for number in range(54)))
     assert catalog.warnings("image_folder", "data") == [

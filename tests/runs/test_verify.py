@@ -135,11 +135,9 @@ def test_a_phase_of_another_replicate_is_found_and_not_trained_from(tiny, capsys
     run = RunDirectory(loading.load_config(tiny("all"), ["prune.levels=0", "replicates=2"]))
     run.create()
     for replicate in run.replicates():
-        replicate.pretrain.write("weights.safetensors", replicate.name.encode())
-        replicate.pretrain.finish(MEASURED | {"replicate": replicate.index})
-        rewind_point = replicate.pretrain.result()["sha256"]["weights.safetensors"]
-        replicate.level(0).write("weights.safetensors", b"")
-        replicate.level(0).finish(MEASURED | {"rewind_point_sha256": rewind_point})
+        for phase in (replicate.pretrain, replicate.level(0)):
+            phase.write("weights.safetensors", b"")
+            phase.finish(MEASURED | {"phase": replicate.name_of(phase)})
     assert main(["verify", "runs"]) == 0
     first, second = (replicate.path / name for replicate in run.replicates())
     first.rename("aside")
@@ -148,12 +146,14 @@ def test_a_phase_of_another_replicate_is_found_and_not_trained_from(tiny, capsys
     capsys.readouterr()
     assert main(["verify", "runs"]) == 1
     out = capsys.readouterr().out
-    for path in (first, second):
-        assert (
-            f"{path}/result.json: damaged or missing; another replicate has trained it: put the right one back, or"
-            in out
-        )
-    with pytest.raises(UserError, match=f"{name}: another replicate has trained it"), run.replicate(0).lock():
+    run_id = run.path.name.partition("-")[2]
+    assert (
+        f"{first}/result.json: the result of {run_id}/replicate_1/{name}; put the right one back, or delete {first}"
+        in out
+    )
+    assert f"{second}/result.json: the result of {run_id}/replicate_0/{name}; put the right one back, or delete " in out
+    expected = f"{name}: its result is that of {run_id}/replicate_1/{name}"
+    with pytest.raises(UserError, match=expected), run.replicate(0).lock():
         pass
 
 

@@ -133,7 +133,7 @@ def test_the_reason_of_a_failure_is_one_line_without_secrets(monkeypatch):
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("postgresql://me:secret@127.0.0.1:9/x", ""),
+        ("postgresql+psycopg://me:secret@127.0.0.1:9/x", "127.0.0.1:9/x: Connection refused"),
         ("mysql+nothing://me:secret@127.0.0.1:9/x", "cannot be used: Can't load plugin"),
         ("sqlite:////proc/x.db", "/proc/x.db.lock: No such file or directory"),
     ],
@@ -146,6 +146,11 @@ def test_a_database_that_cannot_be_used_is_reported_at_once(monkeypatch, uri, re
         mlflow_store.open_client()
     shown = mlflow_store.failure_reason(caught.value)
     assert reason in shown and "me:secret" not in shown
+
+
+def test_a_database_at_a_socket_is_left_to_its_driver(monkeypatch):
+    for uri in ("postgresql+psycopg:///x", "postgresql+psycopg://me:secret@/x?host=/run/sql", "sqlite:///x.db"):
+        mlflow_store.check_database(uri)
 
 
 SIXTEEN = """
