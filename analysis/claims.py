@@ -360,8 +360,9 @@ def dense_accuracy_kept(
     arm = arms.lookup(wanted, curves)
     if arm is None:
         raise UserError(arms.describe_missing(wanted, curves))
-    if 0 not in curves[arm].levels or 1 not in curves[arm].levels:
-        raise UserError(f"{arm} has no level {0 if 0 not in curves[arm].levels else 1}")
+    for level in (0, 1):
+        if level not in curves[arm].finished_levels:
+            raise UserError(f"{arm} has no level {level}")
     if levels[1] == 0:
         raise UserError("levels 0 to 0: no pruned level")
     if curves[arm].summary.n[0] == 1:

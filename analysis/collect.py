@@ -224,7 +224,7 @@ def load(path: str | Path) -> pd.DataFrame:
     if (problems != "").any():
         row = int((problems != "").idxmax())
         raise UserError(f"{path}: row {row + _FIRST_ROW}: {problems[row]}")
-    remarks = _reject_fractions(path, typed)
+    remarks = _check_fractions(path, typed)
     _reject_duplicates(path, typed)
     _reject_weights(path, typed)
     result = _sorted(typed)
@@ -248,7 +248,7 @@ def _reject_delimiter(path: str | Path, columns: Sequence[str]) -> None:
             )
 
 
-def _reject_fractions(path: str | Path, frame: pd.DataFrame) -> list[str]:
+def _check_fractions(path: str | Path, frame: pd.DataFrame) -> list[str]:
     """Rejects fractions of 1 in place of percentages; files of `python -m analysis.collect` have an identity.
 
     Returns:
