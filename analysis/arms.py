@@ -142,6 +142,13 @@ def curves_by_arm(frame: pd.DataFrame) -> dict[Arm, Curve]:
     Returns:
         Arms and their curves, sorted by `Arm.sort_key`.
     """
+    found = rows_by_arm(frame)
+    curves = {arm: _curve(arm, rows, identity) for arm, (identity, rows) in found.items()}
+    return dict(sorted(curves.items(), key=lambda item: item[0].sort_key))
+
+
+def rows_by_arm(frame: pd.DataFrame) -> dict[Arm, tuple[Identity, pd.DataFrame]]:
+    """Identity and rows of each arm, as for `curves_by_arm`."""
     groups = _groups(frame)
     setups = [identities.setup(identity) for _, identity, _ in groups]
     setup_keys = identities.differing_keys(setups)
@@ -149,12 +156,13 @@ def curves_by_arm(frame: pd.DataFrame) -> dict[Arm, Curve]:
         (dataclasses.replace(arm, setup=_settings(setup, setup_keys)), identity, rows)
         for (arm, identity, rows), setup in zip(groups, setups, strict=True)
     ]
-    curves = {}
+    found: dict[Arm, tuple[Identity, pd.DataFrame]] = {}
     for arm, identity, rows in named:
         keys = set(identities.differing_keys(other for same, other, _ in named if same == arm))
         keys = keys.difference(setup_keys, _SHORT) | {key for key in _SHORT if identity.get(key) not in ("false", "0")}
-        curves |= _curves(dataclasses.replace(arm, details=_settings(identity, keys)), identity, rows)
-    return dict(sorted(curves.items(), key=lambda item: item[0].sort_key))
+        parts = _by_run(dataclasses.replace(arm, details=_settings(identity, keys)), rows)
+        found |= {each: (identity, part) for each, part in parts.items()}
+    return found
 
 
 def _groups(frame: pd.DataFrame) -> list[tuple[Arm, Identity, pd.DataFrame]]:
@@ -181,17 +189,17 @@ def _settings(identity: Identity, keys: Iterable[str]) -> Settings:
     return tuple((key, value[:10] if key == "scores.file" else value) for key, value in shown.items())
 
 
-def _curves(arm: Arm, identity: Identity, rows: pd.DataFrame) -> dict[Arm, Curve]:
-    if "mean" in rows:
-        columns = ["weights_remaining_percent", "mean", "sd", "n"]
-        return {arm: Curve(rows.set_index("level").sort_index()[columns], None, identity)}
-    if not rows.duplicated(["seed", "replicate", "level"]).any() and not _differing_weights(rows):
-        return {arm: _curve(arm, rows, identity)}
-    parts = {dataclasses.replace(arm, run_id=run_id): part for run_id, part in rows.groupby("run_id")}
-    return {each: _curve(each, part, identity) for each, part in parts.items()}
+def _by_run(arm: Arm, rows: pd.DataFrame) -> dict[Arm, pd.DataFrame]:
+    """Rows of an arm, by run if its runs share a replicate or have other weights remaining."""
+    if "mean" in rows or not (rows.duplicated(["seed", "replicate", "level"]).any() or _differing_weights(rows)):
+        return {arm: rows}
+    return {dataclasses.replace(arm, run_id=run_id): part for run_id, part in rows.groupby("run_id")}
 
 
 def _curve(arm: Arm, rows: pd.DataFrame, identity: Identity) -> Curve:
+    if "mean" in rows:
+        columns = ["weights_remaining_percent", "mean", "sd", "n"]
+        return Curve(rows.set_index("level").sort_index()[columns], None, identity)
     if differing := _differing_weights(rows):
         raise UserError(f"{arm}: its replicates have {differing}; expected runs of one prune.fraction")
     groups = rows.groupby("level")

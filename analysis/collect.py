@@ -35,7 +35,7 @@ from lth_diet.tracking.mlflow_store import (
 )
 
 from . import identities
-from .arms import SAME_WEIGHTS, Arm, Results, curves_by_arm
+from .arms import SAME_WEIGHTS, Results, curves_by_arm, rows_by_arm
 
 COLUMNS = {
     "dataset": str,
@@ -471,24 +471,20 @@ def describe_incomplete(frame: pd.DataFrame) -> list[str]:
     sentences = list(frame.attrs.get("unfinished", ()))
     if "replicate" not in frame:
         return sentences
-    core = ["arm", "subset_size", "rewind_steps", "label_noise"]
-    for (dataset, _), rows in frame.groupby([dataset_names(frame), "model"]):
-        several = rows.groupby(core, dropna=False).run_id.transform("nunique") > 1
-        keys = [*core, several, "run_id", "seed", "replicate"]
-        for (name, size, steps, noise, ambiguous, run_id, _, replicate), levels in rows.groupby(keys, dropna=False):
-            planned = levels.planned_levels.max()
-            last = rows.level.max() if pd.isna(planned) else int(planned)
-            missing = [
-                level
-                for level in sorted(set(range(last + 1)) - set(levels.level))
-                if f"{run_id} {replicate} {level}" not in frame.attrs.get("invalid", ())
-            ]
-            if missing:
-                arm = Arm(
-                    name, None if pd.isna(size) else int(size), int(steps), noise, run_id=run_id if ambiguous else ""
-                )
-                which = name_levels(missing)
-                sentences.append(f"{dataset}, {arm}, replicate {replicate}: {which} of {last} not finished")
+    for dataset, mine in frame.groupby(dataset_names(frame)):
+        last_level = mine.groupby("model")["level"].max()
+        for arm, (_, rows) in rows_by_arm(mine).items():
+            for (model, seed, replicate), levels in rows.groupby(["model", "seed", "replicate"], dropna=False):
+                planned = levels.planned_levels.max()
+                last = last_level[model] if pd.isna(planned) else int(planned)
+                missing = [
+                    level
+                    for level in sorted(set(range(last + 1)) - set(levels.level))
+                    if f"{levels.run_id.iloc[0]} {replicate} {level}" not in frame.attrs.get("invalid", ())
+                ]
+                if missing:
+                    which = f"replicate {replicate}" + f" of seed {seed}" * (rows.seed.nunique() > 1)
+                    sentences.append(f"{dataset}, {arm}, {which}: {name_levels(missing)} of {last} not finished")
     return sentences
 
 

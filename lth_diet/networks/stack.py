@@ -140,7 +140,7 @@ def random_states(network: nn.Module) -> tuple:
     """The states of all random number generators that modules may draw from: global ones, and their attributes."""
     attributes = [value for module in network.modules() for value in vars(module).values()]
     own = [value.get_state() for value in attributes if isinstance(value, torch.Generator)]
-    states = [state.tolist() for state in (torch.get_rng_state(), *own)]
+    states = [state.numpy().tobytes() for state in (torch.get_rng_state(), *own)]
     _, keys, *rest = np.random.get_state()
     return random.getstate(), keys.tolist(), rest, states
 

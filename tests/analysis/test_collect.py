@@ -276,6 +276,28 @@ def test_several_data_sets_or_models_require_a_choice(place):
     assert len(collect.select(frame, None, "m")) == 2 and len(collect.select(frame, None, None)) == 3
 
 
+def test_an_incomplete_replicate_is_named_by_what_distinguishes_its_arm_and_by_its_seed_if_there_are_several(place):
+    identity = {"arm": "easy", "pretrain.steps": 20, "pretrain.subset.size": 256}
+    row = {"dataset": "digits", "model": "m", "arm": "easy", "subset_size": 256, "rewind_steps": 20, "label_noise": 0}
+    row |= {
+        "replicate": 0,
+        "level": 0,
+        "weights_remaining_percent": 100,
+        "test_accuracy_percent": 90,
+        "planned_levels": 1,
+    }
+    rows = []
+    for balanced, seed in ((False, 1), (True, 1), (True, 2)):
+        text = json.dumps(identity | {"pretrain.subset.class_balanced": balanced})
+        rows.append(row | {"seed": seed, "run_id": f"{balanced}{seed}", "identity": text})
+    pd.DataFrame(rows).to_csv("some.csv", index=False)
+    assert collect.describe_incomplete(collect.load("some.csv")) == [
+        "digits, easy 256, t_r = 20, replicate 0: level 1 of 1 not finished",
+        "digits, easy 256, t_r = 20, balanced, replicate 0 of seed 1: level 1 of 1 not finished",
+        "digits, easy 256, t_r = 20, balanced, replicate 0 of seed 2: level 1 of 1 not finished",
+    ]
+
+
 def test_without_planned_levels_the_other_replicates_set_the_last_level(place):
     rows = [
         f"digits,m,init,,0,0,{replicate},{level},{100 * 0.8**level},90,x"
