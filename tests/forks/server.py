@@ -27,7 +27,7 @@ from analysis import report  # noqa: F401
 from lth_diet import files, imp, scoring  # noqa: F401
 from lth_diet.launch import command_line, screen  # noqa: F401
 from lth_diet.scores import pictures  # noqa: F401
-from lth_diet.tracking import sync  # noqa: F401
+from lth_diet.tracking import sync
 from lth_diet.training import callbacks
 
 
@@ -113,6 +113,7 @@ def start(request):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     callbacks.CHECKPOINT_SECONDS = 0.0
     files.LEASE_SECONDS = float(os.environ.get("LEASE_SECONDS", files.LEASE_SECONDS))
+    sync._LOCK_TIMEOUT = min(sync._LOCK_TIMEOUT, 5 * files.LEASE_SECONDS)
     if request["fault"]:
         moments.arm(request["fault"])
     end(execute(request["start"]))
