@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def cost_text(self) -> str:
-        """The cost in words."""
+        """The cost with thousands separators, such as `5,120`, or `unknown`."""
         return "unknown" if math.isnan(self.cost) else f"{self.cost:,.0f}"
 
     @property

@@ -53,20 +53,18 @@ def _text(value: str) -> str:
     return value
 
 
-STEPS = BeforeValidator(_steps)
-Steps = Annotated[int, STEPS, Field(lt=MAX_NUMBER)]
-Interval = Annotated[Steps, Field(gt=0)]
-Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
-Positive = Annotated[Real, Field(gt=0)]
-NotNegative = Annotated[Real, Field(ge=0)]
-
-
 def _folder_or_url(text: str) -> str:
     if scheme := re.match(r"(\w+):/(?!/)", text):
         raise ValueError(f"must be a folder, or a URL such as {scheme[1]}://bucket/folder, with two slashes")
     return text
 
 
+STEPS = BeforeValidator(_steps)
+Steps = Annotated[int, STEPS, Field(lt=MAX_NUMBER)]
+Interval = Annotated[Steps, Field(gt=0)]
+Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
+Positive = Annotated[Real, Field(gt=0)]
+NotNegative = Annotated[Real, Field(ge=0)]
 Count = Annotated[int, Field(strict=True, gt=0, lt=MAX_NUMBER)]
 Index = Annotated[int, Field(strict=True, ge=0, lt=MAX_NUMBER)]
 Text = Annotated[str, Field(strict=True, min_length=1), AfterValidator(_text)]

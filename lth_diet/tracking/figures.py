@@ -21,7 +21,7 @@ ARM_STYLES = {
 }
 """Color and marker of each arm."""
 STYLES = [("#E69F00", "D"), *(ARM_STYLES[arm] for arm in ("all", "random", "easy", "hard")), ("#000000", "v")]
-"""Colors and markers of curves that are told apart by their labels only."""
+"""Color and marker cycle for curves that do not each show one arm."""
 _LINES = ("-", "--", ":", "-.")
 
 
